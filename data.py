@@ -1,0 +1,392 @@
+"""Hands on disk to batches on the device: the index, square canvases, views as 2x3 matrices, colour.
+
+The index is a folder: `index.json` and one `.npy` file a column, opened with memory mapping, so that two million hands
+open in milliseconds and workers share the pages.
+
+  one row a hand     image     bytes        path of the image, relative to `root` of index.json
+                     box       (4,) f4      tight box x0, y0, x1, y1 in pixel-EDGE coordinates (0 .. width)
+                     size      (2,) i4      width and height of the image (optional)
+                     side      u1           0 right, 1 left
+                     video     i4           hands of one video share identity and background; -1 unknown
+                     label     i4           row of the label columns (absent: the row itself); images that share a pose
+                                            (FreiHAND's four backgrounds) share a label and never part in a split
+  one row a label    joints2d  (21,2) f4    pixels, pixel-CENTRE coordinates (what K projects to)
+  (all optional)     visible   (21,) f4     confidence of joints2d, 0 .. 1
+                     joints    (21,3) f4    metres, camera frame x right, y down, z forward, FreiHAND order
+                     vertices  (778,3) f4   metres, the same frame
+                     pose      (48,) f4     axis-angle: 3 global, 45 articulation
+                     betas     (10,) f4     MANO shape
+                     K         (3,3) f4     pinhole camera, pixels
+                     scale     f4           length of the middle finger's proximal bone, metres
+                     keypoints (21,2) f4, keypoints_score (21,) f4     what a detector saw (score 0: nothing)
+
+`index.json`: format, name, count, labels, root, and `joints` (definition of the 21 joints: "freihand" = regressed from the
+posed mesh), `pose_mean` (true: the 45 numbers are offsets to the hand's mean pose), `protocol` (how it is scored).
+Left hands are stored as the image shows them; HandDataset mirrors them, because the right hand is canonical in the networks.
+
+Coordinates of canvases and views are [-1,1], x right, y down, +-1 at the image edges (align_corners=False). A view is one
+2x3 matrix theta that maps VIEW coordinates to CANVAS coordinates; undoing a view on points is applying theta.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+FORMAT = "hand-index-1"
+HAND_COLUMNS = {"image": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": ()}
+LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3), "pose": (48,),
+                 "betas": (10,), "K": (3, 3), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
+DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32}   # all others float32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
+MAX_PIXELS = 2**28                                            # a larger image is a mistake or an attack
+
+
+# ---------------------------------------------------------------------------------------------------------------- index
+def write_index(path, columns, meta, root="."):
+    """Checks every column, then writes the index folder `path`; index.json comes last, so a half-written one never opens.
+
+    columns: name -> array as in the table above. root: folder of the images, relative to `path` or absolute.
+    Raises ValueError that names the column and the first wrong row; nothing is written then.
+    """
+    path = Path(path)
+    if (path / "index.json").exists():
+        raise ValueError(f"{path} already holds an index: choose another folder or delete it first")
+    columns = {name: np.asarray(value, dtype=None if name == "image" else DTYPES.get(name, np.float32))
+               for name, value in columns.items()}
+    count, labels = check_columns(columns)
+    path.mkdir(parents=True, exist_ok=True)
+    for name, value in columns.items():
+        np.save(path / f"{name}.npy", value)
+    header = {"format": FORMAT, **meta, "count": count, "labels": labels, "root": str(root), "columns": sorted(columns)}
+    (path / "index.json.part").write_text(json.dumps(header, indent=1))
+    os.replace(path / "index.json.part", path / "index.json")
+
+
+def check_columns(columns):
+    """(hands, labels) of a dict of columns; ValueError names the column and row that contradicts the format."""
+    unknown = set(columns) - set(HAND_COLUMNS) - set(LABEL_COLUMNS)
+    if unknown or "image" not in columns or "box" not in columns:
+        raise ValueError(f"columns: unknown {sorted(unknown)}, or `image` or `box` is missing")
+    count = len(columns["image"])
+    labels = count
+    if "label" in columns and count:
+        labels = next((len(columns[name]) for name in LABEL_COLUMNS if name in columns), int(columns["label"].max()) + 1)
+    if count == 0:
+        raise ValueError("no hands: nothing to write")
+    for name, value in columns.items():
+        rows, shape = (count, HAND_COLUMNS[name]) if name in HAND_COLUMNS else (labels, LABEL_COLUMNS[name])
+        if len(value) != rows or (shape is not None and value.shape[1:] != shape):
+            raise ValueError(f"column {name}: shape {value.shape}, needs ({rows}, {shape})")
+        if value.dtype.kind == "f":
+            report(name, ~np.isfinite(value).reshape(rows, -1).all(1), "is not finite")
+    box = columns["box"]
+    report("box", (box[:, 2] - box[:, 0] < 1) | (box[:, 3] - box[:, 1] < 1), "is thinner than a pixel")
+    if "label" in columns:
+        report("label", (columns["label"] < 0) | (columns["label"] >= labels), f"is outside 0..{labels - 1}")
+    if "side" in columns:
+        report("side", columns["side"] > 1, "is neither 0 (right) nor 1 (left)")
+    if "K" in columns:
+        k = columns["K"].astype(np.float64)
+        report("K", (k[:, 0, 0] <= 1) | (k[:, 1, 1] <= 1) | (np.abs(k[:, 2] - [0, 0, 1]).max(1) > 1e-6)
+               | (np.abs(k).max((1, 2)) > 1e6), "is no pinhole camera in pixels")
+        if "size" in columns:
+            size = columns["size"].astype(np.float64)
+            k = k[columns["label"]] if "label" in columns else k
+            focal, centre = k[:, [0, 1], [0, 1]], k[:, :2, 2]
+            report("K", ((focal > 50 * size) | (focal < 0.1 * size) | (centre < -size) | (centre > 2 * size)).any(1),
+                   "is out of range for the size of its image")
+    return count, labels
+
+
+def report(column, wrong, what):
+    if wrong.any():
+        raise ValueError(f"column {column}: entry {int(np.argmax(wrong))} {what} ({int(wrong.sum())} such entries)")
+
+
+class HandIndex:
+    """An opened index: `columns` (memory-mapped arrays), `meta` (index.json), `root` (folder of the images)."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        header = self.path / "index.json"
+        if not header.is_file():
+            raise ValueError(f"{path} is no index (no index.json): make one with prepare_data.py or make_synthetic.py")
+        try:
+            self.meta = json.loads(header.read_text())
+            if self.meta["format"] != FORMAT:
+                raise ValueError(f"format {self.meta['format']!r}, this code reads {FORMAT!r}")
+            self.columns = {name: np.load(self.path / f"{name}.npy", mmap_mode="r") for name in self.meta["columns"]}
+            for name, value in self.columns.items():
+                rows = self.meta["count"] if name in HAND_COLUMNS else self.meta["labels"]
+                if len(value) != rows:
+                    raise ValueError(f"{name}.npy has {len(value)} rows instead of {rows}")
+            self.root = self.path / self.meta["root"]
+        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+            raise ValueError(f"{header}: broken index ({error}); prepare it again") from None
+
+    def __len__(self):
+        return self.meta["count"]
+
+    def image_path(self, row):
+        return self.root / os.fsdecode(bytes(self.columns["image"][row]))
+
+    def side(self, row):
+        return int(self.columns["side"][row]) if "side" in self.columns else 0
+
+    def label(self, row):
+        """The label row of a hand: the same number for all images of one pose."""
+        return int(self.columns["label"][row]) if "label" in self.columns else int(row)
+
+    def pose_ids(self):
+        """(N,) the label row of every hand."""
+        return np.asarray(self.columns["label"]) if "label" in self.columns else np.arange(len(self))
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+def read_image(path, smallest=None):
+    """The photograph as an upright RGB PIL image, whatever its mode; (image, scale), scale < 1 where a large JPEG was
+    decoded at half, a quarter or an eighth of its size, which is done only while `smallest` pixels a side remain.
+    Raises ValueError or OSError that names the file."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            width = image.width
+            if smallest and image.format == "JPEG":
+                image.draft("RGB", (smallest, smallest))
+            image.load()
+            scale = image.width / width
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):                  # 16-bit: keep the upper byte, Pillow would clip
+                wide = np.asarray(image, dtype=np.float32) / (257 if image.mode.startswith("I") else 1)
+                image = Image.fromarray(wide.clip(0, 255).astype(np.uint8))
+            elif image.mode in ("P", "PA", "LA", "RGBA") and ("transparency" in image.info or image.mode != "P"):
+                image = image.convert("RGBA")
+            return image.convert("RGB"), scale
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image") from None
+    except Exception as error:                                     # Pillow raises a dozen types for a broken file
+        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def image_size(path):
+    """(width, height) of an upright image from its header; ValueError names the file."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def square(box, context):
+    """(centre x, centre y, side) in pixels of the square crop whose side is `context` times the longer side of the box."""
+    x0, y0, x1, y1 = (float(v) for v in box)
+    return (x0 + x1) / 2, (y0 + y1) / 2, context * max(x1 - x0, y1 - y0)
+
+
+def crop_canvas(image, centre_x, centre_y, side, size):
+    """The square crop of a PIL image, resized to size x size; where it leaves the image it is padded by reflection.
+
+    Returns canvas (size,size,3) u8 and valid (4,) f4: the rectangle x0, y0, x1, y1 of real pixels in canvas coordinates.
+    """
+    x0, y0 = centre_x - side / 2, centre_y - side / 2
+    left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x0 + side), math.ceil(y0 + side)
+    if right <= 0 or bottom <= 0 or left >= image.width or top >= image.height or side > 16 * max(image.size):
+        raise ValueError("the box lies outside the image or is far larger than it")
+    inside = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+    pad = ((max(-top, 0), max(bottom - image.height, 0)), (max(-left, 0), max(right - image.width, 0)), (0, 0))
+    if any(map(sum, pad)):
+        inside = Image.fromarray(np.pad(np.asarray(inside), pad, mode="symmetric"))
+    window = (x0 - left, y0 - top, x0 - left + side, y0 - top + side)
+    canvas = inside.resize((size, size), Image.Resampling.BILINEAR, box=window, reducing_gap=2.0)
+    edges = [(0 - centre_x), (0 - centre_y), (image.width - centre_x), (image.height - centre_y)]
+    return np.array(canvas), np.clip(np.array(edges) / (side / 2), -1, 1).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------------------------- dataset
+class HandDataset(torch.utils.data.Dataset):
+    """Hands of one or more indices as canvases with their labels, right-handed, in canvas coordinates.
+
+    An item is a dict of tensors: canvas (3,S,S) u8, valid (4,), row (), failed () (the row whose image could not be read,
+    or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), and of the labels asked for:
+    joints2d (21,2) canvas coordinates, visible (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
+    each zero where the index has none, with has_<label> () 1 or 0.
+
+    A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
+    canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
+    """
+
+    LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
+
+    def __init__(self, indices, canvas=256, context=2.0, labels=(), rows=None, substitute=True):
+        self.indices, self.canvas, self.context, self.labels = list(indices), canvas, context, tuple(labels)
+        self.starts = np.cumsum([0] + [len(index) for index in self.indices])
+        self.rows = np.arange(self.starts[-1]) if rows is None else np.asarray(rows)
+        self.substitute = substitute
+
+    def __len__(self):
+        return len(self.rows)
+
+    def locate(self, row):
+        """(index, its row) of a row of the concatenated indices."""
+        which = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.indices[which], int(row - self.starts[which])
+
+    def __getitem__(self, item):
+        failed = -1
+        for step in range(min(len(self), 100)):
+            row = int(self.rows[(item + step) % len(self)])
+            try:
+                return self.load(row, failed)
+            except (ValueError, OSError) as error:
+                failed = row if failed < 0 else failed
+                if not self.substitute:
+                    return self.load(row, failed, blank=True)
+                last = error
+        raise ValueError(f"100 images in a row cannot be read; the last: {last}")
+
+    def load(self, row, failed=-1, blank=False):
+        index, local = self.locate(row)
+        centre_x, centre_y, side = square(index.columns["box"][local], self.context)
+        if blank:
+            canvas, valid = np.zeros((self.canvas, self.canvas, 3), np.uint8), np.zeros(4, np.float32)
+        else:
+            path = index.image_path(local)
+            wanted = self.canvas / side                            # a JPEG may shrink while decoding down to this
+            image, scale = read_image(path, smallest=int(wanted * image_size(path)[0]) if wanted < 0.5 else None)
+            canvas, valid = crop_canvas(image, centre_x * scale, centre_y * scale, side * scale, self.canvas)
+        mirrored = index.side(local)
+        if mirrored:
+            canvas, valid = canvas[:, ::-1], valid[[2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
+        item = {"canvas": torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))), "valid": valid, "row": row,
+                "failed": failed, "crop": np.float32([centre_x, centre_y, side]), "mirrored": float(mirrored)}
+        for name in self.labels:
+            stored = index.columns.get(name)
+            value = np.zeros(LABEL_COLUMNS[name], np.float32) if stored is None else np.array(stored[index.label(local)])
+            if name == "visible" and stored is None and "joints2d" in index.columns:
+                value, stored = np.ones(21, np.float32), True
+            if name == "joints2d":
+                value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
+            item[name] = mirror(name, value) if mirrored else value
+            item[f"has_{name}"] = float(stored is not None)
+        return item
+
+
+def mirror(name, value):
+    """A label of a left hand as the label of the right hand in the mirrored image, and back (it is its own inverse)."""
+    if name in ("joints2d", "joints", "vertices"):
+        return value * np.float32([-1] + [1] * (value.shape[-1] - 1))
+    if name == "pose":                                             # diag(-1,1,1) R diag(-1,1,1) as axis-angle
+        return value * np.tile(np.float32([1, -1, -1]), 16)
+    return value
+
+
+class EpochSampler:
+    """The rows of every step of one process, a pure function of (seed, step): resuming starts it at another step.
+
+    Each epoch is a permutation of `count`; batches run on across epochs, so none is short. The global batch of a step is
+    the same for any number of processes; process `rank` takes its consecutive share.
+    """
+
+    def __init__(self, count, batch, seed, start, stop, rank=0, world=1):
+        self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
+        self.share = slice(rank * batch // world, (rank + 1) * batch // world)
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.start, self.stop):
+            rows = []
+            for position in range(step * self.batch, (step + 1) * self.batch):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+                rows.append(int(order[position % self.count]))
+            yield rows[self.share]
+
+
+def make_loader(dataset, sampler=None, batch_size=None, workers=0, pin=False):
+    """DataLoader over the batches of an EpochSampler, or in order in batches of batch_size."""
+    order = {"batch_sampler": sampler} if sampler is not None else {"batch_size": batch_size, "shuffle": False}
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=pin, persistent_workers=False, **order)
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+def random_theta(batch, generator, rotation, scale, shift):
+    """(B,2,3) views: A = s R(phi), t; phi ~ U(-rotation, rotation) radians, log s ~ U over scale = (low, high), t ~
+    U(-shift, shift) per axis in canvas units. phi > 0 turns the window clockwise on screen, the content the other way."""
+    phi, zoom, move_x, move_y = torch.rand(4, batch, generator=generator)
+    phi = (2 * phi - 1) * rotation
+    zoom = torch.exp(math.log(scale[0]) + zoom * math.log(scale[1] / scale[0]))
+    cos, sin = zoom * phi.cos(), zoom * phi.sin()
+    rows = [torch.stack([cos, -sin, (2 * move_x - 1) * shift], -1), torch.stack([sin, cos, (2 * move_y - 1) * shift], -1)]
+    return torch.stack(rows, 1)
+
+
+def apply_theta(theta, points):
+    """Points (B,K,2) of the views -> canvas coordinates: A p + t. Undoing a view IS this."""
+    return points @ theta[:, :, :2].transpose(1, 2) + theta[:, None, :, 2]
+
+
+def invert_theta(theta):
+    """(B,2,3) such that compose_theta(theta, inverse) is the identity: canvas -> view coordinates."""
+    linear = torch.linalg.inv(theta[:, :, :2])
+    return torch.cat([linear, -linear @ theta[:, :, 2:]], dim=2)
+
+
+def compose_theta(outer, inner):
+    """(B,2,3): first inner, then outer, p -> outer(inner(p))."""
+    linear = outer[:, :, :2]
+    return torch.cat([linear @ inner[:, :, :2], linear @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2)
+
+
+def theta_rotation(theta):
+    """(B,3,3) R_z(-phi): turns 3-D labels of the canvas with the content of the view (camera axes x right, y down)."""
+    phi = torch.atan2(theta[:, 1, 0], theta[:, 0, 0])
+    cos, sin, zero, one = phi.cos(), phi.sin(), torch.zeros_like(phi), torch.ones_like(phi)
+    return torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(-1, 3, 3)
+
+
+def warp(images, theta, size):
+    """Canvases (B,C,H,W) u8 or float -> views (B,C,size,size) float, u8 scaled to [0,1]; outside is reflected.
+
+    Bilinear sampling aliases when the view is coarser than about 1.5 canvas pixels: then the view is drawn twice as fine
+    and averaged 2x2, which is exact under this convention.
+    """
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    step = theta[:, :, :2].norm(dim=1).amax() * images.shape[-1] / size
+    finer = 1 if step <= 1.5 else 2 ** math.ceil(math.log2(float(step) / 1.5))
+    grid = F.affine_grid(theta, [len(images), images.shape[1], size * finer, size * finer], align_corners=False)
+    views = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return F.avg_pool2d(views, finer) if finer > 1 else views
+
+
+# --------------------------------------------------------------------------------------------------------------- colour
+def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, saturation=0.3):
+    """(B,6) factors for apply_color: three channel gains, brightness, contrast, saturation, each U(1-x, 1+x)."""
+    spread = torch.tensor([gain, gain, gain, brightness, contrast, saturation])
+    return 1 + (2 * torch.rand(batch, 6, generator=generator) - 1) * spread
+
+
+def apply_color(images, factors):
+    """Views (B,3,H,W) in [0,1] with the factors of random_color; stays in [0,1]."""
+    factors = factors[:, :, None, None]
+    images = images * (factors[:, :3] * factors[:, 3:4])
+    images = (images - images.mean((1, 2, 3), keepdim=True)) * factors[:, 4:5] + images.mean((1, 2, 3), keepdim=True)
+    grey = images.mean(1, keepdim=True)
+    return ((images - grey) * factors[:, 5:6] + grey).clamp(0, 1)
+
+
+def normalise(images):
+    """RGB in [0,1] -> what the encoders see: ImageNet's mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images - mean) / std
