@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 FINGER_COLORS = ((235, 64, 52), (240, 175, 32), (76, 190, 76), (56, 150, 240), (176, 90, 220))
 BONES = [(0 if k == 0 else 4 * finger + k, 4 * finger + k + 1, finger) for finger in range(5) for k in range(4)]
 CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75))
-CHUNK = 1 << 20  # candidate pixels handled at once: about 150 MB of temporaries
+CHUNK = 1 << 20  # pixels handled at once: about 60 MB of temporaries
 
 
 def rasterise(points, faces, size, cull=False):
@@ -39,49 +39,52 @@ def rasterise(points, faces, size, cull=False):
     kept = np.flatnonzero(keep)
     x, y, z, area = x[kept], y[kept], z[kept], area[kept]
 
-    # Pixels whose centre lies in the face's bounding box, clipped to the image: columns left..right - 1.
-    left = np.ceil(np.clip(x.min(1), 0, width) - 0.5).astype(np.int64)
-    right = np.floor(np.clip(x.max(1), 0, width) - 0.5).astype(np.int64) + 1
-    top = np.ceil(np.clip(y.min(1), 0, height) - 0.5).astype(np.int64)
-    bottom = np.floor(np.clip(y.max(1), 0, height) - 0.5).astype(np.int64) + 1
-    right, bottom = np.minimum(right, width), np.minimum(bottom, height)
-    columns = np.maximum(right - left, 0)
-    count = columns * np.maximum(bottom - top, 0)  # (F,) candidates of each face
-
-    # Weight k of a pixel centre is the plane a x + b y + c through 1 at corner k and 0 at the other two.
+    # Weight k of the image point (x, y) is the plane a x + b y + c through 1 at corner k and 0 at the other two.
     nxt, last = [1, 2, 0], [2, 0, 1]
     a = (y[:, nxt] - y[:, last]) / area[:, None]  # (F, 3)
     b = (x[:, last] - x[:, nxt]) / area[:, None]
-    # The offset is taken at the box's first pixel, so that large coordinates cost no precision.
-    px, py = left[:, None] + 0.5, top[:, None] + 0.5
-    c = ((x[:, nxt] - px) * (y[:, last] - py) - (x[:, last] - px) * (y[:, nxt] - py)) / area[:, None]
+    c = (x[:, nxt] * y[:, last] - x[:, last] * y[:, nxt]) / area[:, None]
+
+    # Every face cut into rows of pixel centres, every row into the columns between the face's edges. Pixels within
+    # 1e-9 of an edge belong to both of its faces, so that rounding leaves no holes.
+    top = np.ceil(np.clip(y.min(1), 0, height) - 0.5).astype(np.int64)
+    bottom = np.minimum(np.floor(np.clip(y.max(1), 0, height) - 0.5).astype(np.int64) + 1, height)
+    rows = np.maximum(bottom - top, 0)
+    owner = np.repeat(np.arange(len(kept)), rows)  # (R,) face of each row
+    row = np.arange(len(owner)) - np.repeat(np.cumsum(rows) - rows, rows) + top[owner]
+    slope, offset = a[owner], b[owner] * (row[:, None] + 0.5) + c[owner]  # (R, 3)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zero = -offset / slope - 0.5  # column where the weight passes 0; not-a-number along a horizontal edge
+    first = np.where(slope > 0, zero, np.where((slope < 0) | (offset >= -1e-12), -np.inf, np.inf)).max(1)
+    final = np.where(slope < 0, zero, np.inf).min(1)
+    first = np.ceil(np.clip(first, 0, width) - 1e-9).astype(np.int64)
+    final = np.floor(np.clip(final, -1, width - 1) + 1e-9).astype(np.int64)
+    count = np.maximum(final - first + 1, 0)  # (R,) pixels of each row
+    z_slope = (slope * z[owner]).sum(1)  # (R,) depth along the row is z_slope * column + z_start
+    z_start = (offset * z[owner]).sum(1) + 0.5 * z_slope
 
     face = np.full(height * width, -1, np.int32)
-    bary = np.zeros((height * width, 3), np.float32)
     depth = np.full(height * width, np.inf, np.float32)
-    ends = np.cumsum(count)
-    start = 0
-    while start < len(kept):
+    ends, start = np.cumsum(count), 0
+    while start < len(owner):
         done = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, done + CHUNK, side="right")))
-        owner = np.repeat(np.arange(start, stop), count[start:stop])  # (M,) face of each candidate pixel
-        rank = np.arange(len(owner)) - (ends[owner] - count[owner] - done)  # its place within the face's box
-        row, column = np.divmod(rank, columns[owner])
-        w0 = a[owner, 0] * column + b[owner, 0] * row + c[owner, 0]
-        w1 = a[owner, 1] * column + b[owner, 1] * row + c[owner, 1]
-        w2 = 1.0 - w0 - w1
-        inside = np.flatnonzero((w0 >= 0) & (w1 >= 0) & (w2 >= -1e-12))
-        owner, row, column = owner[inside], row[inside], column[inside]
-        weights = np.stack([w0[inside], w1[inside], w2[inside]], 1)  # (M', 3)
-        pixel = (top[owner] + row) * width + left[owner] + column
-        near = (weights * z[owner]).sum(1).astype(np.float32)
+        part, n = slice(start, stop), count[start:stop]
+        column = np.arange(n.sum()) + np.repeat(first[part] - (ends[part] - n - done), n)  # (M,) all pixels of all rows
+        pixel = column + np.repeat(row[part] * width, n)
+        near = (np.repeat(z_slope[part], n) * column + np.repeat(z_start[part], n)).astype(np.float32)
         before = depth[pixel]
         np.minimum.at(depth, pixel, near)
         # Reversed, because the last write to a pixel stays and the lowest face shall win.
         wins = np.flatnonzero((near == depth[pixel]) & (near < before))[::-1]
-        face[pixel[wins]] = kept[owner[wins]]
-        bary[pixel[wins]] = weights[wins]
+        face[pixel[wins]] = np.repeat(owner[part], n)[wins]
         start = stop
+
+    hit = np.flatnonzero(face >= 0)
+    owner, centre = face[hit], np.stack([hit % width, hit // width], 1) + 0.5
+    bary = np.zeros((height * width, 3), np.float32)
+    bary[hit] = a[owner] * centre[:, :1] + b[owner] * centre[:, 1:] + c[owner]
+    face[hit] = kept[owner]
     return face.reshape(height, width), bary.reshape(height, width, 3), depth.reshape(height, width)
 
 
@@ -187,7 +190,7 @@ def _ticks(low, high):
     """About five round numbers from low to high."""
     step = 10.0 ** np.floor(np.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5.01)
-    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step
+    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # + 0.0: no "-0"
 
 
 def curve(series, size=(480, 320), title="", x_label="", y_label=""):
