@@ -1,7 +1,7 @@
 """The numbers that hand papers and leaderboards report: numpy and scipy only, arrays in, floats out.
 
-Arrays are batches in metres, in one camera frame, joints in FreiHAND order (0 wrist, 9 middle knuckle), whatever order a
-data set's own files have. Errors of single hands stay in metres; `evaluate_hands` returns millimetres and says so in
+Arrays are batches in metres, in one camera frame, joints in FreiHAND order (0 wrist, 9 middle knuckle), whatever order
+a data set's own files have. Errors of single hands stay in metres; `evaluate_hands` returns millimetres and says so in
 its keys. Everything is float64, because float32 distances at arm's length are off by tenths of a millimetre.
 
 The arithmetic is that of the official scripts: lmb-freiburg/freihand `eval.py`, shreyashampali/ho3d `eval.py`,
@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 PROTOCOLS = {"freihand": "abs", "ho3d": "abs", "dexycb": "root", "assemblyhands": "root"}
 WRIST, MIDDLE_KNUCKLE = 0, 9
 F_THRESHOLDS = (0.005, 0.015)  # metres
-ZERO = 1e-7  # metres; a perfect prediction is this near after a fit, and its area under the curve is to be 1
+ZERO = 1e-7  # metres: nearer than this to every label, a prediction is perfect
 CHUNK = 512  # hands aligned at a time: keeps the intermediate meshes within a few tens of megabytes
 
 
@@ -31,7 +31,7 @@ def procrustes(pred, gt, reflect=False):
     """
     pred, gt = np.asarray(pred, np.float64), np.asarray(gt, np.float64)
     if pred.shape != gt.shape or pred.ndim not in (2, 3) or pred.shape[-1] != 3:
-        raise ValueError(f"procrustes needs two arrays of one shape (B, N, 3) or (N, 3), got {pred.shape} and {gt.shape}")
+        raise ValueError(f"procrustes needs one shape (B, N, 3) or (N, 3) for both, got {pred.shape} and {gt.shape}")
     batch = pred.reshape(-1, *pred.shape[-2:]), gt.reshape(-1, *gt.shape[-2:])
     for name, points in zip(("pred", "gt"), batch, strict=True):
         _refuse_nonfinite(points, name)
@@ -87,14 +87,13 @@ def pck_curve(errors, low=0.0, high=0.05, steps=100):
     errors (B, N) metres, NaN = no label. Returns thresholds (steps,) in metres and shares (steps,).
     """
     errors = np.asarray(errors, np.float64)
-    errors = np.where(errors < ZERO, 0, errors)
     thresholds = np.linspace(low, high, steps)
     share = [_mean_over_points(np.where(np.isnan(errors), np.nan, errors <= t)) for t in thresholds]
     return thresholds, np.array(share)
 
 
 def pck_auc(errors, low=0.0, high=0.05, steps=100):
-    """Area under `pck_curve` (trapezoids) over its width: 1 is perfect. errors (B, N) metres, NaN = no label -> float."""
+    """Area under `pck_curve` (trapezoids) over its width, 1 is perfect. errors (B, N) metres, NaN = no label."""
     return _mean_over_points(_auc_share(np.asarray(errors, np.float64), low, high, steps))
 
 
@@ -103,7 +102,7 @@ def _auc_share(errors, low=0.0, high=0.05, steps=100):
     weight = np.ones(steps)
     weight[[0, -1]] = 0.5  # trapezoids on an even grid
     tail = np.append(np.cumsum(weight[::-1])[::-1], 0) / weight.sum()
-    nearest = np.searchsorted(np.linspace(low, high, steps), np.where(errors < ZERO, 0, errors), side="left")
+    nearest = np.searchsorted(np.linspace(low, high, steps), errors, side="left")
     return np.where(np.isnan(errors), np.nan, tail[nearest])
 
 
@@ -146,10 +145,10 @@ def _checked(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol, valid
         pred_vertices = gt_vertices = None
     else:
         pred_vertices, gt_vertices = np.asarray(pred_vertices), np.asarray(gt_vertices)
-    for name, pred, gt, number in (("joints", pred_joints, gt_joints, 21), ("vertices", pred_vertices, gt_vertices, None)):
+    for name, pred, gt in (("joints", pred_joints, gt_joints), ("vertices", pred_vertices, gt_vertices)):
         if pred is None:
             continue
-        expected = (len(gt_joints), number or (gt.shape[1] if gt.ndim == 3 else 778), 3)
+        expected = (len(gt_joints), 21 if name == "joints" else gt.shape[1] if gt.ndim == 3 else 778, 3)
         for kind, array in (("predicted", pred), ("true", gt)):
             if array.shape != expected:
                 raise ValueError(f"{kind} {name} have shape {array.shape} but {expected} is needed: "
@@ -219,7 +218,7 @@ def _chunk_errors(pred_joints, pred_vertices, gt_joints, gt_vertices, valid, pro
 
 
 def _aligned_errors(pred, gt, name, protocol, valid=None):
-    """Errors after the leaderboards' fit, the same without reflections, which were reflected; and the aligned points."""
+    """Errors after the leaderboards' fit, the same without reflections, which were reflected; the aligned points."""
     unit = 1000.0 if protocol == "dexycb" else 1.0  # its script aligns millimetres, and the guard in `_fit` has a unit
     few = None
     if valid is not None:
@@ -253,7 +252,9 @@ def summarise(errors, protocol):
                 continue
             area = _auc_share(values) if name == "joints" else errors[f"{kind}_{name}_auc"]
             table[key] = 1000 * _mean_over_points(values.reshape(len(values), -1), side)
-            table[f"auc_{name}{suffix}"] = _mean_over_points(area.reshape(len(values), -1), side)
+            # The guard in `_fit` leaves 4e-9 m of a perfect prediction, which would miss the threshold 0: 0.995.
+            perfect = np.all(values[~np.isnan(values)] < ZERO)
+            table[f"auc_{name}{suffix}"] = 1.0 if perfect else _mean_over_points(area.reshape(len(values), -1), side)
         table[f"reflected_{name}"] = int(errors[f"reflected_{name}"].sum())
     # SiMHand's own area under the curve: 20 to 50 mm in 15 steps after its alignment. Not comparable with auc_joints.
     table["auc_joints_sc_tr_20_50"] = _mean_over_points(_auc_share(errors["sc_tr_joints"], 0.02, 0.05, 15), side)
@@ -281,12 +282,13 @@ def evaluate_hands(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol,
       count                            scored hands
     ValueError: wrong shapes; NaN or infinity (with the sample's index); unknown protocol.
     """
-    return summarise(per_sample_errors(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol, valid, side), protocol)
+    errors = per_sample_errors(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol, valid, side)
+    return summarise(errors, protocol)
 
 
 def official_scores(metrics, protocol):
-    """The official script's own keys and units from `evaluate_hands`: centimetres for FreiHAND and HO-3D (scores.txt),
-    millimetres for DexYCB's three rows and for AssemblyHands, as their keys say. Without meshes only the joints' keys."""
+    """The official script's own keys and units, from the dict of `evaluate_hands`: centimetres for FreiHAND and HO-3D
+    (scores.txt), millimetres for DexYCB's three rows and for AssemblyHands. Without meshes only the joints' keys."""
     if protocol == "assemblyhands":
         return {"mpjpe_mm": metrics["mpjpe_mm"]}
     if protocol == "dexycb":

@@ -1,4 +1,4 @@
-"""metrics.py against loops over samples written independently of it, and the traps that published evaluations fell into."""
+"""metrics.py against loops over samples written independently of it, and the traps of published evaluations."""
 import time
 
 import numpy as np
@@ -21,7 +21,7 @@ def hands(number=B, seed=0, noise=0.006):
     return pred_joints, pred_vertices, gt_joints, gt_vertices
 
 
-# ---- the independent transcription: one sample and one point at a time -------------------------------------------------
+# ---- the independent transcription: one sample and one point at a time ---
 
 def loop_align(gt, pred, reflect=True):
     centre = gt.mean(0)
@@ -175,7 +175,8 @@ def test_joints_and_vertices_are_aligned_by_separate_fits():
 def test_a_mirrored_hand_is_reflected_only_when_asked():
     _, _, gj, gv = hands()
     mirrored = gj * [-1, 1, 1]
-    error = [1000 * np.linalg.norm(metrics.procrustes(mirrored, gj, reflect=r) - gj, axis=-1).mean() for r in (True, False)]
+    aligned = [metrics.procrustes(mirrored, gj, reflect=r) for r in (True, False)]
+    error = [1000 * np.linalg.norm(a - gj, axis=-1).mean() for a in aligned]
     assert error[0] < 1e-4 and error[1] > 10
     noisy = gj + np.random.default_rng(0).normal(0, 0.01, gj.shape)
     np.testing.assert_allclose(metrics.procrustes(noisy, gj, True), metrics.procrustes(noisy, gj, False), atol=1e-12)
@@ -248,8 +249,8 @@ def test_scores_file_is_in_centimetres():
     scores = metrics.official_scores(table, "freihand")
     assert table["mpjpe_mm"] == pytest.approx(50) and scores["xyz_mean3d"] == pytest.approx(5)
     assert scores["f_al_score_5"] == table["f_5"] and scores["f_score_5"] == table["f_5_unaligned"]
-    assert list(scores) == ["xyz_mean3d", "xyz_auc3d", "xyz_al_mean3d", "xyz_al_auc3d", "mesh_mean3d", "mesh_auc3d",
-                            "mesh_al_mean3d", "mesh_al_auc3d", "f_score_5", "f_al_score_5", "f_score_15", "f_al_score_15"]
+    assert " ".join(scores) == ("xyz_mean3d xyz_auc3d xyz_al_mean3d xyz_al_auc3d mesh_mean3d mesh_auc3d mesh_al_mean3d "
+                                "mesh_al_auc3d f_score_5 f_al_score_5 f_score_15 f_al_score_15")
     assert {"xyz_procrustes_al_mean3d", "xyz_scale_trans_al_auc3d"} < set(metrics.official_scores(table, "ho3d"))
 
 
@@ -257,9 +258,11 @@ def test_per_sample_errors_average_to_the_table():
     arrays = hands(20)
     errors = metrics.per_sample_errors(*arrays, "freihand")
     table = metrics.evaluate_hands(*arrays, "freihand")
-    assert errors["pa_joints"].shape == (20, J) and errors["pa_vertices"].shape == (20,) and errors["f"].shape == (20, 2)
+    assert errors["pa_joints"].shape == (20, J)
+    assert errors["pa_vertices"].shape == (20,) and errors["f"].shape == (20, 2)
     check(table, {"pa_mpjpe_mm": 1000 * errors["pa_joints"].mean(), "f_15": errors["f"][:, 1].mean(),
-                  "auc_joints": metrics.pck_auc(errors["pa_joints"]), "root_mpjpe_mm": 1000 * errors["root_joints"].mean()})
+                  "auc_joints": metrics.pck_auc(errors["pa_joints"]),
+                  "root_mpjpe_mm": 1000 * errors["root_joints"].mean()})
     chunks = [metrics.CHUNK // 2, metrics.CHUNK + 3]  # more hands than one chunk: the same numbers for each
     many = metrics.per_sample_errors(*(np.resize(a, (chunks[1],) + a.shape[1:]) for a in arrays), "freihand")
     np.testing.assert_allclose(many["pa_vertices"][chunks[0]:], np.resize(errors["pa_vertices"], chunks[1])[chunks[0]:])
