@@ -28,6 +28,7 @@ Coordinates of canvases and views are [-1,1], x right, y down, +-1 at the image 
 2x3 matrix theta that maps VIEW coordinates to CANVAS coordinates; undoing a view on points is applying theta.
 """
 
+import csv
 import json
 import math
 import os
@@ -191,6 +192,29 @@ def square(box, context):
     return (x0 + x1) / 2, (y0 + y1) / 2, context * max(x1 - x0, y1 - y0)
 
 
+def whole_box(size, box_scale):
+    """The box of an image (width, height) that is itself a hand's crop: a view of box_scale times it is the whole image."""
+    width, height = size
+    half = max(size) / box_scale / 2
+    return (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
+
+
+def read_boxes(path):
+    """CSV with a header image,x0,y0,x1,y1[,side], pixels, side right or left -> {image: [(box, side), ...]}."""
+    boxes = {}
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for number, row in enumerate(csv.DictReader(line.replace("\0", " ") for line in file), 2):
+            try:
+                box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
+                side = (row.get("side") or "right").strip().lower()
+                if side not in ("right", "left") or not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
+                    raise ValueError
+                boxes.setdefault(row["image"], []).append((box, side))
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side right or left") from None
+    return boxes
+
+
 def crop_canvas(image, centre_x, centre_y, side, size):
     """The square crop of a PIL image, resized to size x size; where it leaves the image it is padded by reflection.
 
@@ -215,8 +239,8 @@ class HandDataset(torch.utils.data.Dataset):
     """Hands of one or more indices as canvases with their labels, right-handed, in canvas coordinates.
 
     An item is a dict of tensors: canvas (3,S,S) u8, valid (4,), row (), failed () (the row whose image could not be read,
-    or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), and of the labels asked for:
-    joints2d (21,2) canvas coordinates, visible (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
+    or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), pose_mean () (1 where the pose's 45
+    numbers are offsets to the hand's mean), and of the labels asked for: joints2d (21,2) canvas coordinates, visible (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
     each zero where the index has none, with has_<label> () 1 or 0.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
@@ -266,7 +290,8 @@ class HandDataset(torch.utils.data.Dataset):
         if mirrored:
             canvas, valid = canvas[:, ::-1], valid[[2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
         item = {"canvas": torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))), "valid": valid, "row": row,
-                "failed": failed, "crop": np.float32([centre_x, centre_y, side]), "mirrored": float(mirrored)}
+                "failed": failed, "crop": np.float32([centre_x, centre_y, side]), "mirrored": np.float32(mirrored),
+                "pose_mean": np.float32(index.meta.get("pose_mean", True))}
         for name in self.labels:
             stored = index.columns.get(name)
             value = np.zeros(LABEL_COLUMNS[name], np.float32) if stored is None else np.array(stored[index.label(local)])
@@ -275,7 +300,7 @@ class HandDataset(torch.utils.data.Dataset):
             if name == "joints2d":
                 value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
             item[name] = mirror(name, value) if mirrored else value
-            item[f"has_{name}"] = float(stored is not None)
+            item[f"has_{name}"] = np.float32(stored is not None)
         return item
 
 
@@ -330,6 +355,11 @@ def random_theta(batch, generator, rotation, scale, shift):
     cos, sin = zoom * phi.cos(), zoom * phi.sin()
     rows = [torch.stack([cos, -sin, (2 * move_x - 1) * shift], -1), torch.stack([sin, cos, (2 * move_y - 1) * shift], -1)]
     return torch.stack(rows, 1)
+
+
+def centre_theta(batch, scale):
+    """(B,2,3) the upright view in the middle of the canvas, `scale` of its size."""
+    return torch.tensor([[scale, 0.0, 0.0], [0.0, scale, 0.0]]).expand(batch, 2, 3)
 
 
 def apply_theta(theta, points):

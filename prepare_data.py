@@ -9,7 +9,6 @@
 Prints what was kept and what was left out and why, and writes samples.png into the index: look at it.
 """
 
-import csv
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import HandIndex, crop_canvas, image_size, read_image, square, write_index
+from data import HandIndex, crop_canvas, image_size, read_boxes, read_image, square, whole_box, write_index
 from draw import draw_joints, grid, save_image
 from runtime import parser, run
 
@@ -166,7 +165,7 @@ def folder(root, args):
             continue
         if boxes is not None and path not in boxes:
             dropped["no box"].append(path)
-        for box, side in ([(whole_box(size), args.side)] if boxes is None else boxes.get(path, [])):
+        for box, side in ([(whole_box(size, BOX_SCALE), args.side)] if boxes is None else boxes.get(path, [])):
             rows.append((os.fsencode(path), box, size, side == "left", videos[os.path.dirname(path)]))
     if not rows:
         raise ValueError(f"{root}: no readable image with a hand ({', '.join(f'{len(v)} {k}' for k, v in dropped.items())})")
@@ -174,29 +173,6 @@ def folder(root, args):
     columns = {"image": np.array(image), "box": np.array(box), "size": np.array(size), "side": np.array(side),
                "video": np.array(video) if len(videos) > 1 else np.full(len(rows), -1)}
     return columns, {"name": root.name}, root, dropped
-
-
-def whole_box(size):
-    """The box whose usual view is the whole image: centred, the longer side over the view's margin."""
-    width, height = size
-    half = max(size) / BOX_SCALE / 2
-    return (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
-
-
-def read_boxes(path):
-    """CSV with a header image,x0,y0,x1,y1[,side], pixels, side right or left -> {image: [(box, side), ...]}."""
-    boxes = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
-                side = (row.get("side") or "right").strip().lower()
-                if side not in ("right", "left") or not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
-                    raise ValueError
-                boxes.setdefault(row["image"], []).append((box, side))
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side right or left") from None
-    return boxes
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

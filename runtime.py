@@ -110,6 +110,10 @@ class Runtime:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, [self.local_rank] if self.device.type == "cuda" else None)
 
+    def exchange(self, model, last):
+        """Context of one part of an accumulated batch: the processes exchange gradients with the last part alone."""
+        return contextlib.nullcontext() if self.world == 1 or last else model.no_sync()
+
     def share(self, array):
         """This process's consecutive part of something drawn for the whole batch."""
         return array[self.rank * len(array) // self.world:(self.rank + 1) * len(array) // self.world]

@@ -1,0 +1,328 @@
+"""Supervised mesh training: an encoder (fresh, or pre-trained by any script here or elsewhere) and the PyMAF head regress
+MANO from one view of a hand.
+
+Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png. One step: canvas -> random
+view (theta) and colour -> encoder -> T estimates of rotations, shape and camera -> losses on all of them. Left hands come
+mirrored; the labels turn with the view. The averaged weights (EMA) are the ones validated, saved for use and exported.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data import (MEAN, STD, EpochSampler, HandDataset, HandIndex, apply_color, apply_theta, centre_theta, invert_theta, make_loader,
+                  normalise, random_color, random_theta, square, theta_rotation, warp)
+from draw import curve, draw_joints, grid, overlay, save_image
+from mano import Mano, hand_name, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
+from metrics import procrustes
+from model import ARCHS, HandMesh, MeshHead, build_encoder, load_encoder
+from runtime import (Log, add_training_flags, cosine, ema_update, finish, generator, param_groups, parser, read_log, run,
+                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+
+CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
+LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
+WEIGHTS = {                # HongwenZhang/PyMAF-X core/trainer.py (hand_only) for the first four; L1 in metres is ours: the
+    "rotation": 60.0,      # metric is a vertex error, and 100 x 5 mm weighs like the others
+    "betas": 0.06,
+    "joints2d": 300.0,
+    "joints2d_absolute": 30.0,
+    "joints": 100.0,
+    "vertices": 100.0,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+def mesh_losses(outputs, target, joints_of):
+    """Named losses, each the mean over the iterations, the labelled samples and all entries.
+
+    outputs: MeshHead's list. target: make_target's dict. joints_of(output) -> (B,21,3), the label's definition of joints."""
+    terms = dict.fromkeys(WEIGHTS, 0.0)
+    root = target["joints"][:, :1]
+    for output in outputs:
+        joints = joints_of(output)                                 # (B, 21, 3) m, relative to the kinematic wrist
+        joints2d = weak_perspective(joints, output["camera"])      # (B, 21, 2) of the view
+        error2d = {"joints2d": (joints2d - joints2d[:, :1]) - (target["joints2d"] - target["joints2d"][:, :1]),
+                   "joints2d_absolute": joints2d - target["joints2d"]}
+        step = {"rotation": masked_mean((output["rotmats"] - target["rotmats"]) ** 2, target["has_pose"]),
+                "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
+                "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), target["has_joints"]),
+                "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(),
+                                        target["has_vertices"] * target["has_joints"])}
+        for name, error in error2d.items():
+            step[name] = masked_mean(error ** 2 * target["visible"][..., None], target["has_joints2d"])
+        terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
+    return terms
+
+
+def masked_mean(values, has):
+    """Mean over all entries of the samples (B,...) where has (B,) is 1; 0 where there are none."""
+    return (values.flatten(1).mean(1) * has).sum() / has.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+def make_views(canvas, theta, size, color=None):
+    """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them."""
+    views = warp(canvas, theta, size)
+    return normalise(views if color is None else apply_color(views, color))
+
+
+def make_target(batch, theta, hands_mean):
+    """The labels of a batch in its views: 2-D joints by the inverse of theta, 3-D turned with the content."""
+    turn = theta_rotation(theta)                                   # (B, 3, 3)
+    pose = batch["pose"].unflatten(1, (16, 3))
+    pose = torch.cat([pose[:, :1], pose[:, 1:] + hands_mean * batch["pose_mean"][:, None, None]], dim=1)
+    rotmats = rotmat_from_axis_angle(pose)                         # (B, 16, 3, 3)
+    rotmats = torch.cat([turn[:, None] @ rotmats[:, :1], rotmats[:, 1:]], dim=1)
+    turned = {name: batch[name] @ turn.transpose(1, 2) for name in ("joints", "vertices")}
+    return batch | turned | {"rotmats": rotmats, "joints2d": apply_theta(invert_theta(theta), batch["joints2d"])}
+
+
+def draw_views(args, runtime, step):
+    """This process's share of the step's random views and colours, functions of (seed, step)."""
+    zoom = args.box_scale / CONTEXT
+    theta = random_theta(args.batch_size, generator(args.seed, step, 0), np.deg2rad(args.rotation),
+                         (zoom / (1 + args.zoom), zoom * (1 + args.zoom)), zoom * args.shift)
+    color = random_color(args.batch_size, generator(args.seed, step, 1), gain=args.color)
+    return runtime.share(theta).to(runtime.device), runtime.share(color).to(runtime.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def label_rows(indices, fraction, seed):
+    """Rows of a seeded share of the poses; all images of a pose go together, and a smaller share is part of a larger one."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--label-fraction {fraction} must lie in (0, 1]")
+    starts = np.cumsum([0] + [index.meta["labels"] for index in indices])
+    poses = np.concatenate([index.pose_ids() + start for index, start in zip(indices, starts[:-1], strict=True)])
+    chosen = np.random.default_rng([seed, 77]).permutation(starts[-1])[:max(1, round(fraction * starts[-1]))]
+    return np.flatnonzero(np.isin(poses, chosen))
+
+
+def training_mean(indices, hand, box_scale, count=4000):
+    """Mean rotations (16,3,3) and camera scale of the labels: the chordal mean of the global orientations, the hand's mean
+    pose for the fingers, the median scale in an upright view. Columns only, no image is opened."""
+    turns, scales = [], []
+    for index in indices:
+        rows = np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int))
+        labels = index.pose_ids()[rows]
+        if "pose" in index.columns:
+            pose = torch.from_numpy(index.columns["pose"][np.unique(labels)][:, :3])
+            turns.append(rotmat_from_axis_angle(pose))
+        if "joints" in index.columns and "joints2d" in index.columns:
+            side = [square(index.columns["box"][row], box_scale)[2] for row in rows]
+            spread = [np.linalg.norm(x[..., :2] - x[..., :2].mean(1, keepdims=True), axis=-1).mean(1)
+                      for x in (index.columns["joints2d"][labels], index.columns["joints"][labels])]
+            scales.append(spread[0] / np.maximum(spread[1], 1e-4) * 2 / np.array(side))
+    rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hand.hands_mean.cpu()]))
+    if turns:
+        u, _, v = torch.linalg.svd(torch.cat(turns).mean(0))
+        rotmats[0] = u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
+    return rotmats, float(np.median(np.concatenate(scales))) if scales else 9.0
+
+
+def open_labelled(paths, flag):
+    """The indices, refused where they hold no labels or joints of another definition than joints_from_vertices'."""
+    indices = [HandIndex(path) for path in paths]
+    for index in indices:
+        if index.meta.get("joints", "freihand") != "freihand":
+            raise ValueError(f"{flag} {index.path}: joints of definition {index.meta['joints']!r}, this script trains on \"freihand\"")
+        if not {"joints", "joints2d"} & set(index.columns):
+            raise ValueError(f"{flag} {index.path}: no labels in this index (images alone are for pre-training)")
+    return indices
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+@torch.no_grad()
+def validate(net, loader, runtime, args, joints_of):
+    """(PA-MPJPE, PA-MPVPE) in mm over the validation hands of all processes, upright views of box x --box-scale."""
+    net.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    for batch in loader:
+        views = make_views(batch["canvas"].to(runtime.device), centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device),
+                           args.image_size)
+        with runtime.autocast():
+            output = net(views)[-1]
+        for k, (name, predicted) in enumerate((("joints", joints_of(output)), ("vertices", output["vertices"]))):
+            has = batch[f"has_{name}"].bool() & (batch["failed"] < 0)
+            if has.any():
+                pred, true = predicted.float().cpu().numpy()[has], batch[name].numpy()[has]
+                errors = np.linalg.norm(procrustes(pred, true, reflect=True) - true, axis=-1)
+                sums[2 * k] += errors.mean(1).sum()
+                sums[2 * k + 1] += len(errors)
+    sums = runtime.mean(sums)
+    return [float(1000 * sums[k] / sums[k + 1]) if sums[k + 1] else float("nan") for k in (0, 2)]
+
+
+@torch.no_grad()
+def picture(net, batch, runtime, args, faces, count=8):
+    """Views beside the mesh laid over them and the true joints: what the network sees and makes."""
+    net.eval()
+    size, tiles = args.image_size, []
+    views = make_views(batch["canvas"][:count].to(runtime.device), centre_theta(len(batch["row"][:count]), args.box_scale / CONTEXT)
+                       .to(runtime.device), size)
+    output = net(views)[-1]
+    seen = to_rgb(views)
+    points = torch.cat([weak_perspective(output["vertices"], output["camera"]), output["vertices"][..., 2:]], dim=2).cpu().numpy()
+    joints2d = batch["joints2d"][:count] * (CONTEXT / args.box_scale)
+    for image, mesh, joints in zip(seen, points, joints2d.numpy(), strict=True):
+        mesh[:, :2] = (mesh[:, :2] + 1) * size / 2
+        tiles += [draw_joints(image, (joints + 1) * size / 2 - 0.5), overlay(image, mesh, faces)]
+    return grid(tiles, 8, ["true joints", "estimate"] * len(seen))
+
+
+def to_rgb(views):
+    """Normalised views (B,3,S,S) -> (B,S,S,3) u8."""
+    images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def flags():
+    cli = parser(__doc__)
+    cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="labelled training hands")
+    cli.add_argument("--val", required=True, metavar="INDEX", help="labelled hands for the validation lines of the log")
+    cli.add_argument("--mano", help="MANO_RIGHT.pkl or .npz (licensed: mano.is.tue.mpg.de); default: the synthetic hand, for synthetic data")
+    group = cli.add_argument_group("network")
+    group.add_argument("--init", help="encoder to start from: RUN/encoder.pt, or ViT or ResNet-50 weights of timm, MAE, DINO, iBOT, PeCLR, SiMHand")
+    group.add_argument("--arch", choices=sorted(ARCHS), help="encoder where --init does not say (default vit_small)")
+    group.add_argument("--image-size", type=int, default=224, help="side of the views, a multiple of 16 (default 224)")
+    group.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT: .1 for small, .2 for base (iBOT)")
+    group.add_argument("--dropout", type=float, default=0.1, help="in the head's regressors (PyMAF: .5, from scratch)")
+    group.add_argument("--head-width", type=int, default=256, help="channels of the head's maps (PyMAF: 256; 64 is enough for toy sizes)")
+    group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3], help="feedback iterations of the head (PyMAF: 3)")
+    group = cli.add_argument_group("optimisation (ours, from the practice of MAE, iBOT and ViTPose)")
+    group.add_argument("--lr", type=float, default=5e-4, help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 2e-3")
+    group.add_argument("--layer-decay", type=float, help="rate of a block relative to the next one; default .75 with --init, 1 from scratch")
+    group.add_argument("--weight-decay", type=float, default=0.05)
+    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
+    group.add_argument("--ema", type=float, default=0.999, help="momentum of the averaged weights, lower in the first steps")
+    group.add_argument("--label-fraction", type=float, default=1.0, help="seeded share of the labelled poses to train on")
+    group = cli.add_argument_group("views")
+    group.add_argument("--box-scale", type=float, default=1.3, help="side of an upright view over the longer side of the box (PyMAF-X: 1.2)")
+    group.add_argument("--rotation", type=float, default=90, help="degrees either way: hands occur in all orientations (PyMAF: 30)")
+    group.add_argument("--zoom", type=float, default=0.25, help="views are up to this share larger or smaller")
+    group.add_argument("--shift", type=float, default=0.1, help="views move by up to this share of half their side")
+    group.add_argument("--color", type=float, default=0.4, help="each channel is multiplied by 1 -+ this")
+    group.add_argument("--eval-every", type=int, default=500, help="steps between validations and pictures; the end always has one")
+    add_training_flags(cli, batch_size=64, epochs=100)
+    return cli
+
+
+def build(args, hand):
+    """HandMesh from the flags: a fresh or pre-trained encoder under a fresh head."""
+    if args.init:
+        encoder = load_encoder(args.init, args.image_size, args.drop_path)
+        if args.arch and args.arch != encoder.arch:
+            raise ValueError(f"--arch {args.arch}, but --init {args.init} holds {encoder.arch}: leave --arch out")
+    else:
+        encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
+    return HandMesh(encoder, MeshHead(hand, encoder.dim, strides=encoder.arch == "resnet50", iterations=args.iterations,
+                                      width=args.head_width, dropout=args.dropout))
+
+
+def lr_scales(encoder, decay):
+    """Parameter name -> rate relative to the head's: layer-wise decay in a ViT, one tenth for a pre-trained ResNet."""
+    def scale(name):
+        if not name.startswith("encoder.") or decay == 1:
+            return 1.0
+        return decay ** (encoder.layers - encoder.layer_of(name.removeprefix("encoder."))) if encoder.arch != "resnet50" else 0.1
+    return scale
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    runtime = setup(args)
+    hand_arrays = load_hand(args.mano)
+    hand = Mano(hand_arrays)
+    indices, val_index = open_labelled(args.data, "--data"), open_labelled([args.val], "--val")[0]
+    rows = label_rows(indices, args.label_fraction, args.seed)
+    steps = total_steps(args, len(rows))
+    torch.manual_seed(args.seed)
+    model = build(args, hand)
+    model.head.set_mean(*training_mean(indices, hand, args.box_scale))
+    out, state = start_run(args, runtime)
+
+    model.to(runtime.device).train()
+    ema = copy.deepcopy(model)
+    decay = args.layer_decay if args.layer_decay is not None else 0.75 if args.init else 1.0
+    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), args.weight_decay, lr_scales(model.encoder, decay)))
+    scaler, start = runtime.scaler(), 0
+    if state:
+        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        start = state["step"]
+    net = runtime.wrap(model)
+
+    def joints_of(output):
+        return joints_from_vertices(output["vertices"], hand_arrays)
+
+    canvas = max(64, args.image_size * 8 // 7)                     # 256 for 224: views of box x 1.3 are never finer
+    dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
+    loader = make_loader(dataset, EpochSampler(len(rows), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
+                         workers=runtime.workers, pin=runtime.device.type == "cuda")
+    val_rows = runtime.share(np.arange(len(val_index)))
+    val_loader = make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, val_rows, substitute=False), batch_size=64,
+                             workers=runtime.workers)
+    log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
+    parameters, failed, lr_base = list(model.parameters()), set(), args.lr * args.batch_size / 256
+
+    for step, batch in enumerate(loader, start):
+        failed |= set(batch["failed"][batch["failed"] >= 0].tolist())
+        model.train()
+        batch = {name: value.to(runtime.device, non_blocking=True) for name, value in batch.items()}
+        theta, color = draw_views(args, runtime, step)
+        torch.manual_seed(generator(args.seed, step, 2 + runtime.rank).initial_seed())         # dropout, stochastic depth
+        views, target = make_views(batch["canvas"], theta, args.image_size, color), make_target(batch, theta, hand.hands_mean)
+        if step == 0 and runtime.main:
+            marked = [draw_joints(image, (joints + 1) * args.image_size / 2 - 0.5)
+                      for image, joints in zip(to_rgb(views[:16]), target["joints2d"][:16].cpu().numpy(), strict=True)]
+            save_image(out / "samples" / "views.png", grid(marked, 8))
+        lr = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps))
+        set_lr(optimizer, lr)
+        totals = {}
+        for part in torch.arange(len(views)).chunk(args.accumulate):
+            with runtime.exchange(net, last=part[-1] == len(views) - 1):
+                with runtime.autocast():
+                    outputs = net(views[part])
+                terms = mesh_losses(outputs, {name: value[part] for name, value in target.items()}, joints_of)
+                loss = sum(WEIGHTS[name] * term for name, term in terms.items())
+                scaler.scale(loss / args.accumulate).backward()
+            for name, term in (terms | {"loss": loss}).items():
+                totals[name] = totals.get(name, 0) + term.detach() / args.accumulate
+        norm = update(optimizer, scaler, parameters, clip=1.0)
+        ema_update(ema, model, min(args.ema, (1 + step) / (10 + step)))
+        log(step + 1, totals | {"lr": lr, "gradient_norm": norm})
+
+        done = step + 1 == steps
+        if done or (step + 1) % args.eval_every == 0:
+            pa_joints, pa_vertices = validate(ema, val_loader, runtime, args, joints_of)
+            log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
+            if runtime.main:
+                save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, next(iter(val_loader)), runtime, args, hand.faces))
+        if runtime.main and (done or (step + 1) % args.save_every == 0):
+            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=hand_name(args.mano), box_scale=args.box_scale,
+                            encoder={"arch": model.encoder.arch, "config": model.encoder.config}, head=model.head.config,
+                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    log.close()
+    if runtime.world > 1:
+        everywhere = [None] * runtime.world
+        dist.all_gather_object(everywhere, failed)
+        failed = set().union(*everywhere)
+    if runtime.main and start < steps:
+        save_checkpoint(out / "encoder.pt", kind="encoder", step=steps, arch=model.encoder.arch, config=model.encoder.config,
+                        state_dict=ema.encoder.state_dict())
+        rows = read_log(out / "log.jsonl")
+        for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
+            series = {name: tuple(zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)) for name in names}
+            save_image(out / "samples" / f"{names[0]}.png", curve(series, title=names[0], x_label="step"))
+        print(f"{Path(out) / 'last.pt'}: step {steps}, validation PA-MPVPE {pa_vertices:.2f} mm, PA-MPJPE {pa_joints:.2f} mm")
+        if failed:
+            paths = [str(dataset.locate(row)[0].image_path(dataset.locate(row)[1])) for row in sorted(failed)]
+            print(f"{len(paths)} images could not be read and were replaced by the next one: {'; '.join(paths[:10])}")
+    finish()
+
+
+if __name__ == "__main__":
+    run(main)
