@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data import (MEAN, STD, EpochSampler, HandDataset, HandIndex, apply_color, apply_theta, centre_theta, invert_theta, make_loader,
                   normalise, random_color, random_theta, square, theta_rotation, warp)
 from draw import curve, draw_joints, grid, overlay, save_image
-from mano import Mano, hand_name, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
+from mano import Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, build_encoder, load_encoder
 from runtime import (Log, add_training_flags, cosine, ema_update, finish, generator, param_groups, parser, read_log, run,
@@ -302,7 +302,7 @@ def main(argv=None):
             if runtime.main:
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, next(iter(val_loader)), runtime, args, hand.faces))
         if runtime.main and (done or (step + 1) % args.save_every == 0):
-            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=hand_name(args.mano), box_scale=args.box_scale,
+            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=fingerprint(hand_arrays), box_scale=args.box_scale,
                             encoder={"arch": model.encoder.arch, "config": model.encoder.config}, head=model.head.config,
                             model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     log.close()

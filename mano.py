@@ -419,6 +419,12 @@ def read_mano(path):
     return arrays
 
 
+def fingerprint(arrays):
+    """Short text that tells hand models apart: stored with a checkpoint in place of the model, which may not be."""
+    rounded = [np.round(arrays[name] * 1e6).astype(np.int64).tobytes() for name in ("v_template", "shapedirs")]
+    return hashlib.md5(b"".join(rounded), usedforsecurity=False).hexdigest()[:12]
+
+
 def load_hand(path=None):
     """Arrays of the MANO file at `path` (see `read_mano`), or of the licence-free hand where there is none."""
     return synthetic_mano() if path is None else read_mano(path)

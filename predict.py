@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import centre_theta, crop_canvas, normalise, read_boxes, read_image, square, warp, whole_box
 from draw import overlay, save_image
-from mano import Mano, crop_to_full_camera, hand_name, joints_from_vertices, load_hand, weak_perspective
+from mano import Mano, crop_to_full_camera, fingerprint, joints_from_vertices, load_hand, weak_perspective
 from model import load_mesh
 from runtime import add_device_flags, load_checkpoint, parser, run, setup
 
@@ -106,9 +106,9 @@ def main(argv=None):
     args = cli.parse_args(argv)
     runtime = setup(args)
     state = load_checkpoint(args.checkpoint, "mesh")
-    if state["hand"] != hand_name(args.mano):
-        raise ValueError(f"{args.checkpoint} was trained with the hand {state['hand']!r}, --mano gives {hand_name(args.mano)!r}: pass the same file")
     arrays = load_hand(args.mano)
+    if state["hand"] != fingerprint(arrays):
+        raise ValueError(f"{args.checkpoint} was trained with another hand model than {args.mano or 'the synthetic hand'}: pass its file with --mano")
     hand_model = Mano(arrays)
     net = load_mesh(state, hand_model).to(runtime.device)
     faces = hand_model.faces.cpu().numpy()
