@@ -35,7 +35,13 @@ FAR = 1.0  # metres: "no crease here"
 
 
 def unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return x / np.maximum(np.sqrt(np.einsum("...k,...k->...", x, x)), 1e-12)[..., None]
+
+
+def half_size(image):
+    """Means of 2 x 2 pixels."""
+    image = image[0::2] + image[1::2]
+    return (image[:, 0::2] + image[:, 1::2]) * np.float32(0.25)
 
 
 def pick(rng, *options):
@@ -167,7 +173,7 @@ def draw_person(rng, count):
     skin = SKIN[k] + (tone - k) * (SKIN[k + 1] - SKIN[k]) + rng.normal(0, 0.02, 3)
     held = rng.random() < 0.3
     return {"skin": np.clip(skin, 0.05, 0.98), "dark": tone / (len(SKIN) - 1), "redness": rng.uniform(0.3, 1.2),
-            "waves": rng.normal(0, 1, (6, 3)) * np.array([500, 900, 1500, 2200, 3000, 4000])[:, None],
+            "waves": rng.normal(0, 1, (6, 3)) * np.array([[90], [200], [380], [650], [1000], [1500]]),
             "phases": rng.uniform(0, 6.3, 6), "nail": rng.uniform(-0.05, 0.12, 3) if rng.random() < 0.8
             else rng.uniform(-0.6, 0.5, 3), "gloss": rng.uniform(0.02, 0.12),
             "sleeve": rng.uniform(0.01, 0.11) if rng.random() < 0.6 else None, "cloth": rng.uniform(0.05, 0.9, 3),
@@ -204,7 +210,7 @@ def draw_light(rng):
     warm = rng.normal(0, 0.12)
     tint = np.array([1 + warm, 1 + rng.normal(0, 0.03), 1 - warm])
     share = rng.uniform(0.4, 0.78)  # of the key light
-    level = rng.uniform(0.75, 1.15)
+    level = rng.uniform(0.6, 1.0)
     return {"to": unit(np.array([rng.normal(0, 0.6), rng.normal(-0.7, 0.4), -abs(rng.normal(0.7, 0.35)) - 0.15])),
             "key": 1.35 * level * share * tint, "sky": 1.1 * level * (1 - share) * (2 - tint) * rng.uniform(0.9, 1.1, 3),
             "bounce": 0.75 * level * (1 - share) * rng.uniform(0.75, 1.15, 3)}
@@ -279,25 +285,25 @@ def forearm(anatomy, person, vertices, turn):
 # ------------------------------------------------------------------------------------------------------------- drawing
 def skin_albedo(person, at):
     """Linear RGB (P,3) and gloss (P,) of skin at the interpolated rows of Anatomy.coordinates (P,9)."""
-    rest, back, creases, nail = at[:, :3], at[:, 3], at[:, 4:7], at[:, 7:]
+    rest, back, creases, nail = at[:, :3], at[:, 3], np.abs(at[:, 4:7]), at[:, 7:]
+    f4 = np.float32
     skin = person["skin"] ** 2.2
     palm = np.minimum(skin * (1.12 + 0.9 * person["dark"]) + np.array([0.03, 0.0, 0.0]), 0.9)
-    share = 1 / (1 + np.exp(5 * (back + 0.15)))[:, None]
-    color = skin * (1 - share) + palm * share
-    noise = np.sin(rest @ person["waves"].T.astype(np.float32) + person["phases"]) @ np.full(6, 0.022)
-    color = color * (1 + noise[:, None])
-    near = np.abs(creases).min(1)
-    lines = np.exp(-((near / 0.0011) ** 2)) * np.where(back < 0.1, 0.38, 0.0)
-    folds = np.exp(-((near / 0.004) ** 2)) * np.clip(back, 0, 1) * (0.16 + 0.14 * np.cos(near * 2 * np.pi / 0.0022))
-    color = color * (1 - np.clip(lines + folds, 0, 0.6))[:, None] ** np.array([0.7, 1.0, 1.05])
-    red = np.exp(-(((creases[:, 2] - 0.02) / 0.008) ** 2)) * person["redness"] * 0.25 * (1 - 0.6 * person["dark"])
-    color = color * (1 + red[:, None] * np.array([0.12, -0.3, -0.2]))
-    radius = nail[:, 0] ** 2 * np.where(nail[:, 0] > 0, 0.7, 1) + nail[:, 1] ** 2
-    on = ((radius < 1) & (back > 0.25))[:, None]
+    share = 1 / (1 + np.exp(5 * (back + f4(0.15))))[:, None]
+    color = skin.astype(f4) + (palm - skin).astype(f4) * share
+    noise = np.sin(rest @ person["waves"].T.astype(f4) + person["phases"].astype(f4)) @ np.array([0.04, 0.035, 0.03, 0.025, 0.02, 0.02], f4)
+    near = np.minimum(np.minimum(creases[:, 0], creases[:, 1]), creases[:, 2])
+    lines = np.exp(-((near / f4(0.0011)) ** 2)) * np.where(back < 0.1, f4(0.38), f4(0))
+    folds = np.exp(-((near / f4(0.004)) ** 2)) * np.clip(back, 0, 1) * (f4(0.16) + f4(0.14) * np.cos(near * f4(2856)))
+    color *= ((1 + noise) * (1 - np.minimum(lines + folds, f4(0.6))))[:, None]
+    red = np.exp(-(((at[:, 6] - f4(0.02)) / f4(0.008)) ** 2)) * f4(person["redness"] * 0.25 * (1 - 0.6 * person["dark"]))
+    color *= 1 + red[:, None] * np.array([0.12, -0.3, -0.2], f4)  # fingertips are redder
+    radius = nail[:, 0] ** 2 * np.where(nail[:, 0] > 0, f4(0.7), f4(1)) + nail[:, 1] ** 2
+    on = (radius < 1) & (back > 0.25)
     polish = np.clip(person["skin"] * 0.75 + np.array([0.24, 0.16, 0.15]) + person["nail"], 0.04, 0.97) ** 2.2
-    rim = ((radius >= 1) & (radius < 1.45) & (back > 0.2))[:, None]
-    color = np.where(on, np.where(nail[:, :1] > 0.75, np.minimum(polish * 1.25, 0.95), polish), color * np.where(rim, 0.78, 1))
-    return color, person["gloss"] * (1 + 5 * on[:, 0])
+    color[on] = polish * np.where(nail[on, :1] > 0.75, 1.25, 1.0)
+    color[(radius >= 1) & (radius < 1.45) & (back > 0.2)] *= f4(0.78)
+    return color, person["gloss"] * (1 + 5 * on)
 
 
 def in_shadow(points, faces, at, to):
@@ -342,7 +348,7 @@ def draw_hand(anatomy, person, light, background, labels, frame, size):
     points = np.concatenate([p for p, _, _ in parts])
     faces = np.concatenate([f + s for (_, f, _), s in zip(parts, starts, strict=False)])
     normals = np.concatenate([vertex_normals(p, f) for p, f, _ in parts])
-    faces = faces[points[:, 2][faces].min(1) > 0.06]  # a sleeve may reach behind the camera
+    faces = faces[(points[:, 2] > 0.06)[faces].all(1)]  # a sleeve may reach behind the camera
     pixels = points @ K.T
     pixels = np.concatenate([(pixels[:, :2] / np.maximum(pixels[:, 2:], 1e-3) + 0.5) * 2, points[:, 2:]], 1)
     face, bary, depth = rasterise(pixels, faces, (2 * size, 2 * size))
@@ -372,14 +378,15 @@ def draw_hand(anatomy, person, light, background, labels, frame, size):
     color = albedo * (diffuse * light["key"] + open_ * (light["sky"] * sky + light["bounce"] * (1 - sky)))
     half = unit(light["to"] - unit(at))
     shine = gloss * np.clip((normal * half).sum(1), 0, 1) ** 22 * lit[:, 0]
-    color = (color * (0.45 + 0.55 * open_) + 2.0 * shine[:, None] * light["key"]).clip(0, 1) ** (1 / 2.2)
+    color = color * (0.45 + 0.55 * open_) + 2.0 * shine[:, None] * light["key"]
+    color = np.where(color < 0.5, color, 1 - 0.5 * np.exp(1 - 2 * color)) ** (1 / 2.2)  # highlights roll off
 
     layer = np.zeros((2 * size, 2 * size, 4), np.float32)
     layer[hit, :3], layer[hit, 3] = color, 1
-    layer = layer.reshape(size, 2, size, 2, 4).mean((1, 3))
+    layer = half_size(layer)
     mask = np.zeros((2 * size, 2 * size), np.float32)
-    mask[hit] = (corner < len(vertices)).all(1)
-    mask = mask.reshape(size, 2, size, 2).mean((1, 3))
+    mask[hit] = corner[:, 0] < len(vertices)
+    mask = half_size(mask)
     u, v = np.clip(2 * labels["joints2d"][frame] + 1, 0, 2 * size - 1).astype(int).T
     hidden = labels["joints"][frame, :, 2] > depth[v, u] + 0.016
     return layer, mask, hidden
