@@ -1,0 +1,422 @@
+"""Scores predicted hands as the data set's official script does, and shows them.
+
+  evaluate.py --data INDEX --checkpoint RUN/last.pt --out DIR     predict every hand of INDEX, then score
+  evaluate.py --data INDEX --predictions pred.json --out DIR      score a file made elsewhere
+  evaluate.py --compare NAME=DIR/metrics.json ... --out DIR       one table of several runs; a NAME given several times
+                                                                  (seeds, say) becomes mean and standard deviation
+
+Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), pred.json and
+pred.zip (the submission: [joints, vertices] in metres, in the order of INDEX; FreiHAND's joint order and x right, y
+down, z forward, for HO-3D its own order and x right, y up) and report.html, one page that needs nothing else.
+--compare writes table.json. All files appear together at the end; a run that fails leaves nothing.
+"""
+
+import base64
+import contextlib
+import html
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import metrics
+from data import HandDataset, HandIndex, centre_theta, crop_canvas, make_loader, normalise, read_image, square, warp
+from draw import BONES, FINGER_COLORS, draw_joints, overlay
+from mano import (
+    FREIHAND_TO_MANO,
+    JOINT_NAMES,
+    MANO_TO_FREIHAND,
+    TIPS,
+    Mano,
+    crop_to_full_camera,
+    fingerprint,
+    joints_from_vertices,
+    load_hand,
+    rotmat_from_axis_angle,
+)
+from model import load_mesh
+from runtime import add_device_flags, load_checkpoint, parser, read_json, run, setup
+
+CONTEXT = 2.0                              # canvas over box, as in training
+FLIP = np.array([1.0, -1.0, -1.0])         # OpenCV's camera axes to HO-3D's and back
+PLACED = {"abs": "as submitted", "root": "minus the wrist"}
+CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
+         ("f_5", "F-score at 5 mm", ""), ("f_15", "F-score at 15 mm", ""),
+         ("auc_joints", "AUC, joints", ""), ("auc_vertices", "AUC, mesh", ""))
+COLUMNS = ("joints mm", "mesh mm", "AUC joints", "AUC mesh", "F@5", "F@15")
+
+
+def main(argv=None):
+    cli = parser(__doc__)
+    source = cli.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="RUN/last.pt of finetune_mesh.py: predict with its averaged weights")
+    source.add_argument("--predictions", help="pred.json: [joints (N,21,3), vertices (N,778,3)], or [joints, []]")
+    source.add_argument("--compare", nargs="+", metavar="NAME=metrics.json", help="print one table of several runs")
+    cli.add_argument("--data", help="the index to score; needed unless --compare")
+    cli.add_argument("--out", required=True, help="folder for the results")
+    cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS), help="default: as the index says, else freihand")
+    cli.add_argument("--mano", help="official MANO_RIGHT.pkl or an .npz of it; default: the synthetic hand")
+    cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
+    add_device_flags(cli)
+    args = cli.parse_args(argv)
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    if args.compare:
+        return compare(args.compare, out)
+    if not args.data:
+        raise ValueError("--data is missing: name the index to score")
+    index, arrays = HandIndex(args.data), load_hand(args.mano)
+    protocol = args.protocol or index.meta.get("protocol", "freihand")
+    labels = read_labels(index, protocol)
+    definition = index.meta.get("joints", "freihand")
+    if args.checkpoint:
+        pred, box_scale = predict_index(args, index, arrays, definition)
+        pred = [np.round(points.astype(np.float64), 7) for points in pred]     # what pred.json holds is what is scored
+    else:
+        pred = read_predictions(args.predictions, len(index), protocol)
+        if pred[1] is None:
+            labels["gt_vertices"] = None
+    mean = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in mean_hand(arrays, definition)]
+    try:
+        errors = metrics.per_sample_errors(*pred, protocol=protocol, **labels)
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint or args.predictions}: {error}") from None
+    baseline = metrics.per_sample_errors(*mean, protocol=protocol, **labels)
+    table = metrics.summarise(errors, protocol)
+    keys = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
+    table |= {f"mean_hand_{key}": value for key, value in metrics.summarise(baseline, protocol).items() if key in keys}
+    facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})",
+             "predicted by": args.checkpoint or args.predictions,
+             "protocol": protocol, "hands": f"{table['count']}",
+             "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
+             "hand model": args.mano or "the synthetic hand",
+             "crop": f"the index' box, squared, x {box_scale:g}" if args.checkpoint else "made elsewhere, unknown",
+             "reflected": ", ".join(f"{table[key]} ({key[10:]})" for key in table if key.startswith("reflected"))}
+    with staged(out) as folder:
+        (folder / "metrics.json").write_text(json.dumps(table, indent=1))
+        scores = metrics.official_scores(table, protocol)
+        (folder / "scores.txt").write_text("".join(f"{key}: {value:f}\n" for key, value in scores.items()))
+        write_predictions(folder, pred, protocol)
+        page = report(index, arrays["f"], pred, labels, errors, baseline, table, facts)
+        (folder / "report.html").write_text(page, encoding="utf-8")
+    print(text_table(COLUMNS, table_rows(table, protocol)))
+    print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
+    print(*(f"{key} {table[key]:.2f} " for key in keys[:2] if key in table), f"-> {out / 'report.html'}")
+
+
+# ------------------------------------------------------------------------------------------------- labels, predictions
+def read_labels(index, protocol):
+    """The index' labels, one row a hand, as the keyword arguments of metrics.per_sample_errors."""
+    if "joints" not in index.columns:
+        raise ValueError(f"{index.path} has no labels (column `joints`) to score against; predict.py shows hands")
+    rows = index.pose_ids()
+    labels = {"gt_joints": np.asarray(index.columns["joints"][rows], np.float64), "gt_vertices": None}
+    if "vertices" in index.columns:
+        labels["gt_vertices"] = index.columns["vertices"][rows]
+    if protocol == "assemblyhands":
+        labels["side"] = np.array([index.side(row) for row in range(len(index))])
+        if "visible" in index.columns:
+            labels["valid"] = index.columns["visible"][rows] > 0
+    return labels
+
+
+def labelled_joints(vertices, joints, arrays, definition):
+    """(B,21,3) as the labels define them: regressed from the mesh (FreiHAND), or the layer's with the named tips."""
+    if definition == "freihand" or definition not in TIPS:
+        return joints_from_vertices(vertices, arrays, "freihand")
+    joints = joints.clone()
+    joints[:, [4, 8, 12, 16, 20]] = vertices[:, list(TIPS[definition])]
+    return joints
+
+
+def mean_hand(arrays, definition):
+    """Joints (1,21,3) and vertices (1,778,3) of the hand at its mean pose with zero betas: what guessing scores."""
+    hand = Mano(arrays)
+    rotmats = torch.cat([torch.eye(3)[None], rotmat_from_axis_angle(hand.hands_mean)])[None]      # (1, 16, 3, 3)
+    vertices, joints = hand(rotmats, torch.zeros(1, 10))
+    return labelled_joints(vertices, joints, arrays, definition).numpy(), vertices.numpy()
+
+
+@torch.no_grad()
+def predict_index(args, index, arrays, definition):
+    """Every hand of the index, in its order: joints (N,21,3), vertices (N,778,3), metres, as the image shows them; and
+    the side of a view over that of the box.
+
+    Left hands are predicted as right ones in the mirrored image and mirrored back. With K in the index the hand stands
+    in the camera frame at the depth that its size in the image implies; without, it is relative to its wrist.
+    ValueError that names the first image that cannot be read: a blank one would be scored as a bad prediction.
+    """
+    runtime, state = setup(args), load_checkpoint(args.checkpoint, "mesh")
+    if state["hand"] != fingerprint(arrays):
+        raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file with --mano "
+                         "(none for the synthetic hand)")
+    net, zoom = load_mesh(state, Mano(arrays)).to(runtime.device), state["box_scale"] / CONTEXT
+    size = net.encoder.config["image_size"]
+    dataset = HandDataset([index], max(64, size * 8 // 7), CONTEXT, substitute=False)
+    joints, vertices = np.zeros((len(index), 21, 3), np.float32), np.zeros((len(index), 778, 3), np.float32)
+    for batch in tqdm(make_loader(dataset, batch_size=args.batch_size, workers=runtime.workers), desc="predict"):
+        failed = batch["failed"][batch["failed"] >= 0]
+        if len(failed):
+            read_image(index.image_path(int(failed[0])))                    # says what is wrong with it
+            raise ValueError(f"{index.image_path(int(failed[0]))}: its box lies outside the image")
+        theta = centre_theta(len(batch["row"]), zoom).to(runtime.device)
+        views = warp(batch["canvas"].to(runtime.device), theta, size)
+        with runtime.autocast():
+            hand = {key: value.float().cpu() for key, value in net(normalise(views))[-1].items()}
+        sign = 1 - 2 * batch["mirrored"].float()                             # -1: mirror a left hand back
+        points = torch.cat([labelled_joints(hand["vertices"], hand["joints"], arrays, definition), hand["vertices"]], 1)
+        points[..., 0] *= sign[:, None]
+        rows = batch["row"].numpy()
+        if "K" in index.columns:
+            camera = hand["camera"] * torch.stack([torch.ones_like(sign), sign, torch.ones_like(sign)], 1)
+            K = torch.from_numpy(np.array(index.columns["K"][index.pose_ids()[rows]]))
+            points = points + crop_to_full_camera(camera, batch["crop"][:, :2], batch["crop"][:, 2] * zoom, K)[:, None]
+        joints[rows], vertices[rows] = points[:, :21].numpy(), points[:, 21:].numpy()
+    return (joints, vertices), state["box_scale"]
+
+
+def read_predictions(path, count, protocol):
+    """Joints (N,21,3) and vertices (N,778,3) or None from a submission file. ValueError names the file and the mend."""
+    content = read_json(path)
+    if not isinstance(content, list) or len(content) not in (1, 2):
+        raise ValueError(f"{path}: needs [joints, vertices], two lists with one entry a hand")
+    points = []
+    for name, number, entries in zip(("joints", "vertices"), (21, 778), content, strict=False):
+        if name == "vertices" and not entries:
+            break
+        if len(entries) != count:
+            raise ValueError(f"{path}: {len(entries)} entries of {name}, but the index has {count} hands")
+        array = as_array(entries)
+        if array is None or array.shape != (count, number, 3):
+            wrong = next((i for i, hand in enumerate(entries) if np.shape(as_array(hand)) != (number, 3)), 0)
+            raise ValueError(f"{path}: {name} of hand {wrong} are not {number} points of 3 numbers")
+        points.append(array)
+    joints, vertices = points if len(points) == 2 else (points[0], None)
+    if protocol == "ho3d":
+        joints = joints[:, list(MANO_TO_FREIHAND)] * FLIP
+        vertices = None if vertices is None else vertices * FLIP
+    return joints, vertices
+
+
+def as_array(nested):
+    """Nested lists as float64, None where they are ragged or hold something else than numbers."""
+    try:
+        return np.asarray(nested, np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def write_predictions(folder, pred, protocol):
+    """pred.json and pred.zip in the form the data set's leaderboard takes."""
+    joints, vertices = pred
+    if protocol == "ho3d":
+        joints, vertices = joints[:, list(FREIHAND_TO_MANO)] * FLIP, None if vertices is None else vertices * FLIP
+    content = json.dumps([joints.tolist(), [] if vertices is None else vertices.tolist()])
+    (folder / "pred.json").write_text(content)
+    with zipfile.ZipFile(folder / "pred.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "pred.json", "pred.json")
+
+
+@contextlib.contextmanager
+def staged(out):
+    """A temporary folder beside `out` whose files move into it only when the block has ended well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        out.mkdir(exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def table_rows(table, protocol):
+    """[(name, six texts)]: one row for each way of laying the prediction over the truth, the mean hand last."""
+    placed = metrics.PROTOCOLS[protocol]
+    f = {kind: ("f_5_unaligned", "f_15_unaligned") if kind == placed else () for kind in ("root", "abs")}
+    rows = [("similarity fit (leaderboards)", "pa_{}_mm", "auc_{}", ("f_5", "f_15")),
+            ("  the same, no reflections", "pa_{}_noreflect_mm", "auc_{}_noreflect", ()),
+            ("wrist and one bone", "sc_tr_{}_mm", "auc_{}_sc_tr", ()),
+            ("minus the wrist", "root_{}_mm", "auc_{}_root", f["root"]),
+            ("as submitted", "abs_{}_mm", "auc_{}_abs", f["abs"]),
+            ("mean hand, the same fit", "mean_hand_pa_{}_mm", "mean_hand_auc_{}", ("mean_hand_f_5", "mean_hand_f_15"))]
+    out = []
+    for name, distance, area, shares in rows:
+        keys = [*map(distance.format, ("mpjpe", "mpvpe")), *map(area.format, ("joints", "vertices"))]
+        values = [table.get(key) for key in (*keys, *(shares or ("", "")))]
+        if any(value is not None for value in values):
+            out.append((name, ["" if v is None else f"{v:.2f}" if i < 2 else f"{v:.3f}" for i, v in enumerate(values)]))
+    return out
+
+
+def text_table(columns, rows):
+    lines = [["", *columns], *([name, *values] for name, values in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
+                               for i, (cell, w) in enumerate(zip(cells, widths, strict=True))) for cells in lines)
+
+
+def compare(entries, out):
+    """Prints one table of several metrics.json and writes table.json; runs of one name become mean +- deviation."""
+    groups, mean = {}, None
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise ValueError(f"--compare {entry}: write NAME=path/to/metrics.json")
+        table = read_json(path)
+        if not isinstance(table, dict) or "pa_mpjpe_mm" not in table:
+            raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm is missing)")
+        groups.setdefault(name, []).append(table)
+        hand = {key.removeprefix("mean_hand_"): value for key, value in table.items() if key.startswith("mean_hand_")}
+        mean = mean or hand
+        if hand != mean or table["count"] != next(iter(groups.values()))[0]["count"]:
+            raise ValueError(f"{path}: scored on other hands than the first file; compare runs on one data set")
+    table, rows = {"mean_hand": mean} if mean else {}, []
+    for name, runs in groups.items():
+        shared = [key for key in runs[0] if not key.startswith("mean_hand_") and all(key in r for r in runs)]
+        table[name] = {key: float(np.mean([r[key] for r in runs])) for key in shared}
+        if len(runs) > 1:
+            table[name] |= {f"{key}_std": float(np.std([r[key] for r in runs], ddof=1)) for key in shared}
+            table[name]["runs"] = len(runs)
+    for name, values in table.items():
+        texts = []
+        for key in ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15"):
+            digits = 2 if key.endswith("mm") else 3
+            spread = f" ± {values[key + '_std']:.{digits}f}" if key + "_std" in values else ""
+            texts.append(f"{values[key]:.{digits}f}{spread}" if key in values else "")
+        rows.append((name, texts))
+    with staged(out) as folder:
+        (folder / "table.json").write_text(json.dumps(table, indent=1))
+    print(text_table(COLUMNS, rows))
+    print(f"after the leaderboards' similarity fit, {runs[0]['count']} hands  -> {out}/table.json")
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+def report(index, faces, pred, labels, errors, baseline, table, facts):
+    """The whole of report.html as one string: the template beside this file, filled with text, pictures and numbers."""
+    part = "vertices" if "pa_vertices" in errors else "joints"
+    score = 1000 * (errors["pa_vertices"] if part == "vertices" else row_mean(errors["pa_joints"]))   # (n,) mm
+    order = np.argsort(score, kind="stable")
+    cases, pictures = [], ""
+    for name, share in (("best", 0), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("95 %", 0.95), ("worst", 1)):
+        which = order[round(share * (len(order) - 1))]
+        case, images, note = show_case(index, faces, pred, labels, int(errors["row"][which]), part)
+        cases.append(case | {"name": f"{name}, {score[which]:.1f} mm"})
+        cells = [f'<td><img src="{data_uri(image)}" alt="{name}: {caption}"></td>' for caption, image in images.items()]
+        head = f"{name}<br><b>{score[which]:.1f} mm</b><br>hand {errors['row'][which]}"
+        pictures += f"<tr><th>{head}</th>{''.join(cells)}</tr>"
+    protocol, placed = facts["protocol"], metrics.PROTOCOLS[facts["protocol"]]
+    counts, edges = np.histogram(score.clip(max=np.quantile(score, 0.99) * 1.15), bins=min(40, max(8, len(score) // 8)))
+    curves = {"aligned": errors["pa_joints"], PLACED[placed]: errors[f"{placed}_joints"],
+              "mean hand, aligned": baseline["pa_joints"]}
+    numbers = {"faces": np.ravel(faces).tolist() if part == "vertices" else [], "cases": cases, "part": part,
+               "bones": [[a, b, css_color(finger)] for a, b, finger in BONES],
+               "joints": [[name.replace("_", " "), css_color((i - 1) // 4) if i else "#6b7685"]
+                          for i, name in enumerate(JOINT_NAMES)],
+               "by_joint": [(1000 * row_mean(e["pa_joints"].T)).round(3).tolist() for e in (errors, baseline)],
+               "histogram": {"counts": counts.tolist(), "edges": edges.tolist(),
+                             "marks": [["median", float(np.median(score))], ["95 %", float(np.quantile(score, 0.95))]]},
+               "curves": [[name, metrics.pck_curve(values)[1].round(4).tolist()] for name, values in curves.items()]}
+    slots = {"TITLE": html.escape(index.meta.get("name", "hands")), "NOTE": note, "PICTURES": pictures,
+             "CARDS": "".join(f"<div><b>{table[key]:.{2 if unit else 3}f}</b><i>{unit}</i><span>{label}</span></div>"
+                              for key, label, unit in CARDS if key in table),
+             "FACTS": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items()),
+             "HEAD": "".join(f"<th>{column}</th>" for column in COLUMNS),
+             "HEADS": "".join(f"<th>{caption}</th>" for caption in images),
+             "TABLE": "".join(f"<tr><th>{name}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
+                              for name, values in table_rows(table, protocol)),
+             "NUMBERS": json.dumps(numbers, separators=(",", ":")).replace("<", "\\u003c")}
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    for name, value in slots.items():
+        page = page.replace("{{" + name + "}}", value)
+    return page
+
+
+def css_color(finger):
+    return "rgb({},{},{})".format(*FINGER_COLORS[finger])
+
+
+def row_mean(values):
+    """Mean of every row over what is not NaN (0 where a row has nothing)."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(1) / np.maximum(known.sum(1), 1)
+
+
+def show_case(index, faces, pred, labels, row, part, size=256):
+    """One hand for the report: its points for the view that turns, pictures of prediction and truth, a note on them."""
+    truth = {"joints": np.asarray(labels["gt_joints"][row], np.float64)}
+    guess = {"joints": pred[0][row]}
+    if part == "vertices":
+        truth["vertices"], guess["vertices"] = np.asarray(labels["gt_vertices"][row], np.float64), pred[1][row]
+    known = np.isfinite(truth["joints"]).all(1)
+    fitted = {"joints": np.full((21, 3), np.nan)}
+    fitted["joints"][known] = metrics.procrustes(guess["joints"][known], truth["joints"][known], reflect=True)
+    if part == "vertices":
+        fitted["vertices"] = metrics.procrustes(guess["vertices"], truth["vertices"], reflect=True)
+    error = np.linalg.norm(fitted[part] - truth[part], axis=1)
+    centre = np.nanmean(truth[part], axis=0)
+    values = {"pred": fitted[part] - centre, "true": truth[part] - centre, "error": error}     # as whole tenths of mm
+    case = {key: np.round(1e4 * np.nan_to_num(value)).astype(int).ravel().tolist() for key, value in values.items()}
+
+    centre_x, centre_y, side = square(index.columns["box"][row], 1.6)
+    try:
+        image = crop_canvas(read_image(index.image_path(row))[0], centre_x, centre_y, side, size)[0]
+    except (OSError, ValueError):                       # a prediction file can be scored without the photographs
+        image = np.full((size, size, 3), 225, np.uint8)
+    project, placed = image_camera(index, row, truth["joints"])
+    if project is None:
+        return case, {"photograph": image}, "Without K and 2D joints in the index nothing is drawn on the photographs."
+    in_place = placed and guess["joints"][:, 2].min() > 0.05
+    drawn = guess if in_place else fitted
+    images = {"photograph": image}
+    for caption, hand, color in (("prediction", drawn, (92, 148, 240)), ("truth", truth, (104, 190, 130))):
+        points = {key: project(value) for key, value in hand.items()}
+        for value in points.values():                   # pixel edges of the photograph -> of the crop
+            value[:, :2] = (value[:, :2] - [centre_x - side / 2, centre_y - side / 2]) * size / side
+        if part == "vertices":
+            images[f"{caption}, mesh"] = overlay(image, points["vertices"], faces, color)
+        images[f"{caption}, joints"] = draw_joints(image, points["joints"][:, :2] - 0.5)
+    note = ("Predictions are drawn where they were placed in the camera." if in_place else
+            "Predictions are drawn after the similarity fit: the file or the index does not say where they stand.")
+    return case, images, note
+
+
+def image_camera(index, row, joints):
+    """(function from (N,3) metres to (N,3) = x, y in pixel edges and depth; True where that is the true camera): by K,
+    else by the weak perspective that fits the labelled 2D joints, else (None, False)."""
+    label = index.label(row)
+    if "K" in index.columns:
+        K = np.asarray(index.columns["K"][label], np.float64)
+
+        def pinhole(points):
+            flat = points @ K.T
+            return np.concatenate([flat[:, :2] / flat[:, 2:] + 0.5, points[:, 2:]], 1)
+        return pinhole, True
+    if "joints2d" not in index.columns:
+        return None, False
+    known = np.isfinite(joints).all(1)
+    seen, flat = index.columns["joints2d"][label][known] + 0.5, joints[known, :2]
+    centre, root = seen.mean(0), flat.mean(0)
+    scale = ((seen - centre) * (flat - root)).sum() / max(((flat - root) ** 2).sum(), 1e-12)
+    return lambda points: np.concatenate([scale * (points[:, :2] - root) + centre, points[:, 2:]], 1), False
+
+
+def data_uri(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    run(main)
