@@ -222,7 +222,7 @@ def _chunks(*tensors):
 
 
 def _blend(transforms, weights):
-    return torch.mm(transforms.reshape(-1, 16), weights.T).view(-1, 3, 4, len(weights))
+    return torch.mm(transforms.reshape(-1, 16), weights.T).view(len(transforms), 3, 4, len(weights))
 
 
 class Mano(nn.Module):
@@ -283,10 +283,10 @@ class Mano(nn.Module):
     def _pose(self, rotmats, betas):
         # Template, shape and pose in one product (MANO eq. 2 to 5); the global rotation does not correct the pose.
         features = torch.cat([betas, rotmats[:, 1:].flatten(1) - self.identity], dim=1)        # (B, 145)
-        points = torch.addmm(self.planes, features, self.blend).view(len(betas), 3, -1)        # (B, 3, V)
+        points = torch.addmm(self.planes, features, self.blend).unflatten(1, (3, -1))         # (B, 3, V)
 
         # Rest joints are linear in betas (MANO eq. 10, J_regressor times template and shape, multiplied out beforehand).
-        joints, bones = torch.addmm(self.rest, betas, self.rest_dirs).view(-1, 2, 16, 3, 1).unbind(1)      # (B, 16, 3, 1)
+        joints, bones = torch.addmm(self.rest, betas, self.rest_dirs).unflatten(1, (2, 16, 3, 1)).unbind(1)
 
         # The chain, five fingers at once: G_i = G_parent [R_i | J_i - J_parent], and G_0 = [R_0 | J_0].
         local = F.pad(torch.cat([rotmats, bones], dim=-1), (0, 0, 0, 1)) + self.last_row       # (B, 16, 4, 4)

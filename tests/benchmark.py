@@ -1,0 +1,65 @@
+"""Timings: python tests/benchmark.py SECTION [SECTION ...]   (all sections without one). Medians, quartiles in brackets.
+
+Two threads, rivals in one process and in turn, so that a busy machine slows both alike.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT.parent), str(ROOT)]
+
+
+def race(runners, repeats=20, warm_up=3):
+    """{name: function} -> {name: (quartile, median, quartile)} in ms; every round runs each once."""
+    seconds = {name: [] for name in runners}
+    for turn in range(warm_up + repeats):
+        for name, runner in runners.items():
+            start = time.perf_counter()
+            runner()
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * np.quantile(times, [0.25, 0.5, 0.75]) for name, times in seconds.items()}
+
+
+def layer():
+    """`Mano` (21 joints) against smplx.lbs (16), both with a backward pass to rotations and betas."""
+    from smplx.lbs import lbs
+
+    from fixtures import PARENTS, random_mano
+    from mano import Mano, rotmat_from_axis_angle
+
+    arrays = random_mano()
+    hand = Mano(arrays)
+    a = {key: torch.tensor(value, dtype=torch.float32) for key, value in arrays.items() if key != "f"}
+    posedirs, parents = a["posedirs"].reshape(-1, 135).T.contiguous(), torch.tensor(PARENTS)
+
+    def smplx_hand(rotmats, betas):
+        return lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents, a["weights"],
+                   pose2rot=False)
+
+    print("layer, forward + backward, ms     smplx.lbs              ours               times faster (target)")
+    for batch, target in ((1, 1.3), (64, 2.0), (1024, 3.0)):
+        generator = torch.Generator().manual_seed(batch)
+        rotmats = rotmat_from_axis_angle(torch.randn(batch, 16, 3, generator=generator)).requires_grad_()
+        betas = torch.randn(batch, 10, generator=generator).requires_grad_()
+        gradients = torch.randn(batch, 778, 3, generator=generator), torch.randn(batch, 21, 3, generator=generator)
+
+        def step(model, rotmats=rotmats, betas=betas, gradients=gradients):
+            vertices, joints = model(rotmats, betas)
+            torch.autograd.grad((vertices, joints), (rotmats, betas), (gradients[0], gradients[1][:, :joints.shape[1]]))
+
+        result = race({"smplx": lambda step=step: step(smplx_hand), "ours": lambda step=step: step(hand)})
+        columns = [f"{m:8.3f} [{low:.3f} {high:.3f}]" for low, m, high in result.values()]
+        print(f"  batch {batch:5d}         {columns[0]:>26}{columns[1]:>26}   {result['smplx'][1] / result['ours'][1]:.2f} ({target})")
+
+
+SECTIONS = {"layer": layer}
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    for section in sys.argv[1:] or SECTIONS:
+        SECTIONS[section]()
