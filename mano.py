@@ -489,8 +489,8 @@ def _flesh(chains):
             cones += [([86, 1, 6 + 0.42 * (knuckle[2] - 6)], knuckle + [2, -3.5, 0], 11.5, 9, 0),         # metacarpal
                       (knuckle + [1, -7, 0], knuckle + 0.38 * bone + [0, -3, 0], 6, 5, 0)]                # pad below it
     index, middle, ring, little, thumb = (chain for chain, _ in chains.values())
-    hollows = [finger[0] + 0.24 * (finger[1] - finger[0]) + [0, -2, 0] for finger in (index, middle, ring, little)]
-    cones += [(a, b, 5, 5, 0) for a, b in zip(hollows[:-1], hollows[1:], strict=True)]                    # finger webs
+    hollows = [finger[0] + 0.20 * (finger[1] - finger[0]) + [0, -2, 0] for finger in (index, middle, ring, little)]
+    cones += [(a, b, 4.5, 4.5, 0) for a, b in zip(hollows[:-1], hollows[1:], strict=True)]                    # finger webs
     bay = (thumb[1] + index[0]) / 2 + [9.5, -0.5, -4.5]
     cones += [(_WRIST + [45, -4, 8], _WRIST + [0, -4, 7], 16, 13, 0), (_WRIST + [45, -4, -10], _WRIST + [0, -4, -9], 16, 13, 0),
               (thumb[0] + [4, -4, -4], thumb[1] + [4, -3, -6], 11.5, 9, 0), ([80, -7, -12], [38, -8, -29], 10.5, 8.5, 0),    # pads
@@ -618,17 +618,17 @@ def _skin(chains, joints, points, owner, average):
         bones = np.diff(chain, axis=0)
         if name == "thumb":
             t = np.clip((points - chain[0]) @ bones[0] / (bones[0] @ bones[0]), 0, 1)
-            near = 1 - _smoothstep((np.linalg.norm(points - chain[0] - t[:, None] * bones[0], axis=1) - 10) / 18)
+            near = 1 - _smoothstep((np.linalg.norm(points - chain[0] - t[:, None] * bones[0], axis=1) - 8) / 32)
         else:
             near = lanes[:, i]
         share, steps = np.where(owner == i + 1, 1, np.where(owner < 1, near, 0)), []
         for j in range(3):
             normal = _unit(_unit(bones[max(j - 1, 0)]) + _unit(bones[j]))
-            half, shift = ((18 if name == "thumb" else 14), 3) if j == 0 else (0.95 * radii[j], 0)
+            half, shift = ((24 if name == "thumb" else 14), 3) if j == 0 else (1.05 * radii[j], 0)
             steps.append(_smoothstep(((points - chain[j]) @ normal - shift) / (2 * half) + 0.5))
         first = 1 + 3 * _ORDER.index(name)
         weights[:, first:first + 3] = (share * np.cumprod(steps, axis=0) * (1 - np.array([*steps[1:], 0 * share]))).T
-    for _ in range(2):
+    for _ in range(5):
         weights = (weights + average @ weights) / 2
     weights /= np.maximum(weights.sum(1, keepdims=True), 1)
     weights[:, 0] = 1 - weights[:, 1:].sum(1)
@@ -682,7 +682,7 @@ def _pose_directions(points, weights, joints, side, dorsal):
         away = points - joints[j]
         away = away - np.outer(away @ side[j - 1], side[j - 1])
         away = away * np.minimum(1, 14 / np.linalg.norm(away, axis=1, keepdims=True))
-        outer = 0.9 * _smoothstep(away @ dorsal[j - 1] / 10 + 0.5) - 0.1
+        outer = 1.2 * _smoothstep(away @ dorsal[j - 1] / 10 + 0.5) - 0.3
         lost = 0.41 * (4 * beyond * (1 - beyond) * outer)[:, None] * away
         bend = (np.outer(side[j - 1], side[j - 1]) - np.eye(3)) / 2      # its product with R - I is 1 - cos(angle)
         directions[:, :, 9 * (j - 1):9 * j] = lost[..., None] * bend.ravel()
@@ -694,15 +694,15 @@ def _pose_directions(points, weights, joints, side, dorsal):
 _POSTURES = {
     "open":    (6, -5, 0, -5, 0, -5, 0, -5, 0, -5, 0, 0, -5, -5),
     "relaxed": (0, 15, 22, 18, 26, 20, 28, 22, 28, 14, 6, -5, 8, 12),
-    "fist":    (-3, 78, 95, 80, 95, 80, 95, 78, 92, 42, 24, -42, 20, 36),
-    "point":   (0, 5, 6, 76, 92, 78, 94, 76, 90, 38, 16, -37, 28, 18),
-    "pinch":   (2, 44, 48, 32, 34, 26, 28, 20, 26, 40, 14, -26, 0, -10),
-    "victory": (9, 2, 4, 2, 4, 78, 92, 76, 90, 58, 8, -32, 18, 5),
+    "fist":    (-3, 78, 95, 80, 95, 80, 95, 78, 92, 38, 26, -42, 30, 20),
+    "point":   (0, 5, 6, 76, 92, 78, 94, 76, 90, 38, 16, -36, 29, 16),
+    "pinch":   (2, 46, 40, 34, 32, 26, 28, 20, 26, 39, 14, -24, 0, -5),
+    "victory": (9, 2, 4, 2, 4, 78, 92, 76, 90, 42, 7, -23, 48, 0),
     "thumb":   (-3, 78, 92, 80, 95, 80, 95, 78, 92, -10, -8, 0, -5, -10),
     "grasp":   (3, 32, 40, 34, 42, 36, 42, 36, 42, 22, 22, -10, 10, 15),
     "hook":    (0, 5, 75, 6, 78, 6, 78, 8, 75, 10, 2, 0, 5, 15),
     "flat":    (-3, 62, 6, 64, 6, 64, 6, 62, 8, 28, 18, -10, 0, 5),
-    "three":   (7, 2, 4, 2, 4, 4, 6, 76, 88, 58, -18, -5, 28, -2),
+    "three":   (7, 2, 4, 2, 4, 4, 6, 76, 88, 42, -20, -4, 50, 4),
     "call":    (4, 74, 92, 76, 94, 74, 92, 0, 4, -10, -5, 0, -5, -8)}
 
 
@@ -719,7 +719,7 @@ def _poses(rng, side, dorsal, bones, n=1554):
         degrees[:, j, 1] = np.clip(splay * mix[:, 0] + rng.normal(0, 2, n), -15, 15) * np.cos(np.deg2rad(degrees[:, j, 0]))
         degrees[:, j + 1, 0] = np.clip(mix[:, 2 + 2 * finger], 0, 95)
         degrees[:, j + 2, 0] = np.clip(0.66 * mix[:, 2 + 2 * finger] + rng.normal(0, 4, n), 0, 70)
-    degrees[:, 12] = np.clip(mix[:, 9:12], (-20, -25, -45), (60, 30, 30))
+    degrees[:, 12] = np.clip(mix[:, 9:12], (-20, -25, -45), (45, 30, 30))
     degrees[:, 13:, 0] = np.clip(mix[:, 12:], (-10, -15), (55, 75))
     degrees += rng.normal(0, 1.5, degrees.shape)                          # no joint is a perfect hinge
     return np.einsum("njk,kjc->njc", np.deg2rad(degrees), np.stack([side, dorsal, bones])).reshape(n, 45)
@@ -752,9 +752,9 @@ def synthetic_mano(seed=0):
     average = np.zeros((778, 778))                                        # of the neighbours
     average[faces, faces[:, [1, 2, 0]]] = average[faces[:, [1, 2, 0]], faces] = 1
     average /= average.sum(1, keepdims=True)
-    cone = flesh[-1]
-    root = np.isin(np.arange(len(cone)), [np.flatnonzero(cone == i)[0] for i in range(1, 6)])
-    sees = (cone == 0) | (cone == owner[:, None]) | ((owner == 0)[:, None] & root)             # the palm sees first bones
+    cones = flesh[-1]
+    sees = (cones == 0) | (cones == owner[:, None])
+    sees[:, np.unique(cones, return_index=True)[1][1:]] |= owner[:, None] == 0                 # the palm sees first bones
     wrist = points[:, 0] > points[:, 0].max() - 1e-6
     for _ in range(40):
         target = (points + average @ points) / 2
