@@ -1,0 +1,215 @@
+"""evaluate.py: files in, files out; left hands, crops and cameras undone; nothing half-written."""
+import json
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import metrics
+from data import HandIndex, write_index
+from mano import FREIHAND_TO_MANO, Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle
+
+N, SIZE, FOCAL = 10, 96, 150.0
+
+
+def posed_hands(seed=0):
+    """vertices (N,778,3), kinematic joints (N,21,3) of right hands, relative to the kinematic wrist; which are left."""
+    rng = np.random.default_rng(seed)
+    hand = Mano(load_hand())
+    pose = torch.tensor(rng.normal(0, 0.25, (N, 16, 3)), dtype=torch.float32)
+    pose[:, 1:] += hand.hands_mean
+    betas = torch.tensor(rng.normal(0, 0.5, (N, 10)), dtype=torch.float32)
+    vertices, joints = hand(rotmat_from_axis_angle(pose), betas)
+    return (vertices - joints[:, :1]).numpy(), (joints - joints[:, :1]).numpy(), np.arange(N) % 3 == 1
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """A folder with ten hands, three of them left, photographs of noise and every label."""
+    folder = tmp_path_factory.mktemp("hands")
+    rng = np.random.default_rng(1)
+    vertices, _, left = posed_hands()
+    vertices = vertices * np.where(left[:, None, None], [-1, 1, 1], 1)
+    vertices += rng.uniform([-0.03, -0.03, 0.55], [0.03, 0.03, 0.7], (N, 1, 3))
+    joints = joints_from_vertices(torch.tensor(vertices, dtype=torch.float32), load_hand()).numpy()
+    K = np.tile([[FOCAL, 0, 47.5], [0, FOCAL, 47.5], [0, 0, 1]], (N, 1, 1))
+    seen = joints @ K[0].T
+    joints2d = seen[..., :2] / seen[..., 2:]
+    for i in range(N):
+        Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    write_index(folder / "index", {
+        "image": np.array([f"{i}.png" for i in range(N)], "S"), "side": left, "K": K, "vertices": vertices,
+        "joints": joints, "joints2d": joints2d, "box": np.concatenate([joints2d.min(1), joints2d.max(1) + 1], 1)},
+        {"name": "ten <hands>", "joints": "freihand", "protocol": "freihand"}, root=str(folder))
+    return folder / "index"
+
+
+@pytest.fixture
+def labels(index):
+    columns = HandIndex(index).columns
+    return np.array(columns["joints"], np.float64), np.array(columns["vertices"], np.float64)
+
+
+def noisy(labels, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(points + rng.normal(0, 0.004, points.shape)).round(7) for points in labels]
+
+
+def score(index, points, tmp_path, *more):
+    """Writes a prediction file, scores it, returns metrics.json and the folder of the results."""
+    file = tmp_path / "made_elsewhere.json"
+    file.write_text(json.dumps([[] if p is None else p.tolist() for p in points]))
+    evaluate.main(["--data", str(index), "--predictions", str(file), "--out", str(tmp_path / "out"), *more])
+    return json.loads((tmp_path / "out" / "metrics.json").read_text()), tmp_path / "out"
+
+
+def test_scoring_a_prediction_file(index, labels, tmp_path, capsys):
+    pred = noisy(labels)
+    table, out = score(index, pred, tmp_path)
+    expected = metrics.evaluate_hands(*pred, *labels, "freihand")
+    assert {key: table[key] for key in expected} == expected and table["count"] == N
+    assert table["mean_hand_pa_mpjpe_mm"] > 5 and table["mean_hand_pa_mpvpe_mm"] > 5
+    assert all(isinstance(value, int | float) for value in table.values())
+    assert f"xyz_mean3d: {table['mpjpe_mm'] / 10:f}\n" in (out / "scores.txt").read_text()
+    printed = capsys.readouterr().out
+    assert f"pa_mpvpe_mm {table['pa_mpvpe_mm']:.2f}" in printed
+    assert "mean hand" in printed and "FreiHAND order" in printed
+    names = sorted(file.name for file in out.iterdir())
+    assert names == ["metrics.json", "pred.json", "pred.zip", "report.html", "scores.txt"]
+    with zipfile.ZipFile(out / "pred.zip") as archive:
+        assert archive.namelist() == ["pred.json"] and archive.read("pred.json") == (out / "pred.json").read_bytes()
+    content = json.loads((out / "pred.json").read_text())
+    assert np.array_equal(content[0], pred[0]) and np.array_equal(content[1], pred[1])
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(index, labels, tmp_path):
+    _, out = score(index, noisy(labels), tmp_path)
+    page = (out / "report.html").read_text()
+    assert "{{" not in page and "ten &lt;hands&gt;" in page and "ten <hands>" not in page
+    assert not re.search(r'(?:src|href)="(?!data:)|url\(|@import|https?://', page)
+    assert page.count("data:image/png;base64,") == 6 * 5  # six hands: photograph; mesh and joints of both
+    numbers = json.loads(re.search(r"const scene = (\{.*\}), view =", page).group(1))
+    assert len(numbers["cases"]) == 6 and len(numbers["cases"][0]["pred"]) == 3 * 778
+    assert sum(numbers["histogram"]["counts"]) == N
+    errors = [float(case["name"].split(", ")[1].split()[0]) for case in numbers["cases"]]
+    assert errors == sorted(errors)
+
+
+def test_joints_alone(index, labels, tmp_path):
+    table, out = score(index, [noisy(labels)[0], None], tmp_path)
+    assert "pa_mpjpe_mm" in table and not any("mpvpe" in key or "vertices" in key or "f_5" in key for key in table)
+    assert json.loads((out / "pred.json").read_text())[1] == [] and (out / "report.html").stat().st_size > 1e5
+
+
+def test_ho3d_files_have_its_order_and_frame(index, labels, tmp_path):
+    pred = noisy(labels)
+    evaluate.write_predictions(tmp_path, pred, "ho3d")
+    joints, vertices = (np.array(points) for points in json.loads((tmp_path / "pred.json").read_text()))
+    assert (joints[..., 2] < 0).all() and (vertices[..., 2] < 0).all()
+    np.testing.assert_array_equal(joints[:, 4] * [1, -1, -1], pred[0][:, 9])  # middle knuckle: 4 there, 9 here
+    np.testing.assert_array_equal(joints * [1, -1, -1], pred[0][:, list(FREIHAND_TO_MANO)])
+    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", N, "ho3d"), pred, strict=True):
+        np.testing.assert_array_equal(read, written)
+
+
+class TrueHands(torch.nn.Module):
+    """Stands for a trained network: the true right hand of every view, in order, and the camera that shows it there."""
+
+    def __init__(self, index, zoom):
+        super().__init__()
+        self.encoder = type("Encoder", (), {"config": {"image_size": 32}})()
+        columns = HandIndex(index).columns
+        vertices, joints, left = posed_hands()
+        wrist = columns["vertices"][:, 0] - vertices[:, 0] * np.where(left[:, None], [-1, 1, 1], 1)  # absolute
+        x0, y0, x1, y1 = columns["box"].T
+        side = evaluate.CONTEXT * np.maximum(x1 - x0, y1 - y0) * zoom
+        scale = FOCAL / wrist[:, 2] * 2 / side
+        centre = np.stack([x0 + x1, y0 + y1], 1) / 2
+        seen = (wrist[:, :2] / wrist[:, 2:] * FOCAL + 48 - centre) * 2 / side[:, None]  # of the wrist, in the view
+        seen[left, 0] *= -1
+        self.answers = {"vertices": vertices, "joints": joints, "camera": np.c_[scale, seen / scale[:, None]]}
+        self.next = 0
+
+    def forward(self, images):
+        rows = slice(self.next, self.next + len(images))
+        self.next += len(images)
+        return [{key: torch.tensor(value[rows], dtype=torch.float32) for key, value in self.answers.items()}]
+
+
+def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatch):
+    state = {"hand": fingerprint(load_hand()), "box_scale": 1.4}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, kind: state)
+    monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: TrueHands(index, 1.4 / evaluate.CONTEXT))
+    flags = ["--data", str(index), "--device", "cpu", "--workers", "0", "--batch-size", "4", "--out"]
+    evaluate.main([*flags, str(tmp_path / "a"), "--checkpoint", "last.pt"])
+    table = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert table["pa_mpjpe_mm"] < 1e-3 and table["pa_mpvpe_mm"] < 1e-3 and table["reflected_joints"] == 0
+    assert table["mpjpe_mm"] < 1e-2 and table["mpvpe_mm"] < 1e-2
+    evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table  # what is written is what was scored
+    with pytest.raises(ValueError, match="last.pt was trained with another hand model"):
+        state["hand"] = "other"
+        evaluate.main([*flags, str(tmp_path / "c"), "--checkpoint", "last.pt"])
+
+
+@pytest.mark.parametrize("content, message", [
+    ("nonsense", "broken JSON"), ("{}", r"needs \[joints, vertices\]"), ("[[1], [2]]", "1 entries of joints, but"),
+    ("nan", "sample 3 "), ("short", "joints of hand 3 are not 21 points"), ("text", "vertices of hand 9 are not 778 points"),
+    (None, "no such file")])
+def test_a_broken_file_costs_one_line_and_leaves_nothing(index, labels, tmp_path, content, message):
+    points = [p.tolist() for p in labels]
+    if content == "nan":
+        points[0][3][0][0] = float("nan")
+    elif content == "short":
+        points[0][3] = points[0][3][:20]
+    elif content == "text":
+        points[1][9][0][0] = "far"
+    file = tmp_path / "pred.json"
+    if content is not None:
+        file.write_text(json.dumps(points) if content in ("nan", "short", "text") else content)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        evaluate.main(["--data", str(index), "--predictions", str(file), "--out", str(tmp_path / "out")])
+    assert str(file) in str(error.value)
+    assert [entry.name for entry in tmp_path.iterdir() if entry != file] == []
+
+
+def test_other_mistakes(index, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for flags, message in ((["--predictions", "p.json", "--out", str(tmp_path / "file")], "is a file"),
+                           (["--predictions", "p.json", "--out", str(tmp_path / "out")], "--data is missing"),
+                           (["--compare", "a", "--out", str(tmp_path / "out")], "NAME=")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main(flags)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk"):  # dies while writing: nothing is left
+
+        def fail(*_):
+            raise RuntimeError("disk")
+        patch.setattr(evaluate, "report", fail)
+        columns = HandIndex(index).columns
+        score(index, [np.array(columns["joints"]), np.array(columns["vertices"])], tmp_path)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_comparing_runs(tmp_path, capsys):
+    def write(name, **values):
+        mean_hand = {"mean_hand_pa_mpjpe_mm": 18.0, "mean_hand_pa_mpvpe_mm": 15.0}
+        (tmp_path / name).write_text(json.dumps({"count": 5} | mean_hand | values))
+        return str(tmp_path / name)
+    a = write("a", pa_mpjpe_mm=8.0, pa_mpvpe_mm=7.0, f_5=0.5)
+    b = write("b", pa_mpjpe_mm=10.0, pa_mpvpe_mm=8.0, f_5=0.7)
+    c = write("c", pa_mpjpe_mm=6.0, pa_mpvpe_mm=5.0)
+    evaluate.main(["--compare", f"scratch={a}", f"scratch={b}", f"pretrained={c}", "--out", str(tmp_path / "out")])
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table) == ["mean_hand", "scratch", "pretrained"]
+    assert table["mean_hand"] == {"pa_mpjpe_mm": 18, "pa_mpvpe_mm": 15}
+    assert table["scratch"]["pa_mpjpe_mm"] == 9 and table["scratch"]["pa_mpjpe_mm_std"] == pytest.approx(2 ** 0.5)
+    assert table["scratch"]["f_5"] == pytest.approx(0.6) and table["pretrained"]["pa_mpvpe_mm"] == 5
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:4]] == list(table) and "9.00 ± 1.41" in printed[2]
+    other = write("d", pa_mpjpe_mm=6.0, pa_mpvpe_mm=5.0, count=6)
+    with pytest.raises(ValueError, match="d: scored on other hands"):
+        evaluate.main(["--compare", f"a={a}", f"d={other}", "--out", str(tmp_path / "out2")])
