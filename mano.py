@@ -436,11 +436,11 @@ def load_hand(path=None):
 # A finger: first joint (x, y, z); degrees its rest direction is turned to the thumb's side; lengths of its three bones;
 # radii at its three joints and its tip; rings of ten vertices.
 _FORM = {
-    "index": ((7.5, 3.5, 25.5), 8, (32.5, 22.5, 23.0), (9.8, 8.9, 8.0, 6.9), 9),
-    "middle": ((1.2, 6.2, 4.4), 0, (31.7, 24.5, 24.5), (9.9, 9.1, 8.2, 7.0), 10),
-    "ring": ((7.5, 4.5, -15.5), -8, (29.5, 23.5, 23.5), (9.4, 8.5, 7.7, 6.6), 9),
-    "little": ((20.0, 0.0, -32.0), -17, (24.0, 16.5, 20.0), (8.6, 7.4, 6.7, 5.8), 8)}
-_THUMB = ((72, -4, 27), ((-28, -9, 24), (-21.5, -4, 20), (-21, -2, 15)), (11.0, 10.2, 9.2, 7.6), 9)      # bones as vectors
+    "index": ((7.5, 3.5, 25.5), 8, (32.5, 22.5, 23.0), (9.8, 8.9, 8.0, 6.7), 9),
+    "middle": ((1.2, 6.2, 4.4), 0, (31.7, 24.5, 24.5), (9.9, 9.1, 8.2, 6.8), 10),
+    "ring": ((7.5, 4.5, -15.5), -8, (29.5, 23.5, 23.5), (9.4, 8.5, 7.7, 6.4), 9),
+    "little": ((20.0, 0.0, -32.0), -17, (24.0, 16.5, 20.0), (8.6, 7.5, 6.8, 5.7), 8)}
+_THUMB = ((72, -4, 27), ((-28, -9, 24), (-21.5, -4, 20), (-21, -2, 15)), (11.0, 10.2, 9.2, 7.6), 9)    # bones: vectors
 _WRIST = np.array([95.7, 6.4, 6.2])
 _PALM = (16, 18, 20, 22, 24, 24, 24, 24, 24, 24, 25, 26, 28)              # vertices of the palm's rings, wrist to webs
 _HOLE = 4                                                                 # the thumb leaves between rings 4 and 7
@@ -489,13 +489,15 @@ def _flesh(chains):
             cones += [([86, 1, 6 + 0.42 * (knuckle[2] - 6)], knuckle + [2, -3.5, 0], 11.5, 9, 0),         # metacarpal
                       (knuckle + [1, -7, 0], knuckle + 0.38 * bone + [0, -3, 0], 6, 5, 0)]                # pad below it
     index, middle, ring, little, thumb = (chain for chain, _ in chains.values())
-    hollows = [finger[0] + 0.20 * (finger[1] - finger[0]) + [0, -2, 0] for finger in (index, middle, ring, little)]
-    cones += [(a, b, 4.5, 4.5, 0) for a, b in zip(hollows[:-1], hollows[1:], strict=True)]                    # finger webs
-    bay = (thumb[1] + index[0]) / 2 + [9.5, -0.5, -4.5]
-    cones += [(_WRIST + [45, -4, 8], _WRIST + [0, -4, 7], 16, 13, 0), (_WRIST + [45, -4, -10], _WRIST + [0, -4, -9], 16, 13, 0),
-              (thumb[0] + [4, -4, -4], thumb[1] + [4, -3, -6], 11.5, 9, 0), ([80, -7, -12], [38, -8, -29], 10.5, 8.5, 0),    # pads
-              (thumb[0] + [-8, 0, -6], bay, 9, 6.5, 0), (thumb[1] + [1, 0, -2], bay, 6.5, 6, 0),          # thumb web
-              (bay, index[0] + [8, -3, 3], 6, 6.5, 0)]
+    webs = [finger[0] + 0.2 * (finger[1] - finger[0]) + [0, -2, 0] for finger in (index, middle, ring, little)]
+    cones += [(a, b, 4.5, 4.5, 0) for a, b in zip(webs[:-1], webs[1:], strict=True)]
+    bay = (thumb[1] + index[0]) / 2 + [9.5, -0.5, -4.5]                   # between thumb and index
+    cones += [(_WRIST + [45, -4, z], _WRIST + [0, -4, 0.9 * z], 16, 13, 0) for z in (8, -10)]             # forearm
+    cones += [(thumb[0] + [4, -4, -4], thumb[1] + [4, -3, -6], 11.5, 9, 0),                               # thumb's ball
+              ([80, -7, -12], [38, -8, -29], 10.5, 8.5, 0),                                               # and opposite
+              (thumb[0] + [-8, 0, -6], bay, 9, 6.5, 0),
+              (thumb[1] + [1, 0, -2], bay, 6.5, 6, 0),
+              (index[0] + [8, -3, 3], bay, 6.5, 6, 0)]
     return tuple(np.array(column, dtype=float) for column in zip(*cones, strict=True))
 
 
@@ -508,7 +510,7 @@ def _project(points, sees, flesh):
     distance = np.linalg.norm(out, axis=-1)
     gap = distance - r0 - (r1 - r0) * t
     parts = []
-    for mine, melt in ((owner == 0, 4.0), (owner > 0, 1.2)):             # mm: the palm is one lump, fingers have knuckles
+    for mine, melt in ((owner == 0, 4.0), (owner > 0, 1.2)):             # mm: the palm is one lump, fingers are jointed
         near = sees[:, mine] * np.exp(-gap[:, mine] / melt) + 1e-300
         pull = (near / near.sum(1, keepdims=True) / distance[:, mine])[..., None] * out[:, mine]
         parts.append((-melt * np.log(near.sum(1)), pull.sum(1)))
@@ -540,7 +542,7 @@ def _circle(centre, u, v, n, phase=0.0):
 def _cage(chains):
     """Rough vertices (778, 3), faces (1538, 3), owner (778,) as in `_flesh` (-1: finger webs), pinned ids, tip ids.
 
-    A palm of rings, one more sheet between neighbouring fingers, and tubes: four that share borders, one from a hole.
+    The palm is a stack of rings; four tubes share its last one and the webs between them, the thumb's leaves a hole.
     """
     points, owners, faces, pinned, tips = [], [], [], [], []
 
@@ -549,41 +551,39 @@ def _cage(chains):
         owners.extend([owner] * len(ring))
         return list(range(len(points) - len(ring), len(points)))
 
-    def at(name, s):                                                      # place, side and up at arc length s
+    def at(name, s):                                                      # centre and radii of a ring at arc length s
         chain, radii = chains[name]
         arc = np.append(0, np.cumsum(np.linalg.norm(np.diff(chain, axis=0), axis=1)))
         i = min(np.searchsorted(arc[1:], s), 2)
         along = _unit(chain[i + 1] - chain[i])
         side = _unit(np.array([1.0, 0, 0]) - along[0] * along) if name == "thumb" else _axes(name, along)[0]
-        return chain[i] + (s - arc[i]) * along, np.interp(s, arc, radii) * np.array([side, np.cross(along, side)]), arc[3]
+        return chain[i] + (s - arc[i]) * along, *(np.interp(s, arc, radii) * np.array([side, np.cross(along, side)]))
 
     def tube(base, name, owner, start, n, phase=0.0):
-        length, tip = at(name, 0)[2], chains[name][1][3]
-        for s in np.linspace(start, length - 0.65 * tip, n + 1)[1:]:
-            centre, spokes, _ = at(name, s)
-            ring = add(_circle(centre, *spokes, 10, phase), owner)
+        chain, radii = chains[name]
+        length = np.linalg.norm(np.diff(chain, axis=0), axis=1).sum()
+        for s in np.linspace(start, length - 0.7 * radii[3], n + 1)[1:]:
+            ring = add(_circle(*at(name, s), 10, phase), owner)
             faces.extend(_strip(base, ring))
             base = ring
-        centre, spokes, _ = at(name, length - 0.25 * tip)
-        cap, top = add(_circle(centre, *(0.6 * spokes), 5, phase), owner), add([chains[name][0][3]], owner)
+        centre, u, v = at(name, length - 0.25 * radii[3])
+        cap, top = add(_circle(centre, 0.6 * u, 0.6 * v, 5, phase), owner), add([chain[3]], owner)
         faces.extend(_strip(base, cap) + [(cap[i], cap[(i + 1) % 5], top[0]) for i in range(5)])
         pinned.extend(base + cap + top)
         tips.extend(top)
 
     # The border of palm and fingers, 28 vertices: per finger 0 thumb side, 1-4 back, 5 little side, 6-9 palm.
-    roots = []
-    for name in _FORM:
-        centre, spokes, _ = at(name, 9.0)
-        roots.append(_circle(centre, *spokes, 10))
+    roots = [_circle(*at(name, 9.0), 10) for name in _FORM]
     for left, right in zip(roots[:-1], roots[1:], strict=True):
         left[4] = right[1] = (left[4] + right[1]) / 2
         left[6] = right[9] = (left[6] + right[9]) / 2
     border = np.array([roots[0][0], *(p for r in roots for p in r[1:4]), roots[3][4], roots[3][5],
                        *(p for r in roots[::-1] for p in r[6:9]), roots[0][9], roots[0][0]])
-    opening = _circle(_WRIST + [18.3, -4, -1], np.array([0, 0, 26.0]), np.array([0, 17.0, 0]), 112)[np.arange(113) % 112]
+    opening = _circle(_WRIST + [18.3, -4, -1], np.array([0, 0, 26.0]), np.array([0, 17.0, 0]), 112)
+    opening = np.append(opening, opening[:1], axis=0)
     rings = []
     for n, mix in zip(_PALM, np.linspace(0, 1, len(_PALM)), strict=True):
-        a, b = (np.stack([np.interp(np.arange(n) / n, np.linspace(0, 1, len(loop)), loop[:, c]) for c in range(3)], 1)
+        a, b = (np.stack([np.interp(np.arange(n) / n, np.linspace(0, 1, len(loop)), column) for column in loop.T], 1)
                 for loop in (opening, border))
         rings.append(add((1 - mix) * a + mix * b, 0))
     for a, b in zip(rings[:-1], rings[1:], strict=True):
@@ -598,7 +598,8 @@ def _cage(chains):
         first, last = [edge[0], *webs][i], [*webs, edge[14]][i]
         palm = [edge[(15 + 3 * (3 - i) + k) % 28] for k in range(4)]
         tube([first, *edge[1 + 3 * i:5 + 3 * i], last, *palm], name, i + 1, 9.0, _FORM[name][-1])
-    rim = [*(hole[0][i] for i in (-2, -1, 0)), *(ring[1] for ring in hole), *(hole[3][i] for i in (0, -1, -2)), hole[2][-2], hole[1][-2]]
+    rim = [*(hole[0][i] for i in (-2, -1, 0)), *(ring[1] for ring in hole), *(hole[3][i] for i in (0, -1, -2)),
+           hole[2][-2], hole[1][-2]]
     tube(rim, "thumb", 5, 0.62 * np.linalg.norm(_THUMB[1][0]), _THUMB[-1], -np.pi / 4)
 
     keep = np.setdiff1d(np.arange(len(points)), [ring[i] for ring in hole[1:3] for i in (-1, 0)])
@@ -610,8 +611,9 @@ def _cage(chains):
 def _skin(chains, joints, points, owner, average):
     """Skinning weights (778, 16): a step at every joint of a finger; the palm is shared out sideways; then smoothed."""
     weights = np.zeros((len(points), 16))
-    bearing = np.arctan2(points[:, 2] - 6, 130 - points[:, 0])           # seen from the forearm, fingers lie side by side
-    lanes = np.stack([bearing - np.arctan2(chains[name][0][1, 2] - 6, 130 - chains[name][0][1, 0]) for name in _FORM], 1)
+    bearing = np.arctan2(points[:, 2] - 6, 130 - points[:, 0])           # from the forearm, fingers lie side by side
+    middles = np.array([chains[name][0][1] for name in _FORM])
+    lanes = bearing[:, None] - np.arctan2(middles[:, 2] - 6, 130 - middles[:, 0])
     lanes = np.exp(-(lanes / 0.07) ** 2)
     lanes /= lanes.sum(1, keepdims=True) + 1e-12
     for i, (name, (chain, radii)) in enumerate(chains.items()):
@@ -624,7 +626,7 @@ def _skin(chains, joints, points, owner, average):
         share, steps = np.where(owner == i + 1, 1, np.where(owner < 1, near, 0)), []
         for j in range(3):
             normal = _unit(_unit(bones[max(j - 1, 0)]) + _unit(bones[j]))
-            half, shift = ((24 if name == "thumb" else 14), 3) if j == 0 else (1.05 * radii[j], 0)
+            half, shift = ((24 if name == "thumb" else 14), 3) if j == 0 else (0.8 * radii[j], 0)
             steps.append(_smoothstep(((points - chain[j]) @ normal - shift) / (2 * half) + 0.5))
         first = 1 + 3 * _ORDER.index(name)
         weights[:, first:first + 3] = (share * np.cumprod(steps, axis=0) * (1 - np.array([*steps[1:], 0 * share]))).T
@@ -648,7 +650,7 @@ def _regressor(points, joints):
 
 
 def _shape_directions(points, weights, joints, bones):
-    """(778, 3, 10): bones lengthen and thicken about their joint and carry what follows; the palm stretches in x, y, z."""
+    """(778, 3, 10): bones lengthen and thicken from their joint and carry what follows; the palm stretches."""
     length, girth, palm = np.zeros((10, 16)), np.zeros((10, 16)), np.zeros((10, 3))            # change per unit of beta
     length[0, 1:] = girth[0, 1:] = palm[0] = 0.05                                              # 0 size
     length[1, 1:13], palm[1] = 0.06, (-0.02, 0, -0.01)                                         # 1 long fingers
@@ -674,7 +676,7 @@ def _shape_directions(points, weights, joints, bones):
 
 
 def _pose_directions(points, weights, joints, side, dorsal):
-    """(778, 3, 135): a knuckle gets back, on its outer side, what blended rotations lose of it (0.41 of it at 90 deg)."""
+    """(778, 3, 135): a bent joint keeps its knuckle, which blended rotations flatten, and tucks its inside in."""
     directions = np.zeros((len(points), 3, 135))
     for j in range(1, 16):
         last = j + 2 - (j - 1) % 3
@@ -682,8 +684,8 @@ def _pose_directions(points, weights, joints, side, dorsal):
         away = points - joints[j]
         away = away - np.outer(away @ side[j - 1], side[j - 1])
         away = away * np.minimum(1, 14 / np.linalg.norm(away, axis=1, keepdims=True))
-        outer = 1.2 * _smoothstep(away @ dorsal[j - 1] / 10 + 0.5) - 0.3
-        lost = 0.41 * (4 * beyond * (1 - beyond) * outer)[:, None] * away
+        outer = 1.3 * _smoothstep(away @ dorsal[j - 1] / 10 + 0.5) - 0.3
+        lost = 0.5 * (4 * beyond * (1 - beyond) * outer)[:, None] * away
         bend = (np.outer(side[j - 1], side[j - 1]) - np.eye(3)) / 2      # its product with R - I is 1 - cos(angle)
         directions[:, :, 9 * (j - 1):9 * j] = lost[..., None] * bend.ravel()
     return directions
@@ -716,7 +718,8 @@ def _poses(rng, side, dorsal, bones, n=1554):
     for finger, splay in enumerate((1.0, 0.1, -0.7, -1.4)):
         j = 3 * _ORDER.index(list(_FORM)[finger])
         degrees[:, j, 0] = np.clip(mix[:, 1 + 2 * finger], -20, 90)
-        degrees[:, j, 1] = np.clip(splay * mix[:, 0] + rng.normal(0, 2, n), -15, 15) * np.cos(np.deg2rad(degrees[:, j, 0]))
+        spread = np.clip(splay * mix[:, 0] + rng.normal(0, 2, n), -15, 15)
+        degrees[:, j, 1] = spread * np.cos(np.deg2rad(degrees[:, j, 0]))  # bent fingers do not spread
         degrees[:, j + 1, 0] = np.clip(mix[:, 2 + 2 * finger], 0, 95)
         degrees[:, j + 2, 0] = np.clip(0.66 * mix[:, 2 + 2 * finger] + rng.normal(0, 4, n), 0, 70)
     degrees[:, 12] = np.clip(mix[:, 9:12], (-20, -25, -45), (45, 30, 30))
@@ -739,7 +742,7 @@ def synthetic_mano(seed=0):
     points, faces, owner, pinned, tips = _cage(chains)
     flesh = _flesh(chains)
 
-    # The numbering: as built, except that every convention's fingertip ids lie on their fingertip, FreiHAND's at the top.
+    # Numbered as built, except that every convention's fingertip ids lie on their fingertip, FreiHAND's at the very top.
     order = {}
     for tip, ids in zip((tips[4], *tips[:4]), zip(*TIPS.values(), strict=True), strict=True):
         ids = list(dict.fromkeys(ids))
@@ -754,7 +757,7 @@ def synthetic_mano(seed=0):
     average /= average.sum(1, keepdims=True)
     cones = flesh[-1]
     sees = (cones == 0) | (cones == owner[:, None])
-    sees[:, np.unique(cones, return_index=True)[1][1:]] |= owner[:, None] == 0                 # the palm sees first bones
+    sees[:, np.unique(cones, return_index=True)[1][1:]] |= owner[:, None] == 0           # the palm sees first bones
     wrist = points[:, 0] > points[:, 0].max() - 1e-6
     for _ in range(40):
         target = (points + average @ points) / 2
