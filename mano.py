@@ -9,6 +9,7 @@ import io
 import pickle
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ JOINT_NAMES = ("wrist", *(f"{finger}{k}" for finger in FINGERS for k in ("1", "2
 # each), then the tips thumb to little, as HO-3D stores them.
 MANO_TO_FREIHAND = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20)
 FREIHAND_TO_MANO = tuple(MANO_TO_FREIHAND.index(i) for i in range(21))
-PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)           # of the file's 16 joints: five chains of three
+PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)           # of the file's joints: five chains of three
 # Tip vertices thumb to little, by who uses them. Wrong ones cost 0.5 to 1.9 mm of PA-MPJPE on FreiHAND.
 TIPS = {
     "freihand": (744, 320, 443, 555, 672),        # FreiHAND's labels, PeCLR, SiMHand
@@ -43,15 +44,15 @@ def _tips(name):
 
 
 def joints_from_vertices(vertices, arrays, tips="freihand"):
-    """Joints regressed from a posed mesh: vertices (B, 778, 3) -> joints (B, 21, 3), FreiHAND order, same unit and frame.
+    """Joints regressed from a posed mesh: vertices (B, 778, 3) -> joints (B, 21, 3), FreiHAND order, unit and frame kept.
 
     With "freihand" tips this is FreiHAND's own definition of its labels (lmb-freiburg/freihand utils/mano_utils.py).
-    The layer's kinematic joints are others: they differ by millimetres once fingers bend, and cannot be had from a mesh.
+    The layer's kinematic joints differ from it by millimetres once fingers bend, and cannot be had from a mesh.
     arrays: of `read_mano` or `synthetic_mano`; both sides share the regressor. ValueError on an unknown `tips`.
     """
     ids = _tips(tips)
     regressor = torch.as_tensor(arrays["J_regressor"], dtype=vertices.dtype, device=vertices.device)      # (16, V)
-    with torch.autocast(vertices.device.type if vertices.is_cuda else "cpu", enabled=False):
+    with torch.autocast("cuda" if vertices.is_cuda else "cpu", enabled=False):
         return torch.cat([regressor @ vertices, vertices[:, ids]], dim=1)[:, list(MANO_TO_FREIHAND)]
 
 
@@ -73,7 +74,7 @@ def rotmat_from_axis_angle(axis_angle):
     small = square < 1e-8                                    # there the series is exact, and sqrt has no gradient at 0
     angle = torch.where(small, 1.0, square).sqrt()
     sine = torch.where(small, 1 - square / 6, torch.sin(angle) / angle)
-    cosine = torch.where(small, 0.5 - square / 24, 2 * (torch.sin(angle / 2) / angle) ** 2)       # (1 - cos(a)) / a^2
+    cosine = torch.where(small, 0.5 - square / 24, 2 * (torch.sin(angle / 2) / angle) ** 2)    # (1 - cos(a)) / a^2
     x, y, z = v.unbind(-1)
     zero = torch.zeros_like(x)
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
@@ -82,9 +83,8 @@ def rotmat_from_axis_angle(axis_angle):
 
 
 def axis_angle_from_rotmat(rotmats):
-    """Inverse of Rodrigues: (..., 3, 3) -> (..., 3), angle in [0, pi] rad; stable at 0 and at pi (either axis there)."""
-    m = _float32(rotmats).flatten(-2)
-    xx, xy, xz, yx, yy, yz, zx, zy, zz = m.unbind(-1)
+    """Inverse of Rodrigues: (..., 3, 3) -> (..., 3), angle in [0, pi] rad; accurate at 0 and at pi (either axis there)."""
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = _float32(rotmats).flatten(-2).unbind(-1)
     rows = torch.stack([                                     # 4 q_i q for i = w, x, y, z; q = (w, x, y, z)
         1 + xx + yy + zz, zy - yz, xz - zx, yx - xy,
         zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx,
@@ -96,12 +96,12 @@ def axis_angle_from_rotmat(rotmats):
     w, xyz = q[..., :1], q[..., 1:]
     square = (xyz * xyz).sum(-1, keepdim=True)
     small = square < 1e-12
-    sine = torch.where(small, 1.0, square).sqrt()            # sin(angle / 2)
+    sine = torch.where(small, 1.0, square).sqrt()            # of half the angle
     return xyz * torch.where(small, 2.0, 2 * torch.atan2(sine, w) / sine)
 
 
 def rotmat_from_6d(x):
-    """Zhou et al., CVPR 2019: (..., 6) = a1, a2, two contiguous 3-vectors -> (..., 3, 3) whose COLUMNS are b1, b2, b1 x b2.
+    """Zhou et al., CVPR 2019: (..., 6) = a1, a2 contiguous -> (..., 3, 3) whose COLUMNS are b1, b2, b1 x b2.
 
     The layout of HaMeR; PyMAF interleaves a1 and a2, which is not interchangeable.
     """
@@ -127,8 +127,8 @@ def crop_to_full_camera(camera, box_center, box_side, K):
     K (B, 3, 3), or (3, 3) for all: intrinsics without skew that project to PIXEL-CENTRE coordinates (edge minus 0.5).
 
     The root lands exactly on its weak-perspective pixel, and the scale at the root's depth is the crop's. Where
-    fx != fy one depth cannot match both: their geometric mean does, which keeps the area. Other points differ by true
-    perspective, about 1 % of their distance to the root. Ours; PyMAF and HaMeR assume one f and a centred crop pixel.
+    fx != fy one depth cannot match both: their geometric mean does, which keeps the area. Points off the root's depth
+    differ by true perspective. Ours; PyMAF and HaMeR assume one focal length and a centred principal point.
     """
     scale, tx, ty = camera.unbind(-1)
     pixels = 0.5 * box_side * scale                                       # per metre at the root's depth
@@ -157,8 +157,8 @@ def mirror_arrays(arrays):
 
 
 def _side_of(arrays):
-    """MANO's files lay the fingers along x, away from the wrist: -x in the right file, +x in the left. None: neither."""
-    x = (arrays["J_regressor"] @ arrays["v_template"])[:13, 0]            # wrist; index, middle, little, ring, three each
+    """MANO's files lay the fingers along x from the wrist: to -x in the right file, to +x in the left. None: neither."""
+    x = (arrays["J_regressor"] @ arrays["v_template"])[:13, 0]            # wrist and four fingers; the thumb aside
     steps = x[1:] - x[list(PARENTS[1:13])]
     return "right" if (steps < 0).all() else "left" if (steps > 0).all() else None
 
@@ -167,8 +167,8 @@ def _repair_left(arrays):
     """The official left file carries the right hand's `shapedirs`: negate their x, unless that has been done already.
 
     Larger hands are both longer and broader, so over the ten shape directions growth along x and growth across it go
-    together; in the unrepaired file (vchoutas/smplx issue 48) the template is mirrored, they are not, and growth along
-    x runs backwards. Arrays in which neither is seen (random ones in tests) count as unrepaired, like the official file.
+    together; in the file as shipped (vchoutas/smplx issue 48) the template is mirrored, they are not, and growth along
+    x runs backwards. Arrays in which neither is seen (random ones in tests) count as shipped.
     """
     centred = arrays["v_template"] - arrays["v_template"].mean(0)                              # (V, 3)
     growth = np.einsum("vck,vc->ck", arrays["shapedirs"], centred / np.linalg.norm(centred, axis=0))      # (3, 10)
@@ -177,76 +177,104 @@ def _repair_left(arrays):
     return dict(arrays, shapedirs=arrays["shapedirs"] * np.array([-1.0, 1.0, 1.0])[:, None])
 
 
-class _Skin(torch.autograd.Function):
-    """Linear blend skinning with a hand-written backward: vertices (B, V, 3) and tips (B, 5, 3) from
+def _tree(transforms):
+    """(B, 16, 3, n) -> views of the root (B, 1, 3, n) and of the fingers' three levels (B, 5, 3, n): each the next's parent."""
+    return transforms[:, :1], *transforms[:, 1:].unflatten(1, (5, 3)).unbind(2)
 
-    points (B, 3, V), transforms (B, 12, 16) = the 3x4 matrices of 16 joints, joints last, weights (V, 16), tip ids (5,).
-    The blended (3, 4, V) matrices are 12 numbers a vertex, more than all else together: on a CPU they are made for
-    `_CHUNK` hands at a time, which stay in cache, and are made again in backward. Not twice differentiable.
+
+def _chunks(*tensors):
+    """Parts of 64 hands on a CPU, whose blended matrices stay in its cache; all at once elsewhere."""
+    return zip(*(x.split(64 if x.device.type == "cpu" else max(1, len(x))) for x in tensors), strict=True)
+
+
+class _Skinning(torch.autograd.Function):
+    """rotmats (B, 16, 3, 3), betas (B, 10), a Mano -> vertices, joints; its backward is written by hand.
+
+    Autograd would keep or make the blended matrices (12 numbers a vertex) several times over and spend more time on
+    dispatching the small products of the chain than on computing them. Names d_x: gradient of x. Differentiable once.
     """
 
     @staticmethod
-    def forward(ctx, points, transforms, weights, tips):
-        ctx.save_for_backward(points, transforms, weights, tips)
-        vertices = points.new_empty(len(points), points.shape[2], 3)
-        for p, g, out in zip(*_chunks(points, transforms, vertices), strict=True):
-            t = _blend(g, weights)
+    def forward(ctx, rotmats, betas, hand):
+        # Template, shape and pose at once (MANO eq. 2 to 5): the template's factor is 1, the global rotation has no part.
+        features = torch.cat([betas.new_ones(len(betas), 1), betas, rotmats[:, 1:].flatten(1) - hand.identity], dim=1)
+        points = torch.mm(features, hand.blend).unflatten(1, (3, 778))                         # (B, 3, V)
+
+        # Rest joints and bones J_i - J_parent, linear in betas (eq. 10 with J_regressor multiplied in).
+        joints, bones = torch.addmm(hand.rest, betas, hand.rest_dirs).unflatten(1, (2, 16, 3, 1)).unbind(1)
+
+        # G_i = G_parent(i) [R_i | J_i - J_parent(i)], from G_0 = [R_0 | J_0]; five fingers at a time.
+        local = torch.cat([rotmats, bones], dim=-1)                                            # (B, 16, 3, 4)
+        chain = local.clone()
+        for parent, child in pairwise(_tree(chain)):
+            child.copy_(parent[..., :3] @ child)
+            child[..., 3] += parent[..., 3]
+
+        # A_i = G_i after taking J_i to the origin (eq. 3); v = sum_i w_i A_i v_posed.
+        moves = torch.cat([chain[..., :3], chain[..., 3:] - chain[..., :3] @ joints], dim=-1)
+        moves = moves.flatten(2).transpose(1, 2).contiguous()                                  # (B, 12, 16)
+        vertices = points.new_empty(len(points), 778, 3)
+        for p, a, out in _chunks(points, moves, vertices):
+            t = torch.mm(a.flatten(0, 1), hand.weights.T).unflatten(0, (-1, 3, 4))             # (B, 3, 4, V)
             posed = torch.addcmul(t[:, :, 3], t[:, :, 0], p[:, None, 0])
-            posed.addcmul_(t[:, :, 1], p[:, None, 1]).addcmul_(t[:, :, 2], p[:, None, 2])
+            posed.addcmul_(t[:, :, 1], p[:, None, 1]).addcmul_(t[:, :, 2], p[:, None, 2])      # (B, 3, V)
             out.copy_(posed.transpose(1, 2))
-        return vertices, vertices[:, tips]
+        ctx.hand = hand
+        ctx.save_for_backward(points, joints, local, chain, moves)
+        return vertices, torch.cat([chain[..., 3], vertices[:, hand.tips]], dim=1)[:, hand.order]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_vertices, d_tips):
-        points, transforms, weights, tips = ctx.saved_tensors
-        d_points, d_transforms = torch.empty_like(points), torch.empty_like(transforms)
-        for p, g, d_v, d_tip, d_p, d_g in zip(
-                *_chunks(points, transforms, d_vertices, d_tips, d_points, d_transforms), strict=True):
-            t = _blend(g, weights)
-            d = d_v.transpose(1, 2).contiguous().index_add_(2, tips, d_tip.transpose(1, 2))
+    def backward(ctx, d_vertices, d_joints):
+        hand, (points, joints, local, chain, moves) = ctx.hand, ctx.saved_tensors
+        d_place, d_tips = torch.empty_like(d_joints).index_copy_(1, hand.order, d_joints).split([16, 5], dim=1)
+        d_points, d_moves = torch.empty_like(points), torch.empty_like(moves)
+        for p, a, d_v, d_tip, d_p, d_a in _chunks(points, moves, d_vertices, d_tips, d_points, d_moves):
+            t = torch.mm(a.flatten(0, 1), hand.weights.T).unflatten(0, (-1, 3, 4))
+            d = d_v.transpose(1, 2).contiguous().index_add_(2, hand.tips, d_tip.transpose(1, 2))
             torch.mul(t[:, 0, :3], d[:, 0, None], out=d_p)
             d_p.addcmul_(t[:, 1, :3], d[:, 1, None]).addcmul_(t[:, 2, :3], d[:, 2, None])
             torch.mul(d[:, :, None], p[:, None], out=t[:, :, :3])         # t is free now: it takes its own gradient
             t[:, :, 3] = d
-            torch.mm(t.view(-1, t.shape[-1]), weights, out=d_g.view(-1, 16))
-        return d_points, d_transforms, None, None
+            torch.mm(t.flatten(0, 2), hand.weights, out=d_a.flatten(0, 1))
+        d_features = torch.mm(d_points.flatten(1), hand.blend[1:].T)                           # (B, 10 + 135)
 
-
-_CHUNK = 64          # hands; 32 and 128 are slower by a tenth on two cores with 1 MiB of cache each
-
-
-def _chunks(*tensors):
-    size = _CHUNK if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
-    return [tensor.split(size) for tensor in tensors]
-
-
-def _blend(transforms, weights):
-    return torch.mm(transforms.reshape(-1, 16), weights.T).view(len(transforms), 3, 4, len(weights))
+        d_chain = d_moves.transpose(1, 2).unflatten(2, (3, 4)).contiguous()                    # (B, 16, 3, 4)
+        d_joint = chain[..., :3].mT @ -d_chain[..., 3:]
+        d_chain[..., :3] -= d_chain[..., 3:] * joints.mT
+        d_chain[..., 3] += d_place
+        family = list(zip(_tree(chain), _tree(local), _tree(d_chain), strict=True))
+        for (parent, _, d_parent), (_, step, d_child) in reversed(list(pairwise(family))):
+            up = torch.cat([d_child[..., :3] @ step[..., :3].mT + d_child[..., 3:] * step[..., 3:].mT, d_child[..., 3:]], -1)
+            d_parent += up.sum(1, keepdim=True) if parent.shape[1] == 1 else up
+            d_child.copy_(parent[..., :3].mT @ d_child)                   # from here on the gradient of `local`
+        d_rotmats, d_bone = d_chain.split([3, 1], dim=-1)
+        d_rotmats[:, 1:] += d_features[:, 10:].unflatten(1, (15, 3, 3))
+        d_rest = torch.cat([d_joint.flatten(1), d_bone.flatten(1)], dim=1)
+        return d_rotmats, torch.addmm(d_features[:, :10], d_rest, hand.rest_dirs.T), None
 
 
 class Mano(nn.Module):
     """The MANO layer: forward(rotmats (B, 16, 3, 3), betas (B, 10)) -> vertices (B, 778, 3), joints (B, 21, 3), metres.
 
     arrays: of `read_mano` or `synthetic_mano`. rotmats: global rotation about the wrist J0(betas), then 15 relative ones
-    in the file's order (index, middle, little, ring, thumb), `hands_mean` included: the layer adds none (method 1.2).
-    joints: 16 of the kinematic chain and five tip vertices named by `tips`, FreiHAND order. Root-relative is up to the
-    caller: subtract joints[:, :1].
+    in the file's order (index, middle, little, ring, thumb), with `hands_mean` already in them: the layer adds none.
+    joints: 16 of the kinematic chain and five tip vertices named by `tips`, FreiHAND order; not centred on any of them.
 
-    side="left" takes the official left file, whose `shapedirs` it repairs (an already repaired one stays as it is), or
-    a right hand's arrays, which it mirrors: the licence-free hand has both sides. repair=False keeps a left file's own
-    `shapedirs`, which is what DexYCB's labels were made with. tips="manopth" on a left hand is that project's left list.
+    side="left" takes the official left file, whose `shapedirs` it repairs (repaired ones stay as they are), or a right
+    hand's arrays, which it mirrors, so the licence-free hand has both sides. repair=False keeps a left file's own
+    `shapedirs`: DexYCB's labels were made with them. On a left hand "manopth" means that project's left list.
 
-    Attributes: faces (1538, 3) int64, template (778, 3), hands_mean (15, 3) axis-angle, side. Nothing of it enters a
-    state_dict. Computes in the buffers' precision (float32, or `.double()`), also under autocast.
-    ValueError: left arrays given for a right hand, an unknown side or fingertip set, inputs of another shape.
+    Attributes: faces (1538, 3) int64, template (778, 3), hands_mean (15, 3) axis-angle, side; none enters a state_dict.
+    Computes in float32 (float64 after `.double()`), also under autocast; differentiable once. ValueError: a left
+    hand's arrays for side="right", an unknown side or fingertip set, inputs of another shape.
     """
 
     def __init__(self, arrays, side="right", tips="freihand", repair=True):
         super().__init__()
+        layout = _side_of(arrays)
         if side not in ("right", "left"):
             raise ValueError(f"side={side!r}: use 'right' or 'left'")
-        layout = _side_of(arrays)
         if side == "right" and layout == "left":
             raise ValueError("these arrays are a left hand's: pass side='left', or read MANO_RIGHT.pkl")
         if side == "left":
@@ -255,20 +283,15 @@ class Mano(nn.Module):
         self.side = side
 
         template, shapedirs, regressor = arrays["v_template"], arrays["shapedirs"], arrays["J_regressor"]
-        rest = np.concatenate([template[..., None], shapedirs], axis=2)                        # (V, 3, 1 + 10)
-        joints = np.einsum("jv,vck->jck", regressor, rest)                                     # (16, 3, 1 + 10)
-        bones = joints - joints[[0, *PARENTS[1:]]] * (np.arange(16) > 0)[:, None, None]        # to the parent, root as is
-        blend = np.concatenate([shapedirs, arrays["posedirs"]], axis=2)                        # (V, 3, 10 + 135)
-        for name, value in {
-                "template": template,
-                "planes": template.T.reshape(-1),                         # (3V,): x of all vertices, then y, then z
-                "blend": blend.transpose(2, 1, 0).reshape(145, -1),       # (145, 3V)
-                "rest": np.stack([joints[..., 0], bones[..., 0]]).ravel(),                     # (96,)
-                "rest_dirs": np.stack([joints, bones])[..., 1:].reshape(96, 10).T,             # (10, 96)
-                "weights": arrays["weights"],
-                "hands_mean": arrays["hands_mean"].reshape(15, 3),
-                "identity": np.tile(np.eye(3).ravel(), 15),
-                "last_row": np.diag([0.0, 0.0, 0.0, 1.0])}.items():
+        blend = np.concatenate([template[..., None], shapedirs, arrays["posedirs"]], axis=2)   # (V, 3, 1 + 10 + 135)
+        joints = np.einsum("jv,vck->jck", regressor, blend[..., :11])                          # (16, 3, 1 + 10)
+        bones = joints - joints[[0, *PARENTS[1:]]]
+        bones[0] = joints[0]
+        rest = np.stack([joints, bones]).reshape(96, 11)
+        floats = {"template": template, "blend": blend.transpose(2, 1, 0).reshape(146, -1), "rest": rest[:, 0],
+                  "rest_dirs": rest[:, 1:].T, "weights": arrays["weights"], "identity": np.tile(np.eye(3).ravel(), 15),
+                  "hands_mean": np.reshape(arrays["hands_mean"], (15, 3))}
+        for name, value in floats.items():
             self.register_buffer(name, torch.tensor(np.ascontiguousarray(value), dtype=torch.float32), persistent=False)
         for name, value in {"faces": arrays["f"], "tips": _tips(tips), "order": MANO_TO_FREIHAND}.items():
             self.register_buffer(name, torch.tensor(np.array(value), dtype=torch.int64), persistent=False)
@@ -276,37 +299,14 @@ class Mano(nn.Module):
     def forward(self, rotmats, betas):
         if rotmats.shape[1:] != (16, 3, 3) or betas.shape[1:] != (10,) or len(rotmats) != len(betas):
             raise ValueError(f"rotmats {tuple(rotmats.shape)}, betas {tuple(betas.shape)}: need (B, 16, 3, 3), (B, 10)")
-        rotmats, betas = rotmats.to(self.template.dtype), betas.to(self.template.dtype)
         with torch.autocast("cuda" if rotmats.is_cuda else "cpu", enabled=False):
-            return self._pose(rotmats, betas)
-
-    def _pose(self, rotmats, betas):
-        # Template, shape and pose in one product (MANO eq. 2 to 5); the global rotation does not correct the pose.
-        features = torch.cat([betas, rotmats[:, 1:].flatten(1) - self.identity], dim=1)        # (B, 145)
-        points = torch.addmm(self.planes, features, self.blend).unflatten(1, (3, -1))         # (B, 3, V)
-
-        # Rest joints are linear in betas (MANO eq. 10, J_regressor times template and shape, multiplied out beforehand).
-        joints, bones = torch.addmm(self.rest, betas, self.rest_dirs).unflatten(1, (2, 16, 3, 1)).unbind(1)
-
-        # The chain, five fingers at once: G_i = G_parent [R_i | J_i - J_parent], and G_0 = [R_0 | J_0].
-        local = F.pad(torch.cat([rotmats, bones], dim=-1), (0, 0, 0, 1)) + self.last_row       # (B, 16, 4, 4)
-        root, (first, second, third) = local[:, :1], local[:, 1:].unflatten(1, (5, 3)).unbind(2)
-        first = root @ first                                                                   # (B, 5, 4, 4)
-        second = first @ second
-        third = second @ third
-        fingers = torch.stack([first, second, third], dim=2).flatten(1, 2)                     # (B, 15, 4, 4)
-        turn, place = torch.cat([root, fingers], dim=1)[:, :, :3].split([3, 1], dim=-1)
-
-        # A_i moves a rest point with bone i: G_i after taking J_i to the origin (MANO eq. 3).
-        transforms = torch.cat([turn, place - turn @ joints], dim=-1).flatten(2)               # (B, 16, 12)
-        vertices, tips = _Skin.apply(points, transforms.transpose(1, 2).contiguous(), self.weights, self.tips)
-        return vertices, torch.cat([place[..., 0], tips], dim=1).index_select(1, self.order)
+            return _Skinning.apply(rotmats.to(self.template.dtype), betas.to(self.template.dtype), self)
 
 
 # ---------------------------------------------------------------------------------------------- the official file
 
-MANO_SITE = "MANO is licensed; see mano.is.tue.mpg.de (MANO_RIGHT.pkl and MANO_LEFT.pkl of mano_v1_2.zip)"
-_MD5 = {"fd5a9d35f914987cf1cc04ffe338caa1", "11aeaca8631aa20db964d4eba491e885"}                # right, left, v1.2
+_SITE = "MANO is licensed; see mano.is.tue.mpg.de (MANO_RIGHT.pkl and MANO_LEFT.pkl of mano_v1_2.zip)"
+_MD5 = ("fd5a9d35f914987cf1cc04ffe338caa1", "11aeaca8631aa20db964d4eba491e885")                # right, left, v1.2
 _SHAPES = {"v_template": (778, 3), "shapedirs": (778, 3, 10), "posedirs": (778, 3, 135), "J_regressor": (16, 778),
            "weights": (778, 16), "f": (1538, 3), "kintree_table": (2, 16), "hands_components": (45, 45),
            "hands_mean": (45,), "hands_coeffs": (None, 45), "J": (16, 3)}
@@ -314,8 +314,6 @@ _SHAPES = {"v_template": (778, 3), "shapedirs": (778, 3, 10), "posedirs": (778, 
 
 class _Shell:
     """What every class named in a pickle becomes: it keeps its state and does nothing."""
-
-    args, state = (), None
 
     def __init__(self, *args):
         self.args = args
@@ -366,17 +364,16 @@ def _value(item):
 
 def _checked(name, array):
     """float64 or int64 array of the right shape with usable numbers; ValueError otherwise."""
-    whole = name in ("f", "kintree_table")
+    shape, whole = _SHAPES[name], name in ("f", "kintree_table")
     if array.dtype.kind not in ("iu" if whole else "fiu"):
         raise ValueError(f"{name} has type {array.dtype}")
-    shape = _SHAPES[name]
     if array.ndim != len(shape) or any(want not in (None, size) for want, size in zip(shape, array.shape, strict=True)):
         raise ValueError(f"{name} has shape {array.shape}, needs {shape}")
     array = np.array(array, np.int64 if whole else np.float64, order="C")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity")
     if name == "f" and (array.min() < 0 or array.max() >= 778):
-        raise ValueError(f"f names vertex {array.max()}, of 778")
+        raise ValueError(f"f names a vertex {array.max()} of 778")
     if name == "kintree_table":
         array[0, 0] = -1 if array[0, 0] == 2**32 - 1 else array[0, 0]     # the root's parent, stored as uint32
         if not np.array_equal(array[0], PARENTS):
@@ -387,33 +384,34 @@ def _checked(name, array):
 def read_mano(path):
     """The official MANO_RIGHT.pkl or MANO_LEFT.pkl (v1.2), or an .npz with the same keys -> dict of arrays.
 
-    v_template (778, 3) m, shapedirs (778, 3, 10), posedirs (778, 3, 135), J_regressor (16, 778) dense, weights (778, 16),
+    v_template (778, 3) m, shapedirs (778, 3, 10), posedirs (778, 3, 135), J_regressor (16, 778), weights (778, 16),
     hands_components (45, 45), hands_mean (45,), hands_coeffs (n, 45), J (16, 3): float64; f (1538, 3), kintree_table
-    (2, 16) with the root's parent -1: int64. Needs neither chumpy nor scipy and runs nothing that the file asks for.
-    Once read, `np.savez(path, **arrays)` gives a plain file. A pickle with another checksum than the official ones is
-    read with a line on standard error. ValueError: not such a file, and why. OSError: it cannot be opened.
+    (2, 16) with the root's parent -1: int64. Needs neither chumpy nor scipy and runs nothing that the file asks for;
+    `np.savez(path, **arrays)` then makes a plain file. A pickle with another checksum than the official ones is read,
+    with a line on standard error. ValueError: not such a file, and why. OSError: it cannot be opened.
     """
     path = Path(path)
     try:
         if path.stat().st_size > 2**26:
-            raise ValueError(f"{path}: larger than any MANO file (4 MB). {MANO_SITE}")
+            raise ValueError(f"{path}: larger than any MANO file (4 MB). {_SITE}")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file. {MANO_SITE}") from None
+        raise FileNotFoundError(f"{path}: no such file. {_SITE}") from None
     except OSError as error:
-        raise OSError(f"{path}: {error.strerror}. {MANO_SITE}") from None
+        raise OSError(f"{path}: {error.strerror}. {_SITE}") from None
     zipped = data[:2] == b"PK"
     try:
-        raw = np.load(io.BytesIO(data), allow_pickle=False) if zipped else _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        stream = io.BytesIO(data)
+        raw = np.load(stream, allow_pickle=False) if zipped else _Unpickler(stream, encoding="latin1").load()
         if not zipped and not isinstance(raw, dict):
-            raise ValueError(f"holds a {type(raw).__name__}, not a dictionary of arrays")
+            raise ValueError(f"it holds a {type(raw).__name__}, not a dictionary of arrays")
         missing = [name for name in _SHAPES if name not in raw]
         if missing:
-            raise ValueError(f"lacks {', '.join(missing)}")
+            raise ValueError(f"it lacks {', '.join(missing)}")
         arrays = {name: _checked(name, _value(raw[name])) for name in _SHAPES}
     except Exception as error:                               # a damaged pickle can fail in any way
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: not a MANO file: {reason}. {MANO_SITE}") from error
+        raise ValueError(f"{path}: not a MANO file: {reason}. {_SITE}") from error
     if not zipped and hashlib.md5(data, usedforsecurity=False).hexdigest() not in _MD5:
         print(f"note: {path} reads well but is not the official v1.2 file (its md5 is another)", file=sys.stderr)
     return arrays
@@ -540,7 +538,7 @@ def _circle(centre, u, v, n, phase=0.0):
 
 
 def _cage(chains):
-    """Rough vertices (778, 3), faces (1538, 3), owner (778,) as in `_flesh` (-1: finger webs), pinned ids, tip ids.
+    """Rough vertices (778, 3), faces (1538, 3), owner (778,) as in `_flesh` (-1: finger webs), pinned ids, tips (5, 6).
 
     The palm is a stack of rings; four tubes share its last one and the webs between them, the thumb's leaves a hole.
     """
@@ -570,7 +568,7 @@ def _cage(chains):
         cap, top = add(_circle(centre, 0.6 * u, 0.6 * v, 5, phase), owner), add([chain[3]], owner)
         faces.extend(_strip(base, cap) + [(cap[i], cap[(i + 1) % 5], top[0]) for i in range(5)])
         pinned.extend(base + cap + top)
-        tips.extend(top)
+        tips.append(top + cap)
 
     # The border of palm and fingers, 28 vertices: per finger 0 thumb side, 1-4 back, 5 little side, 6-9 palm.
     roots = [_circle(*at(name, 9.0), 10) for name in _FORM]
@@ -742,11 +740,10 @@ def synthetic_mano(seed=0):
     points, faces, owner, pinned, tips = _cage(chains)
     flesh = _flesh(chains)
 
-    # Numbered as built, except that every convention's fingertip ids lie on their fingertip, FreiHAND's at the very top.
+    # Numbered as built, except that every convention's fingertip ids lie on their fingertip, FreiHAND's at the top.
     order = {}
     for tip, ids in zip((tips[4], *tips[:4]), zip(*TIPS.values(), strict=True), strict=True):
-        ids = list(dict.fromkeys(ids))
-        order.update(zip(ids, np.argsort(np.linalg.norm(points - points[tip], axis=1))[:len(ids)], strict=True))
+        order.update(zip(dict.fromkeys(ids), tip, strict=False))          # the top, then the ring around it
     rest = iter(np.setdiff1d(np.arange(778), list(order.values())))
     order = np.array([order[i] if i in order else next(rest) for i in range(778)])
     new = np.argsort(order)
