@@ -209,7 +209,8 @@ def curve(series, size=(480, 320), title="", x_label="", y_label=""):
 
     def place(x, y):
         (x0, x1), (y0, y1) = limits
-        return np.stack([left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)], -1)
+        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
+        return np.stack([left + across * (right - left), bottom - up * (bottom - top)], -1)
 
     factor = 3  # lines are drawn large and averaged; text is written afterwards at its own size
     page = Image.new("RGB", (width * factor, height * factor), (255, 255, 255))

@@ -1,10 +1,10 @@
 """Draws a data set that nobody has to license: posed hands in cluttered scenes, with every label, without OpenGL.
 
---layout index writes an index with its images and samples.png; --layout freihand writes FreiHAND's own files (right hands,
-four backgrounds for each training hand, 10 % evaluation), so that its reader can be tried without the data.
-Poses are drawn around the rows of `hands_coeffs`, in videos that share identity, light, camera and background while pose
-and view move smoothly from key pose to key pose. Everything is a function of (seed, video, frame): the same seed gives the
-same bytes for any number of workers. 16 ms an image of 128 pixels on one core. The whole recipe is ours.
+--layout index writes an index with its images and samples.png; --layout freihand writes FreiHAND's own files (right
+hands, four backgrounds for each training hand, 10 % evaluation), so that its reader can be tried without the data.
+Poses are drawn around the rows of `hands_coeffs`, in videos that share identity, light, camera and background while
+pose and view move smoothly from key pose to key pose. Everything is a function of (seed, video, frame): the same seed
+gives the same bytes for any number of workers. 16 ms an image of 128 pixels on one core. The whole recipe is ours.
 """
 
 import json
@@ -35,6 +35,7 @@ MOST_VERSIONS = 4  # pictures of one training hand in FreiHAND
 f4 = np.float32
 
 
+# einsum in place of @ on long arrays: BLAS may add in another order when it has other threads, and bytes must agree.
 def unit(x):
     return x / np.maximum(np.sqrt(np.einsum("...k,...k->...", x, x)), 1e-12)[..., None]
 
@@ -78,8 +79,8 @@ def tube(first, start, rings):
 class Anatomy:
     """Where a hand at rest has its creases, nails, palm and wrist, from any arrays with MANO's topology.
 
-    coordinates (V + arm, 9) of the vertices, then of the forearm's rings: place at rest (3), how much it faces the hand's
-    back (-1..1), distance along the finger from its three joints, place on the nail (which is the unit disc).
+    coordinates (V + arm, 9) of the vertices, then of the forearm's rings: place at rest (3), how much it faces the
+    hand's back (-1..1), distance along the finger from its three joints, place on the nail (which is the unit disc).
     """
 
     def __init__(self, arrays):
@@ -122,8 +123,8 @@ def between_keys(keys, count):
 
 
 def draw_labels(rng, hand, arrays, count, size):
-    """Labels of one video of right hands, float64: pose (n,48), betas (n,10), vertices (n,V,3) and joints (n,21,3) in the
-    camera's frame, joints2d (n,21,2), K (n,3,3), scale (n,). About every fifth frame is a new key pose."""
+    """Labels of one video of right hands, float64: pose (n,48), betas (n,10), vertices (n,V,3) and joints (n,21,3) in
+    the camera's frame, joints2d (n,21,2), K (n,3,3), scale (n,). About every fifth frame is a new key pose."""
     m = max(2, count // 5 + 1)
     coeffs = arrays["hands_coeffs"][rng.integers(len(arrays["hands_coeffs"]), size=m)]
     coeffs = coeffs + 0.2 * rng.standard_normal(coeffs.shape)  # near a known pose, so that poses recur
@@ -143,7 +144,7 @@ def draw_labels(rng, hand, arrays, count, size):
     low, high = joints[..., :2].min(1), joints[..., :2].max(1)
     extent = (high - low).max(1)  # (n,) metres
     fills = fill * between_keys(rng.uniform(0.86, 1.14, m), count)
-    z = np.clip(focal * np.sqrt(extent * 0.165) / (fills * size), 0.32, 1.3)  # the root: a fist looks smaller, but not much
+    z = np.clip(focal * np.sqrt(extent * 0.165) / (fills * size), 0.32, 1.3)  # the root: a fist is somewhat smaller
     margin = np.maximum(0.5 - 0.5 * extent * focal / (z * size), 0.03)  # share of the image left free around the hand
     target = (size - 1) / 2 + between_keys(rng.uniform(-0.75, 0.75, (m, 2)), count) * margin[:, None] * size
     place = (target - centre) * (z / focal)[:, None] - (low + high) / 2
@@ -180,8 +181,8 @@ def draw_person(rng, count):
     k, share = int(tone), tone % 1
     skin = np.clip(SKIN[k] * (1 - share) + SKIN[k + 1] * share + rng.normal(0, 0.02, 3), 0.05, 0.98)
     varnish = rng.uniform(-0.05, 0.12, 3) if rng.random() < 0.8 else rng.uniform(-0.6, 0.5, 3)
-    return {"skin": skin, "dark": tone / (len(SKIN) - 1), "gloss": rng.uniform(0.02, 0.12), "red": rng.uniform(0.08, 0.3),
-            "nail": np.clip(skin * 0.75 + [0.24, 0.16, 0.15] + varnish, 0.04, 0.97),
+    return {"skin": skin, "dark": tone / (len(SKIN) - 1), "gloss": rng.uniform(0.02, 0.12),
+            "red": rng.uniform(0.08, 0.3), "nail": np.clip(skin * 0.75 + [0.24, 0.16, 0.15] + varnish, 0.04, 0.97),
             "waves": rng.normal(0, 1, (3, 6)) * WAVES, "phases": rng.uniform(0, 6.3, 6), "bend": rng.normal(0, 0.35, 3),
             "sleeve": rng.uniform(0.01, 0.11) if rng.random() < 0.6 else None, "loose": rng.uniform(1.12, 1.4),
             "cloth": rng.uniform(0.05, 0.9, 3),
@@ -194,7 +195,8 @@ def draw_object(rng):
     """A ball, cylinder or box with rounded edges (a superellipsoid): vertices (N,3) m about 0, faces, colours (N,3)."""
     flat, rounded = pick(rng, (1.0, 1.0), (0.15, 1.0), (0.2, 0.2))
     u, v = np.meshgrid(np.linspace(-np.pi / 2, np.pi / 2, 13), np.arange(24) * np.pi / 12, indexing="ij")
-    (cu, su), (cv, sv) = ((np.sign(t) * np.abs(t) ** e for t in (np.cos(a), np.sin(a))) for a, e in ((u, flat), (v, rounded)))
+    circles = ((np.cos(u), np.sin(u), flat), (np.cos(v), np.sin(v), rounded))
+    (cu, su), (cv, sv) = ([np.sign(t) * np.abs(t) ** power for t in pair] for *pair, power in circles)
     points = np.stack([cu * cv, cu * sv, su], -1).reshape(-1, 3)
     colors = np.repeat(rng.uniform(0.03, 0.95, (1, 3)), len(points), 0)
     if rng.random() < 0.4:
@@ -208,7 +210,7 @@ def draw_light(rng):
     level, share, warm = rng.uniform(0.6, 1.0), rng.uniform(0.4, 0.78), rng.normal(0, 0.12)
     tint = np.array([1 + warm, 1 + rng.normal(0, 0.03), 1 - warm])
     return {"to": unit(np.array([rng.normal(0, 0.6), rng.normal(-0.7, 0.4), -abs(rng.normal(0.7, 0.35)) - 0.15])),
-            "key": 1.35 * level * share * tint, "surface": rng.random() < 0.4,  # whether a shadow falls on the background
+            "key": 1.35 * level * share * tint, "surface": rng.random() < 0.4,  # shadow on the background?
             "sky": 1.1 * level * (1 - share) * (2 - tint) * rng.uniform(0.9, 1.1, 3),
             "bounce": 0.75 * level * (1 - share) * rng.uniform(0.75, 1.15, 3)}
 
@@ -240,19 +242,23 @@ def draw_background(rng, size):
     pen = ImageDraw.Draw(picture, "RGBA")
     for _ in range(int(rng.integers(22)) if rng.random() < 0.8 else 0):
         at, extent = rng.uniform(0, 2 * side, 2), rng.uniform(0.03, 0.35, 2) * side
-        box, corners = [*(at - extent), *(at + extent)], rng.normal(0, 1.2, (int(rng.integers(3, 6)), 2)) * extent
+        corners = rng.normal(0, 1.2, (int(rng.integers(3, 6)), 2)) * extent
         fill = (*(255 * palette[rng.integers(2, 6)]).astype(int).tolist(), int(rng.integers(120, 256)))
-        width = int(rng.integers(2, 2 + side // 10))
-        pick(rng, lambda: pen.ellipse(box, fill=fill), lambda: pen.rectangle(box, fill=fill),  # noqa: B023 (called here)
-             lambda: pen.polygon([tuple(at + c) for c in corners], fill=fill),  # noqa: B023
-             lambda: pen.line([tuple(at), tuple(at + 4 * corners[0])], fill=fill, width=width))()  # noqa: B023
+        kind = int(rng.integers(4))
+        if kind < 2:
+            (pen.ellipse, pen.rectangle)[kind]([*(at - extent), *(at + extent)], fill=fill)
+        elif kind == 2:
+            pen.polygon([tuple(at + corner) for corner in corners], fill=fill)
+        else:
+            pen.line([tuple(at), tuple(at + 4 * corners[0])], fill=fill, width=int(rng.integers(2, 2 + side // 10)))
     return np.asarray(blur(picture.reduce(2), pick(rng, 0, 0.6, 1.5, 3.0) * size / 128)) / 255.0
 
 
 def forearm(anatomy, person, vertices, turn):
     """Rings of the bare forearm and of the sleeve (None without one), continuing the opening of the wrist.
 
-    The forearm leaves along the hand's own axis and then turns so that it neither comes at the camera nor hides the hand."""
+    The forearm leaves along the hand's own axis, then turns so that it neither comes at the camera nor hides the hand.
+    """
     ring = vertices[anatomy.loop]
     centre, start = ring.mean(0), turn @ anatomy.axis
     aim = unit(start + turn @ (person["bend"] * (1 - anatomy.axis**2)))
@@ -276,7 +282,8 @@ def forearm(anatomy, person, vertices, turn):
 
     arm, sleeve = rings(ARM, np.ones(len(ARM))), person["sleeve"]
     if sleeve is not None:
-        sleeve = rings(sleeve + np.array([0, 0, 0.005, 0.06, 0.28]), np.array([1.02, 1, 1.03, 1.05, 1.2]) * person["loose"])
+        widths = np.array([1.02, 1, 1.03, 1.05, 1.2]) * person["loose"]
+        sleeve = rings(sleeve + np.array([0, 0, 0.005, 0.06, 0.28]), widths)
     return arm, sleeve
 
 
@@ -287,7 +294,8 @@ def skin_albedo(person, at):
     skin = person["skin"] ** 2.2
     palm = np.minimum(skin * (1.12 + 0.9 * person["dark"]) + [0.03, 0, 0], 0.9)
     color = skin.astype(f4) + (palm - skin).astype(f4) / (1 + np.exp(5 * (back + f4(0.15))))[:, None]
-    mottling = np.sin(at[:, :3] @ person["waves"].astype(f4) + person["phases"].astype(f4)) @ np.linspace(0.04, 0.02, 6, dtype=f4)
+    mottling = np.einsum("pk,kc->pc", at[:, :3], person["waves"].astype(f4)) + person["phases"].astype(f4)
+    mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.04, 0.02, 6, dtype=f4))
     near = np.minimum(np.minimum(creases[:, 0], creases[:, 1]), creases[:, 2])
     lines = np.exp(-((near / f4(0.0011)) ** 2)) * np.where(back < 0.1, f4(0.38), f4(0))  # inside of the joints
     folds = np.exp(-((near / f4(0.004)) ** 2)) * np.clip(back, 0, 1) * (f4(0.16) + f4(0.14) * np.cos(near * f4(2856)))
@@ -304,12 +312,12 @@ def skin_albedo(person, at):
 def key_light(points, faces, at, to, cells=128):
     """(P,) share of the key light that reaches places `at` (P,3): a depth map seen from the light, four taps."""
     right = unit(np.cross(to, [0.3, 0.9, 0.1]))
-    seen, where = (p @ np.stack([right, np.cross(right, to), -to]).T for p in (points, at))
+    seen, where = (np.einsum("pk,ck->pc", p, np.stack([right, np.cross(right, to), -to])) for p in (points, at))
     corner, scale = where[:, :2].min(0), (cells - 4) / max(np.ptp(where[:, :2], axis=0).max(), 1e-6)
     seen[:, :2] = (seen[:, :2] - corner) * scale + 2
-    depth = rasterise(seen, faces, (cells, cells))[2]
+    depth = rasterise(seen, faces, (cells, cells), cull=True)[2]
     u, v = ((where[:, :2] - corner) * scale + 2).T
-    taps = [depth[(v + dv).astype(int), (u + du).astype(int)] for du, dv in ((-0.6, -0.6), (0.6, -0.6), (-0.6, 0.6), (0.6, 0.6))]
+    taps = [depth[(v + dv).astype(int), (u + du).astype(int)] for dv in (-0.6, 0.6) for du in (-0.6, 0.6)]
     return sum(tap > where[:, 2] - 0.004 for tap in taps) / 4
 
 
@@ -329,7 +337,8 @@ def build_scene(anatomy, person, labels, frame):
         parts.append((rest @ turn.T + vertices.mean(0), faces, colors))
     if person["occluder"] is not None:
         shape, faces, colors = person["occluder"]
-        parts.append((0.7 * shape + 0.72 * labels["joints"][frame, person["covers"]] + person["drift"][frame], faces, colors))
+        place = 0.72 * labels["joints"][frame, person["covers"]] + person["drift"][frame]  # nearer, on the same ray
+        parts.append((0.7 * shape + place, faces, colors))
     return parts
 
 
@@ -361,7 +370,7 @@ def draw_hand(anatomy, person, light, labels, frame, size):
     # A wrapped Lambert term with a reddish edge on skin, ambient light darkened in hollows, a highlight.
     lit = key_light(points, faces, at, light["to"])[:, None]
     wrap = np.where(skin[:, None], np.array([0.3, 0.16, 0.12], f4), f4(0.05))
-    diffuse = np.maximum((normal @ light["to"])[:, None] + wrap, 0) / (1 + wrap) * lit
+    diffuse = np.maximum(np.einsum("pc,c->p", normal, light["to"].astype(f4))[:, None] + wrap, 0) / (1 + wrap) * lit
     filled = np.where(hit, depth, depth[hit].max() + 0.03)
     hollow = sum(np.clip(filled - uniform_filter(filled, 2 * round(r * size / 128) + 1), 0, 0.02) for r in (3, 9))
     clear, up = np.exp(-45 * hollow[hit])[:, None], 0.5 - 0.5 * normal[:, 1:2]
@@ -423,8 +432,8 @@ def draw_video(task):
         around = labels["joints2d"][[max(frame - 1, 0), min(frame + 1, count - 1)], MIDDLE]
         for version, (light, camera, background) in enumerate(scenes):
             rng = np.random.default_rng([*key, frame, version])
-            if task["versions"] > 1:  # FreiHAND recorded the first before a green screen, the others have any background
-                background = np.full_like(background, [0.16, 0.62, 0.25]) if version == 0 else draw_background(rng, size)
+            if task["versions"] > 1:  # FreiHAND's first is recorded before a green screen, the others get any background
+                background = draw_background(rng, size) if version else np.full_like(background, [0.16, 0.62, 0.25])
             layer, mask, hidden = draw_hand(anatomy, person, light, labels, frame, size)
             image = photograph(rng, camera, light, background, layer, around[1] - around[0])
             path = Path(task["folder"], f"{task['first'] + frame + version * task['total']:08d}.jpg")
@@ -444,7 +453,9 @@ def draw_video(task):
             labels[name][..., 0] = size - 1 - labels[name][..., 0]
         labels["keypoints"][labels["keypoints_score"] == 0] = 0
     labels |= {"side": np.full(count, left), "video": np.full(count, task["video"])}
-    return labels if freihand else {name: value.astype(f4) for name, value in labels.items()}  # FreiHAND's keep all digits
+    if freihand:
+        return labels  # its files hold all digits
+    return {name: value.astype(f4) for name, value in labels.items()}
 
 
 def draw_videos(args, arrays, part, hands, videos, folder, versions):
@@ -456,7 +467,7 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
              for video in range(videos)]
     results, workers = [], min(args.workers, videos)
     with tqdm(total=hands * versions, unit="image", desc=f"drawing {folder}", smoothing=0.05) as bar:
-        pool = None
+        pool, threads = None, torch.get_num_threads()
         if workers > 1:  # spawned: forking a process that holds torch's threads can hang
             pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (arrays,))
         else:
@@ -466,6 +477,7 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
                 results.append(labels)
                 bar.update(len(labels["side"]) * versions)
         finally:
+            torch.set_num_threads(threads)
             if pool:
                 pool.terminate()
                 pool.join()
@@ -480,7 +492,7 @@ def write_index_layout(args, arrays):
     low, high = labels["joints2d"].min(1) + 0.5, labels["joints2d"].max(1) + 0.5  # pixel edges
     columns = labels | {"image": np.array(names, "S"), "box": np.concatenate([low, np.maximum(high, low + 1)], 1),
                         "size": np.full((args.hands, 2), args.size)}
-    # The 45 articulation numbers are offsets to hands_mean; joints are regressed from the posed mesh, as FreiHAND's are.
+    # The 45 articulation numbers are offsets to hands_mean; joints are regressed from the posed mesh, like FreiHAND's.
     meta = {"name": "synthetic", "joints": "freihand", "pose_mean": True, "hand": "mano" if args.mano else "synthetic"}
     write_index(args.out, columns, meta)
     return [args.out / name for name in names], labels["joints2d"], labels["side"]
@@ -497,7 +509,7 @@ def write_freihand_layout(args, arrays):
         # Joint 9 lies at ((u - cx) / s, (v - cy) / s, f / s): the last three of the 61 numbers are u, v and s.
         root, K = labels["joints"][:, MIDDLE], labels["K"]
         s = K[:, :1, 0] / root[:, 2:]
-        mano = np.concatenate([labels["pose"], labels["betas"], root[:, :2] * s + K[:, :2, 2], s], 1)[:, None]  # (n,1,61)
+        mano = np.concatenate([labels["pose"], labels["betas"], root[:, :2] * s + K[:, :2, 2], s], 1)[:, None]
         for label, value in (("K", K), ("mano", mano), ("scale", labels["scale"]), ("verts", labels["vertices"]),
                              ("xyz", labels["joints"])):
             (args.out / f"{name}_{label}.json").write_text(json.dumps(value.tolist()))
@@ -519,11 +531,12 @@ def write_samples(path, names, joints2d, side, size, cell=192):
 def main(argv=None):
     cli = parser(__doc__)
     cli.add_argument("--out", required=True, type=Path, help="folder to make; refused where there are files already")
-    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; a picture each, four in freihand's training set")
+    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; a picture each, in freihand's training four")
     cli.add_argument("--videos", type=int, help="videos that they are taken from; default one for 20 hands")
     cli.add_argument("--size", type=int, help="side of a picture in pixels, 32 to 1024; default 128, freihand 224")
     cli.add_argument("--seed", type=int, default=0, help="same seed, same bytes, whatever --workers is")
-    cli.add_argument("--layout", choices=["index", "freihand"], default="index", help="our index, or FreiHAND's own files")
+    cli.add_argument("--layout", choices=["index", "freihand"], default="index",
+                     help="our index, or FreiHAND's own files")
     cli.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw")
     cli.add_argument("--mano", type=Path, help="MANO_RIGHT.pkl or .npz; default: the synthetic hand, free of licences")
     args = cli.parse_args(argv)
@@ -539,7 +552,7 @@ def main(argv=None):
     names, joints2d, side = {"index": write_index_layout, "freihand": write_freihand_layout}[args.layout](args, arrays)
     speed = len(names) / (time.time() - begin)
     write_samples(args.out / "samples.png", names, joints2d, side, args.size)
-    print(f"{args.out}: {args.hands} hands in {args.videos} videos, {len(names)} images of {args.size} px, "
+    print(f"{args.out}: {args.hands} hands, {len(names)} images of {args.size} px, "
           f"{100 * np.mean(side):.0f} % left, {speed:.1f} images/s; look at {args.out / 'samples.png'}")
 
 

@@ -81,7 +81,8 @@ def test_pose_rebuilds_the_mesh_of_both_sides(index, arrays):
 
 
 def test_left_hands_are_mirrored(tmp_path, arrays):
-    make_synthetic.main(["--out", str(tmp_path / "a"), "--hands", "40", "--videos", "40", "--size", "32", "--workers", "1"])
+    flags = ["--hands", "40", "--videos", "40", "--size", "32", "--workers", "1"]
+    make_synthetic.main(["--out", str(tmp_path / "a"), *flags])
     index = HandIndex(tmp_path / "a")
     joints = np.asarray(index.columns["joints"]).astype(float)
     across = np.cross(joints[:, 5] - joints[:, 0], joints[:, 17] - joints[:, 0])
@@ -93,7 +94,8 @@ def test_left_hands_are_mirrored(tmp_path, arrays):
 
 
 def test_videos_share_identity_and_move_smoothly(tmp_path):
-    make_synthetic.main(["--out", str(tmp_path / "a"), "--hands", "40", "--videos", "2", "--size", "32", "--workers", "1"])
+    flags = ["--hands", "40", "--videos", "2", "--size", "32", "--workers", "1"]
+    make_synthetic.main(["--out", str(tmp_path / "a"), *flags])
     columns = HandIndex(tmp_path / "a").columns
     video, betas, joints = (np.asarray(columns[name]) for name in ("video", "betas", "joints"))
     assert (video == np.repeat([0, 1], 20)).all()
@@ -130,8 +132,8 @@ def test_freihand_layout(freihand, arrays):
         assert (K.shape, mano.shape, scale.shape) == ((count, 3, 3), (count, 1, 61), (count,))
         assert (verts.shape, xyz.shape) == ((count, 778, 3), (count, 21, 3))
         pose, betas, uv, s = np.split(mano[:, 0], [48, 58, 60], 1)
-        rotmats = rotmat_from_axis_angle(torch.from_numpy(pose + np.r_[np.zeros(3), arrays["hands_mean"]]).reshape(-1, 16, 3))
-        rebuilt = hand(rotmats, torch.from_numpy(betas))[0]
+        angles = torch.from_numpy(pose + np.r_[np.zeros(3), arrays["hands_mean"]]).reshape(-1, 16, 3)
+        rebuilt = hand(rotmat_from_axis_angle(angles), torch.from_numpy(betas))[0]
         joints = joints_from_vertices(rebuilt, regressor).numpy()
         focal = (K[:, 0, 0] + K[:, 1, 1]) / 2
         root = np.concatenate([(uv - K[:, :2, 2]) / s, focal[:, None] / s], 1)
