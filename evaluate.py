@@ -264,7 +264,7 @@ def text_table(columns, rows):
     lines = [["", *columns], *([name, *values] for name, values in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w)
-                               for i, (cell, w) in enumerate(zip(cells, widths, strict=True))) for cells in lines)
+                               for i, (cell, w) in enumerate(zip(cells, widths, strict=True))).rstrip() for cells in lines)
 
 
 def compare(entries, out):

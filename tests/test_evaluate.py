@@ -158,8 +158,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("content, message", [
     ("nonsense", "broken JSON"), ("{}", r"needs \[joints, vertices\]"), ("[[1], [2]]", "1 entries of joints, but"),
-    ("nan", "sample 3 "), ("short", "joints of hand 3 are not 21 points"), ("text", "vertices of hand 9 are not 778 points"),
-    (None, "no such file")])
+    ("nan", "sample 3 "), ("short", "joints of hand 3 are not 21 points"), (None, "no such file"),
+    ("text", "vertices of hand 9 are not 778 points")])
 def test_a_broken_file_costs_one_line_and_leaves_nothing(index, labels, tmp_path, content, message):
     points = [p.tolist() for p in labels]
     if content == "nan":
@@ -184,7 +184,7 @@ def test_other_mistakes(index, tmp_path, monkeypatch):
                            (["--compare", "a", "--out", str(tmp_path / "out")], "NAME=")):
         with pytest.raises(ValueError, match=message):
             evaluate.main(flags)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk"):  # dies while writing: nothing is left
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk"):  # dies while writing
 
         def fail(*_):
             raise RuntimeError("disk")
