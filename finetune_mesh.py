@@ -24,11 +24,11 @@ from runtime import (Log, add_training_flags, cosine, ema_update, finish, genera
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
-WEIGHTS = {                # HongwenZhang/PyMAF-X core/trainer.py (hand_only) for the first four; L1 in metres is ours: the
-    "rotation": 60.0,      # metric is a vertex error, and 100 x 5 mm weighs like the others
+WEIGHTS = {                # rotations and betas: HongwenZhang/PyMAF-X core/trainer.py, hand_only. L1 instead of squares on
+    "orientation": 60.0,   # points is ours: squared 2-D errors drown the rest until the orientation is learned, and the
+    "fingers": 60.0,       # metric is a distance; 100 x 5 mm weighs like the other terms
     "betas": 0.06,
-    "joints2d": 300.0,
-    "joints2d_absolute": 30.0,
+    "joints2d": 5.0,
     "joints": 100.0,
     "vertices": 100.0,
 }
@@ -44,15 +44,14 @@ def mesh_losses(outputs, target, joints_of):
     for output in outputs:
         joints = joints_of(output)                                 # (B, 21, 3) m, relative to the kinematic wrist
         joints2d = weak_perspective(joints, output["camera"])      # (B, 21, 2) of the view
-        error2d = {"joints2d": (joints2d - joints2d[:, :1]) - (target["joints2d"] - target["joints2d"][:, :1]),
-                   "joints2d_absolute": joints2d - target["joints2d"]}
-        step = {"rotation": masked_mean((output["rotmats"] - target["rotmats"]) ** 2, target["has_pose"]),
+        rotation = (output["rotmats"] - target["rotmats"]) ** 2
+        step = {"orientation": masked_mean(rotation[:, 0], target["has_pose"]),
+                "fingers": masked_mean(rotation[:, 1:], target["has_pose"]),
                 "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
+                "joints2d": masked_mean((joints2d - target["joints2d"]).abs() * target["visible"][..., None], target["has_joints2d"]),
                 "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), target["has_joints"]),
                 "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(),
                                         target["has_vertices"] * target["has_joints"])}
-        for name, error in error2d.items():
-            step[name] = masked_mean(error ** 2 * target["visible"][..., None], target["has_joints2d"])
         terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
     return terms
 
