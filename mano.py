@@ -733,7 +733,7 @@ def synthetic_mano(seed=0):
     frame. A coarse cage is drawn onto a blend of round cones (bones, pads, webs) by Newton steps and smoothed on it.
     Weights, regressor, ten shape directions (beta 1 = 1 standard deviation), pose correctives and 1554 poses within
     human limits, with their mean and principal components, are computed from the same skeleton. Natural poses:
-    hands_mean + hands_coeffs[i] @ hands_components. seed: other proportions, the same topology. 0.1 s.
+    hands_mean + hands_coeffs[i] @ hands_components. seed: other proportions and draws, same topology. 0.15 s.
     """
     rng = np.random.default_rng([seed, 778])
     chains = _skeleton(rng, 0.04 if seed else 0.0)
