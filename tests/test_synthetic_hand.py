@@ -100,8 +100,8 @@ def test_pose_prior_keeps_to_the_limits_of_a_hand(poses):
             axis = axis * np.sign(axis[2])                                # +z bends a finger that points to -x
             flexion = degrees[:, joint] @ axis
             assert np.sqrt(((degrees[:, joint] - np.outer(flexion, axis)) ** 2).sum(1).mean()) < 3
-            assert -8 < flexion.min() and flexion.max() < 102
-        assert -28 < degrees[:, first - 1, 2].min() and degrees[:, first - 1, 2].max() < 98
+            assert flexion.min() > -8 and flexion.max() < 102
+        assert degrees[:, first - 1, 2].min() > -28 and degrees[:, first - 1, 2].max() < 98
         assert np.abs(degrees[:, first - 1, 1]).max() < 45                # sideways, with the share of a turned axis
     assert degrees[:, 0].std(0)[2] > 20                                   # and uses them
 
