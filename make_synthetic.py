@@ -312,13 +312,14 @@ def skin_albedo(person, at):
 def key_light(points, faces, at, to, cells=128):
     """(P,) share of the key light that reaches places `at` (P,3): a depth map seen from the light, four taps."""
     right = unit(np.cross(to, [0.3, 0.9, 0.1]))
-    seen, where = (np.einsum("pk,ck->pc", p, np.stack([right, np.cross(right, to), -to])) for p in (points, at))
-    corner, scale = where[:, :2].min(0), (cells - 4) / max(np.ptp(where[:, :2], axis=0).max(), 1e-6)
-    seen[:, :2] = (seen[:, :2] - corner) * scale + 2
-    depth = rasterise(seen, faces, (cells, cells), cull=True)[2]
-    u, v = ((where[:, :2] - corner) * scale + 2).T
+    seen, (u, v, far) = (np.einsum("pk,ck->cp", p, np.stack([right, np.cross(right, to), -to])) for p in (points, at))
+    scale = (cells - 4) / max(np.ptp(u), np.ptp(v), 1e-6)
+    corner = np.array([u.min(), v.min()])[:, None] - 2 / scale
+    seen[:2] = (seen[:2] - corner) * scale
+    u, v = (np.stack([u, v]) - corner) * scale
+    depth = rasterise(seen.T, faces, (cells, cells), cull=True)[2]
     taps = [depth[(v + dv).astype(int), (u + du).astype(int)] for dv in (-0.6, 0.6) for du in (-0.6, 0.6)]
-    return sum(tap > where[:, 2] - 0.004 for tap in taps) / 4
+    return sum(tap > far - 0.004 for tap in taps) / 4
 
 
 def build_scene(anatomy, person, labels, frame):
@@ -432,7 +433,7 @@ def draw_video(task):
         around = labels["joints2d"][[max(frame - 1, 0), min(frame + 1, count - 1)], MIDDLE]
         for version, (light, camera, background) in enumerate(scenes):
             rng = np.random.default_rng([*key, frame, version])
-            if task["versions"] > 1:  # FreiHAND's first is recorded before a green screen, the others get any background
+            if task["versions"] > 1:  # FreiHAND's first has a green screen, the others any background
                 background = draw_background(rng, size) if version else np.full_like(background, [0.16, 0.62, 0.25])
             layer, mask, hidden = draw_hand(anatomy, person, light, labels, frame, size)
             image = photograph(rng, camera, light, background, layer, around[1] - around[0])
@@ -531,7 +532,7 @@ def write_samples(path, names, joints2d, side, size, cell=192):
 def main(argv=None):
     cli = parser(__doc__)
     cli.add_argument("--out", required=True, type=Path, help="folder to make; refused where there are files already")
-    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; a picture each, in freihand's training four")
+    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; freihand draws those for training four times")
     cli.add_argument("--videos", type=int, help="videos that they are taken from; default one for 20 hands")
     cli.add_argument("--size", type=int, help="side of a picture in pixels, 32 to 1024; default 128, freihand 224")
     cli.add_argument("--seed", type=int, default=0, help="same seed, same bytes, whatever --workers is")
