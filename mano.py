@@ -44,7 +44,7 @@ def _tips(name):
 
 
 def joints_from_vertices(vertices, arrays, tips="freihand"):
-    """Joints regressed from a posed mesh: vertices (B, 778, 3) -> joints (B, 21, 3), FreiHAND order, unit and frame kept.
+    """Joints regressed from a posed mesh: vertices (B, 778, 3) -> joints (B, 21, 3), FreiHAND order, same unit, frame.
 
     With "freihand" tips this is FreiHAND's own definition of its labels (lmb-freiburg/freihand utils/mano_utils.py).
     The layer's kinematic joints differ from it by millimetres once fingers bend, and cannot be had from a mesh.
@@ -83,7 +83,7 @@ def rotmat_from_axis_angle(axis_angle):
 
 
 def axis_angle_from_rotmat(rotmats):
-    """Inverse of Rodrigues: (..., 3, 3) -> (..., 3), angle in [0, pi] rad; accurate at 0 and at pi (either axis there)."""
+    """Inverse of Rodrigues: (..., 3, 3) -> (..., 3), angle in [0, pi] rad; accurate at 0 and pi (either axis there)."""
     xx, xy, xz, yx, yy, yz, zx, zy, zz = _float32(rotmats).flatten(-2).unbind(-1)
     rows = torch.stack([                                     # 4 q_i q for i = w, x, y, z; q = (w, x, y, z)
         1 + xx + yy + zz, zy - yz, xz - zx, yx - xy,
@@ -157,7 +157,7 @@ def mirror_arrays(arrays):
 
 
 def _side_of(arrays):
-    """MANO's files lay the fingers along x from the wrist: to -x in the right file, to +x in the left. None: neither."""
+    """MANO's files lay the fingers along x from the wrist: to -x in the right one, to +x in the left. None: neither."""
     x = (arrays["J_regressor"] @ arrays["v_template"])[:13, 0]            # wrist and four fingers; the thumb aside
     steps = x[1:] - x[list(PARENTS[1:13])]
     return "right" if (steps < 0).all() else "left" if (steps > 0).all() else None
@@ -178,7 +178,7 @@ def _repair_left(arrays):
 
 
 def _tree(transforms):
-    """(B, 16, 3, n) -> views of the root (B, 1, 3, n) and of the fingers' three levels (B, 5, 3, n): each the next's parent."""
+    """(B, 16, 3, 4) -> views of it: root (B, 1, 3, 4), then three levels (B, 5, 3, 4), each the parents of the next."""
     return transforms[:, :1], *transforms[:, 1:].unflatten(1, (5, 3)).unbind(2)
 
 
@@ -196,7 +196,7 @@ class _Skinning(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rotmats, betas, hand):
-        # Template, shape and pose at once (MANO eq. 2 to 5): the template's factor is 1, the global rotation has no part.
+        # Template (its factor is 1), shape and pose in one product (MANO eq. 2 to 5), without the global rotation.
         features = torch.cat([betas.new_ones(len(betas), 1), betas, rotmats[:, 1:].flatten(1) - hand.identity], dim=1)
         points = torch.mm(features, hand.blend).unflatten(1, (3, 778))                         # (B, 3, V)
 
@@ -231,7 +231,7 @@ class _Skinning(torch.autograd.Function):
         d_points, d_moves = torch.empty_like(points), torch.empty_like(moves)
         for p, a, d_v, d_tip, d_p, d_a in _chunks(points, moves, d_vertices, d_tips, d_points, d_moves):
             t = torch.mm(a.flatten(0, 1), hand.weights.T).unflatten(0, (-1, 3, 4))
-            d = d_v.transpose(1, 2).contiguous().index_add_(2, hand.tips, d_tip.transpose(1, 2))
+            d = torch.empty_like(p).copy_(d_v.transpose(1, 2)).index_add_(2, hand.tips, d_tip.transpose(1, 2))
             torch.mul(t[:, 0, :3], d[:, 0, None], out=d_p)
             d_p.addcmul_(t[:, 1, :3], d[:, 1, None]).addcmul_(t[:, 2, :3], d[:, 2, None])
             torch.mul(d[:, :, None], p[:, None], out=t[:, :, :3])         # t is free now: it takes its own gradient
@@ -245,7 +245,7 @@ class _Skinning(torch.autograd.Function):
         d_chain[..., 3] += d_place
         family = list(zip(_tree(chain), _tree(local), _tree(d_chain), strict=True))
         for (parent, _, d_parent), (_, step, d_child) in reversed(list(pairwise(family))):
-            up = torch.cat([d_child[..., :3] @ step[..., :3].mT + d_child[..., 3:] * step[..., 3:].mT, d_child[..., 3:]], -1)
+            up = torch.cat([d_child @ step.mT, d_child[..., 3:]], dim=-1)
             d_parent += up.sum(1, keepdim=True) if parent.shape[1] == 1 else up
             d_child.copy_(parent[..., :3].mT @ d_child)                   # from here on the gradient of `local`
         d_rotmats, d_bone = d_chain.split([3, 1], dim=-1)
@@ -257,7 +257,7 @@ class _Skinning(torch.autograd.Function):
 class Mano(nn.Module):
     """The MANO layer: forward(rotmats (B, 16, 3, 3), betas (B, 10)) -> vertices (B, 778, 3), joints (B, 21, 3), metres.
 
-    arrays: of `read_mano` or `synthetic_mano`. rotmats: global rotation about the wrist J0(betas), then 15 relative ones
+    arrays: of `read_mano` or `synthetic_mano`. rotmats: the global one about the wrist J0(betas), then 15 relative ones
     in the file's order (index, middle, little, ring, thumb), with `hands_mean` already in them: the layer adds none.
     joints: 16 of the kinematic chain and five tip vertices named by `tips`, FreiHAND order; not centred on any of them.
 

@@ -1,4 +1,4 @@
-"""Timings: python tests/benchmark.py SECTION [SECTION ...]   (all sections without one). Medians, quartiles in brackets.
+"""Timings: python tests/benchmark.py SECTION [SECTION ...]   (all sections without one); medians [quartiles].
 
 Two threads, rivals in one process and in turn, so that a busy machine slows both alike.
 """
@@ -27,9 +27,9 @@ def race(runners, repeats=20, warm_up=3):
 
 def layer():
     """`Mano` (21 joints) against smplx.lbs (16), both with a backward pass to rotations and betas."""
+    from fixtures import PARENTS, random_mano
     from smplx.lbs import lbs
 
-    from fixtures import PARENTS, random_mano
     from mano import Mano, rotmat_from_axis_angle
 
     arrays = random_mano()
@@ -41,7 +41,7 @@ def layer():
         return lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents, a["weights"],
                    pose2rot=False)
 
-    print("layer, forward + backward, ms     smplx.lbs              ours               times faster (target)")
+    print(f"layer, forward + backward, ms  {'smplx.lbs':>26}{'ours':>26}   times faster (target)")
     for batch, target in ((1, 1.3), (64, 2.0), (1024, 3.0)):
         generator = torch.Generator().manual_seed(batch)
         rotmats = rotmat_from_axis_angle(torch.randn(batch, 16, 3, generator=generator)).requires_grad_()
@@ -53,8 +53,8 @@ def layer():
             torch.autograd.grad((vertices, joints), (rotmats, betas), (gradients[0], gradients[1][:, :joints.shape[1]]))
 
         result = race({"smplx": lambda step=step: step(smplx_hand), "ours": lambda step=step: step(hand)})
-        columns = [f"{m:8.3f} [{low:.3f} {high:.3f}]" for low, m, high in result.values()]
-        print(f"  batch {batch:5d}         {columns[0]:>26}{columns[1]:>26}   {result['smplx'][1] / result['ours'][1]:.2f} ({target})")
+        columns = "".join(f"{f'{m:.3f} [{low:.3f} {high:.3f}]':>26}" for low, m, high in result.values())
+        print(f"  batch {batch:<23d}{columns}   {result['smplx'][1] / result['ours'][1]:.2f} ({target})")
 
 
 def scores():

@@ -81,7 +81,7 @@ def write_official_pickle(path, arrays, permuted=False):
     x = np.concatenate([arrays["shapedirs"], 0.1 + np.arange(778 * 3 * 10).reshape(778, 3, 10)], axis=2)
     idxs = np.arange(x.size).reshape(x.shape)[..., :10].ravel()
     if permuted:
-        places = np.random.default_rng(1).permutation(x.size)                                  # value i goes to places[i]
+        places = np.random.default_rng(1).permutation(x.size)              # value i goes to places[i]
         x, idxs = x.ravel()[np.argsort(places)].reshape(x.shape), places[idxs]
     shapedirs = _holder(_Select, a=_holder(_Ch, x=x, _dirty_vars={"x"}, _itr=None), idxs=idxs,
                         preferred_shape=(778, 3, 10), _cache={"drs": None}, _status="new")
