@@ -295,7 +295,7 @@ def skin_albedo(person, at):
     palm = np.minimum(skin * (1.12 + 0.9 * person["dark"]) + [0.03, 0, 0], 0.9)
     color = skin.astype(f4) + (palm - skin).astype(f4) / (1 + np.exp(5 * (back + f4(0.15))))[:, None]
     mottling = np.einsum("pk,kc->pc", at[:, :3], person["waves"].astype(f4)) + person["phases"].astype(f4)
-    mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.04, 0.02, 6, dtype=f4))
+    mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.05, 0.01, 6, dtype=f4))
     near = np.minimum(np.minimum(creases[:, 0], creases[:, 1]), creases[:, 2])
     lines = np.exp(-((near / f4(0.0011)) ** 2)) * np.where(back < 0.1, f4(0.38), f4(0))  # inside of the joints
     folds = np.exp(-((near / f4(0.004)) ** 2)) * np.clip(back, 0, 1) * (f4(0.16) + f4(0.14) * np.cos(near * f4(2856)))
@@ -532,7 +532,7 @@ def write_samples(path, names, joints2d, side, size, cell=192):
 def main(argv=None):
     cli = parser(__doc__)
     cli.add_argument("--out", required=True, type=Path, help="folder to make; refused where there are files already")
-    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; freihand draws those for training four times")
+    cli.add_argument("--hands", type=int, default=2000, help="labelled hands; freihand's training hands get 4 pictures")
     cli.add_argument("--videos", type=int, help="videos that they are taken from; default one for 20 hands")
     cli.add_argument("--size", type=int, help="side of a picture in pixels, 32 to 1024; default 128, freihand 224")
     cli.add_argument("--seed", type=int, default=0, help="same seed, same bytes, whatever --workers is")
@@ -550,6 +550,8 @@ def main(argv=None):
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it first")
     arrays, begin = load_hand(args.mano), time.time()
+    if np.diff(arrays["J"][[0, 4], 0]) > 0:  # MANO's right hand points to -x
+        raise ValueError(f"--mano {args.mano}: a left hand; give MANO_RIGHT.pkl, its mirror images are the left hands")
     names, joints2d, side = {"index": write_index_layout, "freihand": write_freihand_layout}[args.layout](args, arrays)
     speed = len(names) / (time.time() - begin)
     write_samples(args.out / "samples.png", names, joints2d, side, args.size)

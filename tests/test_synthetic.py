@@ -12,7 +12,7 @@ from PIL import Image
 import draw
 import make_synthetic
 from data import HandIndex
-from mano import Mano, joints_from_vertices, rotmat_from_axis_angle, synthetic_mano
+from mano import Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,19 @@ def test_mistakes_cost_one_line(tmp_path, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         make_synthetic.main(["--out", str(tmp_path / "a"), *flags])
     assert not (tmp_path / "a").exists()
+
+
+def test_draws_another_hand_but_no_left_file(tmp_path, arrays):
+    other = synthetic_mano(seed=3)
+    np.savez(tmp_path / "right.npz", **other)
+    np.savez(tmp_path / "left.npz", **mirror_arrays(other))
+    flags = ["--hands", "2", "--size", "32", "--workers", "1", "--mano"]
+    make_synthetic.main(["--out", str(tmp_path / "a"), *flags, str(tmp_path / "right.npz")])
+    index = HandIndex(tmp_path / "a")
+    regressed = joints_from_vertices(torch.from_numpy(np.array(index.columns["vertices"])), other).numpy()
+    np.testing.assert_allclose(regressed, index.columns["joints"], atol=1e-6)
+    with pytest.raises(ValueError, match="MANO_RIGHT"):
+        make_synthetic.main(["--out", str(tmp_path / "b"), *flags, str(tmp_path / "left.npz")])
 
 
 def test_never_writes_into_a_used_folder(index):
