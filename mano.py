@@ -182,16 +182,24 @@ def _tree(transforms):
     return transforms[:, :1], *transforms[:, 1:].unflatten(1, (5, 3)).unbind(2)
 
 
-def _chunks(*tensors):
-    """Parts of 64 hands on a CPU, whose blended matrices stay in its cache; all at once elsewhere."""
-    return zip(*(x.split(64 if x.device.type == "cpu" else max(1, len(x))) for x in tensors), strict=True)
+def _blended(weights, moves, *tensors):
+    """Yields the blended matrices sum_i w_i A_i of part of the batch (B, 3, 4, V) and the same part of `tensors`.
+
+    A part is 64 hands on a CPU, which its cache holds, and everything elsewhere. All parts use one piece of memory.
+    """
+    size = 64 if moves.device.type == "cpu" else max(1, len(moves))
+    buffer = moves.new_empty(min(size, len(moves)), 3, 4, len(weights))
+    for move, *part in zip(*(x.split(size) for x in (moves, *tensors)), strict=True):
+        matrices = buffer[:len(move)]
+        torch.mm(move.flatten(0, 1), weights.T, out=matrices.flatten(0, 2))
+        yield matrices, *part
 
 
 class _Skinning(torch.autograd.Function):
     """rotmats (B, 16, 3, 3), betas (B, 10), a Mano -> vertices, joints; its backward is written by hand.
 
-    Autograd would keep or make the blended matrices (12 numbers a vertex) several times over and spend more time on
-    dispatching the small products of the chain than on computing them. Names d_x: gradient of x. Differentiable once.
+    Autograd would hold the blended matrices (12 numbers a vertex) several times over, and spend more time dispatching
+    the small products of the chain than computing them. Names d_x: gradient of x. Differentiable once.
     """
 
     @staticmethod
@@ -214,8 +222,7 @@ class _Skinning(torch.autograd.Function):
         moves = torch.cat([chain[..., :3], chain[..., 3:] - chain[..., :3] @ joints], dim=-1)
         moves = moves.flatten(2).transpose(1, 2).contiguous()                                  # (B, 12, 16)
         vertices = points.new_empty(len(points), 778, 3)
-        for p, a, out in _chunks(points, moves, vertices):
-            t = torch.mm(a.flatten(0, 1), hand.weights.T).unflatten(0, (-1, 3, 4))             # (B, 3, 4, V)
+        for t, p, out in _blended(hand.weights, moves, points, vertices):
             posed = torch.addcmul(t[:, :, 3], t[:, :, 0], p[:, None, 0])
             posed.addcmul_(t[:, :, 1], p[:, None, 1]).addcmul_(t[:, :, 2], p[:, None, 2])      # (B, 3, V)
             out.copy_(posed.transpose(1, 2))
@@ -229,8 +236,7 @@ class _Skinning(torch.autograd.Function):
         hand, (points, joints, local, chain, moves) = ctx.hand, ctx.saved_tensors
         d_place, d_tips = torch.empty_like(d_joints).index_copy_(1, hand.order, d_joints).split([16, 5], dim=1)
         d_points, d_moves = torch.empty_like(points), torch.empty_like(moves)
-        for p, a, d_v, d_tip, d_p, d_a in _chunks(points, moves, d_vertices, d_tips, d_points, d_moves):
-            t = torch.mm(a.flatten(0, 1), hand.weights.T).unflatten(0, (-1, 3, 4))
+        for t, p, d_v, d_tip, d_p, d_a in _blended(hand.weights, moves, points, d_vertices, d_tips, d_points, d_moves):
             d = torch.empty_like(p).copy_(d_v.transpose(1, 2)).index_add_(2, hand.tips, d_tip.transpose(1, 2))
             torch.mul(t[:, 0, :3], d[:, 0, None], out=d_p)
             d_p.addcmul_(t[:, 1, :3], d[:, 1, None]).addcmul_(t[:, 2, :3], d[:, 2, None])
