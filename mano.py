@@ -228,13 +228,13 @@ class _Skinning(torch.autograd.Function):
             out.copy_(posed.transpose(1, 2))
         ctx.hand = hand
         ctx.save_for_backward(points, joints, local, chain, moves)
-        return vertices, torch.cat([chain[..., 3], vertices[:, hand.tips]], dim=1)[:, hand.order]
+        return vertices, torch.cat([chain[..., 3], vertices.index_select(1, hand.tips)], 1).index_select(1, hand.order)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_vertices, d_joints):
         hand, (points, joints, local, chain, moves) = ctx.hand, ctx.saved_tensors
-        d_place, d_tips = torch.empty_like(d_joints).index_copy_(1, hand.order, d_joints).split([16, 5], dim=1)
+        d_place, d_tips = d_joints.index_select(1, hand.inverse).split([16, 5], dim=1)
         d_points, d_moves = torch.empty_like(points), torch.empty_like(moves)
         for t, p, d_v, d_tip, d_p, d_a in _blended(hand.weights, moves, points, d_vertices, d_tips, d_points, d_moves):
             d = torch.empty_like(p).copy_(d_v.transpose(1, 2)).index_add_(2, hand.tips, d_tip.transpose(1, 2))
@@ -299,7 +299,8 @@ class Mano(nn.Module):
                   "hands_mean": np.reshape(arrays["hands_mean"], (15, 3))}
         for name, value in floats.items():
             self.register_buffer(name, torch.tensor(np.ascontiguousarray(value), dtype=torch.float32), persistent=False)
-        for name, value in {"faces": arrays["f"], "tips": _tips(tips), "order": MANO_TO_FREIHAND}.items():
+        integers = {"faces": arrays["f"], "tips": _tips(tips), "order": MANO_TO_FREIHAND, "inverse": FREIHAND_TO_MANO}
+        for name, value in integers.items():
             self.register_buffer(name, torch.tensor(np.array(value), dtype=torch.int64), persistent=False)
 
     def forward(self, rotmats, betas):
