@@ -211,7 +211,8 @@ def read_boxes(path):
                     raise ValueError
                 boxes.setdefault(row["image"], []).append((box, side))
             except (KeyError, TypeError, ValueError):
-                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side right or left") from None
+                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side "
+                                 "right or left") from None
     return boxes
 
 
@@ -240,7 +241,8 @@ class HandDataset(torch.utils.data.Dataset):
 
     An item is a dict of tensors: canvas (3,S,S) u8, valid (4,), row (), failed () (the row whose image could not be read,
     or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), pose_mean () (1 where the pose's 45
-    numbers are offsets to the hand's mean), and of the labels asked for: joints2d (21,2) canvas coordinates, visible (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
+    numbers are offsets to the hand's mean), and of the labels asked for: joints2d (21,2) canvas coordinates, visible
+    (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
     each zero where the index has none, with has_<label> () 1 or 0.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the

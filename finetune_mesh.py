@@ -13,24 +13,57 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import (MEAN, STD, EpochSampler, HandDataset, HandIndex, apply_color, apply_theta, centre_theta, invert_theta, make_loader,
-                  normalise, random_color, random_theta, square, theta_rotation, warp)
+from data import (
+    MEAN,
+    STD,
+    EpochSampler,
+    HandDataset,
+    HandIndex,
+    apply_color,
+    apply_theta,
+    centre_theta,
+    invert_theta,
+    make_loader,
+    normalise,
+    random_color,
+    random_theta,
+    square,
+    theta_rotation,
+    warp,
+)
 from draw import curve, draw_joints, grid, overlay, save_image
 from mano import Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, build_encoder, load_encoder
-from runtime import (Log, add_training_flags, cosine, ema_update, finish, generator, param_groups, parser, read_log, run,
-                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from runtime import (
+    Log,
+    add_training_flags,
+    cosine,
+    ema_update,
+    finish,
+    generator,
+    param_groups,
+    parser,
+    read_log,
+    run,
+    save_checkpoint,
+    set_lr,
+    setup,
+    start_run,
+    total_steps,
+    update,
+)
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
-WEIGHTS = {                # rotations and betas: HongwenZhang/PyMAF-X core/trainer.py, hand_only. L1 instead of squares on
-    "orientation": 60.0,   # points is ours: squared 2-D errors drown the rest until the orientation is learned, and the
-    "fingers": 60.0,       # metric is a distance; 100 x 5 mm weighs like the other terms
-    "betas": 0.06,
-    "joints2d": 5.0,
-    "joints": 100.0,
-    "vertices": 100.0,
+WEIGHTS = {                # rotations: HongwenZhang/PyMAF-X core/trainer.py, hand_only. The others are ours: L1 on points,
+    "rotations": 60.0,     # because the metric is a distance; betas and camera held by their own labels, because as long as
+    "betas": 1.0,          # the orientation is unknown, a small hand far away is what fits the points best; and above all
+    "camera": 2.0,         # the mesh in the hand's own frame, which teaches the fingers before the orientation is known
+    "joints2d": 3.0,
+    "joints": 30.0,
+    "vertices": 30.0,
+    "articulation": 500.0,
 }
 
 
@@ -40,18 +73,24 @@ def mesh_losses(outputs, target, joints_of):
 
     outputs: MeshHead's list. target: make_target's dict. joints_of(output) -> (B,21,3), the label's definition of joints."""
     terms = dict.fromkeys(WEIGHTS, 0.0)
-    root = target["joints"][:, :1]
+    root, has_mesh = target["joints"][:, :1], target["has_vertices"] * target["has_joints"]
     for output in outputs:
         joints = joints_of(output)                                 # (B, 21, 3) m, relative to the kinematic wrist
-        joints2d = weak_perspective(joints, output["camera"])      # (B, 21, 2) of the view
+        seen = target["visible"][..., None]
+        # The camera learns from the true joints; the pose then moves under a fixed camera, so it cannot shrink it.
+        known = target["has_joints"][:, None] > 0
+        fixed = torch.where(known, output["camera"].detach(), output["camera"])
+        by_camera = weak_perspective(target["joints"] - root, output["camera"]) - target["joints2d"]       # (B, 21, 2)
+        by_both = weak_perspective(joints, fixed) - target["joints2d"]
         rotation = (output["rotmats"] - target["rotmats"]) ** 2
-        step = {"orientation": masked_mean(rotation[:, 0], target["has_pose"]),
-                "fingers": masked_mean(rotation[:, 1:], target["has_pose"]),
+        upright = (output["vertices"] - joints[:, :1]) @ output["rotmats"][:, 0]         # R^T v: in the hand's own frame
+        step = {"rotations": masked_mean(rotation, target["has_pose"]),
+                "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
                 "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
-                "joints2d": masked_mean((joints2d - target["joints2d"]).abs() * target["visible"][..., None], target["has_joints2d"]),
+                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"] * target["has_joints"]),
+                "joints2d": masked_mean(by_both.abs() * seen, target["has_joints2d"]),
                 "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), target["has_joints"]),
-                "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(),
-                                        target["has_vertices"] * target["has_joints"])}
+                "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(), has_mesh)}
         terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
     return terms
 
@@ -75,8 +114,9 @@ def make_target(batch, theta, hands_mean):
     pose = torch.cat([pose[:, :1], pose[:, 1:] + hands_mean * batch["pose_mean"][:, None, None]], dim=1)
     rotmats = rotmat_from_axis_angle(pose)                         # (B, 16, 3, 3)
     rotmats = torch.cat([turn[:, None] @ rotmats[:, :1], rotmats[:, 1:]], dim=1)
+    upright = (batch["vertices"] - batch["joints"][:, :1]) @ rotmat_from_axis_angle(pose[:, 0])      # (B, 778, 3)
     turned = {name: batch[name] @ turn.transpose(1, 2) for name in ("joints", "vertices")}
-    return batch | turned | {"rotmats": rotmats, "joints2d": apply_theta(invert_theta(theta), batch["joints2d"])}
+    return batch | turned | {"rotmats": rotmats, "upright": upright, "joints2d": apply_theta(invert_theta(theta), batch["joints2d"])}
 
 
 def draw_views(args, runtime, step):
@@ -182,9 +222,11 @@ def flags():
     cli = parser(__doc__)
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="labelled training hands")
     cli.add_argument("--val", required=True, metavar="INDEX", help="labelled hands for the validation lines of the log")
-    cli.add_argument("--mano", help="MANO_RIGHT.pkl or .npz (licensed: mano.is.tue.mpg.de); default: the synthetic hand, for synthetic data")
+    cli.add_argument("--mano",
+                     help="MANO_RIGHT.pkl or .npz (licensed: mano.is.tue.mpg.de); default: the synthetic hand")
     group = cli.add_argument_group("network")
-    group.add_argument("--init", help="encoder to start from: RUN/encoder.pt, or ViT or ResNet-50 weights of timm, MAE, DINO, iBOT, PeCLR, SiMHand")
+    group.add_argument("--init",
+                       help="encoder to start from: RUN/encoder.pt, or ViT or ResNet-50 weights of timm, MAE, DINO, iBOT, PeCLR, SiMHand")
     group.add_argument("--arch", choices=sorted(ARCHS), help="encoder where --init does not say (default vit_small)")
     group.add_argument("--image-size", type=int, default=224, help="side of the views, a multiple of 16 (default 224)")
     group.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT: .1 for small, .2 for base (iBOT)")
@@ -192,14 +234,17 @@ def flags():
     group.add_argument("--head-width", type=int, default=256, help="channels of the head's maps (PyMAF: 256; 64 is enough for toy sizes)")
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3], help="feedback iterations of the head (PyMAF: 3)")
     group = cli.add_argument_group("optimisation (ours, from the practice of MAE, iBOT and ViTPose)")
-    group.add_argument("--lr", type=float, default=5e-4, help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 2e-3")
-    group.add_argument("--layer-decay", type=float, help="rate of a block relative to the next one; default .75 with --init, 1 from scratch")
+    group.add_argument("--lr", type=float, default=5e-4,
+                       help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 2e-3")
+    group.add_argument("--layer-decay", type=float,
+                       help="rate of a block relative to the next one; default .75 with --init, 1 from scratch")
     group.add_argument("--weight-decay", type=float, default=0.05)
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     group.add_argument("--ema", type=float, default=0.999, help="momentum of the averaged weights, lower in the first steps")
     group.add_argument("--label-fraction", type=float, default=1.0, help="seeded share of the labelled poses to train on")
     group = cli.add_argument_group("views")
-    group.add_argument("--box-scale", type=float, default=1.3, help="side of an upright view over the longer side of the box (PyMAF-X: 1.2)")
+    group.add_argument("--box-scale", type=float, default=1.3,
+                       help="side of an upright view over the longer side of the box (PyMAF-X: 1.2)")
     group.add_argument("--rotation", type=float, default=90, help="degrees either way: hands occur in all orientations (PyMAF: 30)")
     group.add_argument("--zoom", type=float, default=0.25, help="views are up to this share larger or smaller")
     group.add_argument("--shift", type=float, default=0.1, help="views move by up to this share of half their side")
@@ -217,7 +262,7 @@ def build(args, hand):
             raise ValueError(f"--arch {args.arch}, but --init {args.init} holds {encoder.arch}: leave --arch out")
     else:
         encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
-    return HandMesh(encoder, MeshHead(hand, encoder.dim, strides=encoder.arch == "resnet50", iterations=args.iterations,
+    return HandMesh(encoder, MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50", iterations=args.iterations,
                                       width=args.head_width, dropout=args.dropout))
 
 

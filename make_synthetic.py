@@ -30,6 +30,7 @@ FINGER_JOINTS = ((13, 14, 15), (1, 2, 3), (4, 5, 6), (10, 11, 12), (7, 8, 9))  #
 SKIN = np.array([(250, 222, 202), (236, 194, 162), (212, 160, 122), (168, 114, 78), (118, 76, 52), (78, 50, 40)]) / 255
 ARM = np.array([0.012, 0.03, 0.06, 0.11, 0.18, 0.30])  # metres from the wrist opening to each ring of the forearm
 WAVES = np.array([90, 200, 380, 650, 1000, 1500])  # rad/m, of the mottling of skin
+FREE_COMPONENTS = 8  # of the pose prior: the others move a quarter as much, so that similar poses recur across videos
 FAR = 1.0  # metres: no crease near
 MOST_VERSIONS = 4  # pictures of one training hand in FreiHAND
 f4 = np.float32
@@ -122,15 +123,26 @@ def between_keys(keys, count):
     return keys[i] * (1 - share) + keys[i + 1] * share
 
 
-def draw_labels(rng, hand, arrays, count, size):
+def first_view(rng, tilt, anywhere):
+    """Global rotation of a hand as people hold it before a camera: the back or the palm towards it and the fingers up,
+    turned about any axis by N(0, tilt) degrees; a share `anywhere` of the hands is seen from any direction."""
+    if rng.random() < anywhere:
+        return Rotation.from_quat(rng.standard_normal(4))
+    back = pick(rng, -1.0, 1.0)  # at rest the fingers point to -x and the back of the hand to +y
+    held = Rotation.from_matrix(np.array([[0, 0, back], [1, 0, 0], [0, back, 0]]))
+    return Rotation.from_rotvec(unit(rng.standard_normal(3)) * np.deg2rad(rng.normal(0, tilt))) * held
+
+
+def draw_labels(rng, hand, arrays, count, size, tilt, anywhere):
     """Labels of one video of right hands, float64: pose (n,48), betas (n,10), vertices (n,V,3) and joints (n,21,3) in
     the camera's frame, joints2d (n,21,2), K (n,3,3), scale (n,). About every fifth frame is a new key pose."""
     m = max(2, count // 5 + 1)
     coeffs = arrays["hands_coeffs"][rng.integers(len(arrays["hands_coeffs"]), size=m)]
     coeffs = coeffs + 0.2 * rng.standard_normal(coeffs.shape)  # near a known pose, so that poses recur
-    turns = [Rotation.from_quat(rng.standard_normal(4))]  # uniform, and so are all that follow
-    for angle in np.deg2rad(rng.normal(0, 45, m - 1)):
-        turns.append(Rotation.from_rotvec(unit(rng.standard_normal(3)) * angle) * turns[-1])
+    coeffs[:, FREE_COMPONENTS:] *= 0.25
+    turns = [first_view(rng, tilt, anywhere)]
+    for angle in np.deg2rad(rng.normal(0, 0.8 * tilt, m - 1)):
+        turns.append(Rotation.from_rotvec(unit(rng.standard_normal(3)) * angle) * turns[0])
     turning = Slerp(np.arange(m), Rotation.concatenate(turns))(between_keys(np.arange(m, dtype=float), count))
     pose = np.concatenate([turning.as_rotvec(), between_keys(coeffs @ arrays["hands_components"], count)], 1)  # (n,48)
     betas = np.repeat(np.clip(rng.normal(0, 0.9, (1, 10)), -2.2, 2.2), count, 0)
@@ -421,11 +433,12 @@ def draw_video(task):
     """Draws one video, writes its pictures and returns its labels, name -> (n, ...).
 
     task: seed, part (0 or 1: FreiHAND's training or evaluation), video, count (frames), first (number of its first
-    picture), total (of the part: picture k + total * version shows hand k), versions, size, folder, layout."""
+    picture), total (of the part: picture k + total * version shows hand k), versions, size, folder, layout,
+    tilt and anywhere (see first_view)."""
     anatomy, size, count = TOOLS["anatomy"], task["size"], task["count"]
     key, freihand = [task["seed"], task["part"], task["video"]], task["layout"] == "freihand"
     rng = np.random.default_rng(key)
-    labels = draw_labels(rng, TOOLS["hand"], TOOLS["arrays"], count, size)
+    labels = draw_labels(rng, TOOLS["hand"], TOOLS["arrays"], count, size, task["tilt"], task["anywhere"])
     person, left = draw_person(rng, count), bool(rng.random() < 0.3) and not freihand
     scenes = [(draw_light(rng), draw_camera(rng), draw_background(rng, size)) for _ in range(task["versions"])]
     labels["keypoints"], labels["keypoints_score"] = np.zeros((count, 21, 2)), np.zeros((count, 21))
@@ -464,7 +477,8 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
     folder.mkdir(parents=True)
     counts = [hands // videos + (video < hands % videos) for video in range(videos)]
     tasks = [{"seed": args.seed, "part": part, "video": video, "count": counts[video], "first": sum(counts[:video]),
-              "total": hands, "versions": versions, "size": args.size, "folder": str(folder), "layout": args.layout}
+              "total": hands, "versions": versions, "size": args.size, "folder": str(folder), "layout": args.layout,
+              "tilt": args.tilt, "anywhere": args.anywhere}
              for video in range(videos)]
     results, workers = [], min(args.workers, videos)
     with tqdm(total=hands * versions, unit="image", desc=f"drawing {folder}", smoothing=0.05) as bar:
@@ -535,6 +549,9 @@ def main(argv=None):
     cli.add_argument("--hands", type=int, default=2000, help="labelled hands; freihand's training hands get 4 pictures")
     cli.add_argument("--videos", type=int, help="videos that they are taken from; default one for 20 hands")
     cli.add_argument("--size", type=int, help="side of a picture in pixels, 32 to 1024; default 128, freihand 224")
+    cli.add_argument("--tilt", type=float, default=35.0,
+                     help="degrees, spread of the view around a hand held up before the camera (default 35; 10 is easy)")
+    cli.add_argument("--anywhere", type=float, default=0.25, help="share of videos seen from any direction (default .25)")
     cli.add_argument("--seed", type=int, default=0, help="same seed, same bytes, whatever --workers is")
     cli.add_argument("--layout", choices=["index", "freihand"], default="index",
                      help="our index, or FreiHAND's own files")
@@ -544,7 +561,7 @@ def main(argv=None):
     args.videos = max(1, args.hands // 20) if args.videos is None else args.videos
     args.size = {"index": 128, "freihand": 224}[args.layout] if args.size is None else args.size
     for flag, least, most in (("hands", {"index": 1, "freihand": 2}[args.layout], 10**8), ("videos", 1, args.hands),
-                              ("size", 32, 1024), ("seed", 0, 2**63), ("workers", 1, 512)):
+                              ("size", 32, 1024), ("seed", 0, 2**63), ("workers", 1, 512), ("tilt", 0, 180), ("anywhere", 0, 1)):
         if not least <= getattr(args, flag) <= most:
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be from {least} to {most}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):

@@ -108,7 +108,8 @@ def main(argv=None):
     state = load_checkpoint(args.checkpoint, "mesh")
     arrays = load_hand(args.mano)
     if state["hand"] != fingerprint(arrays):
-        raise ValueError(f"{args.checkpoint} was trained with another hand model than {args.mano or 'the synthetic hand'}: pass its file with --mano")
+        raise ValueError(f"{args.checkpoint} was trained with another hand model than {args.mano or 'the synthetic hand'}: "
+                         "pass its file with --mano")
     hand_model = Mano(arrays)
     net = load_mesh(state, hand_model).to(runtime.device)
     faces = hand_model.faces.cpu().numpy()

@@ -9,8 +9,22 @@ import torch
 from PIL import Image
 
 import data
-from data import (EpochSampler, HandDataset, HandIndex, apply_theta, compose_theta, crop_canvas, invert_theta, mirror, random_theta,
-                  read_image, square, theta_rotation, warp, write_index)
+from data import (
+    EpochSampler,
+    HandDataset,
+    HandIndex,
+    apply_theta,
+    compose_theta,
+    crop_canvas,
+    invert_theta,
+    mirror,
+    random_theta,
+    read_image,
+    square,
+    theta_rotation,
+    warp,
+    write_index,
+)
 
 
 def thetas(count=64, seed=0):

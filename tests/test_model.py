@@ -34,8 +34,9 @@ def test_vit_equals_pytorchs_own_encoder():
     x = torch.cat([ours.cls_token.expand(3, -1, -1), ours.patch_embed(images)], 1) + ours.pos_embed
     for block in ours.blocks:
         weights = block.state_dict()
-        theirs.load_state_dict({name: weights[next(ours_ + name.removeprefix(their) for their, ours_ in names.items() if name.startswith(their))]
-                                for name in theirs.state_dict()})
+        renamed = {name: next(mine + name.removeprefix(other) for other, mine in names.items() if name.startswith(other))
+                   for name in theirs.state_dict()}
+        theirs.load_state_dict({name: weights[mine] for name, mine in renamed.items()})
         x = theirs(x)
     torch.testing.assert_close(ours(images), ours.norm(x), atol=1e-5, rtol=1e-5)
 
@@ -93,7 +94,8 @@ def test_public_vit_files_load(kind, tmp_path):
     "conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}[n.split(".")[0]] + "." + n.split(".", 1)[1]])
 def test_public_resnet_files_load(rename, tmp_path):
     net = ResNet50().eval()
-    torch.save({"state_dict": {rename(n): v for n, v in net.state_dict().items()} | {"fc.weight": torch.zeros(9, 2048)}}, tmp_path / "r.pth")
+    weights = {rename(n): v for n, v in net.state_dict().items()} | {"fc.weight": torch.zeros(9, 2048)}
+    torch.save({"state_dict": weights}, tmp_path / "r.pth")
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(load_encoder(tmp_path / "r.pth").features(images)[0], net.features(images)[0])
 
@@ -123,7 +125,7 @@ def test_a_point_reads_the_feature_that_lies_under_it():
 @pytest.mark.parametrize("arch, size", [("vit_tiny", 64), ("resnet50", 64)])
 def test_head_reads_where_it_projects_and_stores_no_hand(arch, size):
     encoder = build_encoder(arch, size)
-    net = HandMesh(encoder, MeshHead(Square(), encoder.dim, strides=arch == "resnet50", width=32)).eval()
+    net = HandMesh(encoder, MeshHead(Square(), encoder.dim, encoder.dim, strides=arch == "resnet50", width=32)).eval()
     outputs = net(torch.randn(2, 3, size, size))
     assert len(outputs) == 3 and outputs[0]["points"].shape == (2, 441, 2)
     for before, after in zip(outputs, outputs[1:], strict=False):

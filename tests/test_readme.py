@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 SMALLER = [                                                        # what is changed in a command, and nothing else
     (r"--hands \d+", "--hands 26 --size 96"),
-    (r"--epochs \d+", "--steps 2 --workers 0"),
+    (r"--videos \d+", "--videos 9"),
+    (r"--(epochs|steps) \d+", "--steps 2 --workers 0"),
     (r"--batch-size \d+", "--batch-size 4"),
-    (r"--arch vit_(small|base)", "--arch vit_tiny --image-size 32 --batch-size 4"),
+    (r"--arch vit_(small|base|micro)", "--arch vit_micro --image-size 32 --batch-size 4"),
     (r"^torchrun --nproc_per_node=8", f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"),
     (r"^python", sys.executable),
 ]
@@ -39,7 +40,8 @@ def test_every_command_and_snippet_of_the_readme_runs(tmp_path):
         if script.suffix in (".py", ".html"):
             (tmp_path / script.name).symlink_to(script)
     write_official_pickle(tmp_path / "MANO_RIGHT.pkl", load_hand())
-    run([sys.executable, "make_synthetic.py", "--out", "FreiHAND_pub_v2", "--hands", "26", "--size", "96", "--layout", "freihand"], tmp_path)
+    run([sys.executable, "make_synthetic.py", "--out", "FreiHAND_pub_v2", "--hands", "26", "--size", "96",
+         "--layout", "freihand"], tmp_path)
     (tmp_path / "my_photographs").mkdir()
     for name in ("photo.jpg", "my_photographs/photo.jpg"):
         shutil.copy(tmp_path / "FreiHAND_pub_v2/training/rgb/00000000.jpg", tmp_path / name)
