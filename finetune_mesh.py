@@ -179,8 +179,8 @@ def validate(net, loader, runtime, args, joints_of):
     net.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
     for batch in loader:
-        views = make_views(batch["canvas"].to(runtime.device), centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device),
-                           args.image_size)
+        theta = centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device)
+        views = make_views(batch["canvas"].to(runtime.device), theta, args.image_size)
         with runtime.autocast():
             output = net(views)[-1]
         for k, (name, predicted) in enumerate((("joints", joints_of(output)), ("vertices", output["vertices"]))):
@@ -195,16 +195,16 @@ def validate(net, loader, runtime, args, joints_of):
 
 
 @torch.no_grad()
-def picture(net, batch, runtime, args, faces, count=8):
+def picture(net, batch, runtime, args, faces):
     """Views beside the mesh laid over them and the true joints: what the network sees and makes."""
     net.eval()
     size, tiles = args.image_size, []
-    views = make_views(batch["canvas"][:count].to(runtime.device), centre_theta(len(batch["row"][:count]), args.box_scale / CONTEXT)
-                       .to(runtime.device), size)
+    theta = centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device)
+    views = make_views(batch["canvas"].to(runtime.device), theta, size)
     output = net(views)[-1]
     seen = to_rgb(views)
     points = torch.cat([weak_perspective(output["vertices"], output["camera"]), output["vertices"][..., 2:]], dim=2).cpu().numpy()
-    joints2d = batch["joints2d"][:count] * (CONTEXT / args.box_scale)
+    joints2d = batch["joints2d"] * (CONTEXT / args.box_scale)
     for image, mesh, joints in zip(seen, points, joints2d.numpy(), strict=True):
         mesh[:, :2] = (mesh[:, :2] + 1) * size / 2
         tiles += [draw_joints(image, (joints + 1) * size / 2 - 0.5), overlay(image, mesh, faces)]
@@ -309,6 +309,8 @@ def main(argv=None):
     val_rows = runtime.share(np.arange(len(val_index)))
     val_loader = make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, val_rows, substitute=False), batch_size=64,
                              workers=runtime.workers)
+    shown = next(iter(make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, np.linspace(0, len(val_index) - 1, 8).astype(int)),
+                                  batch_size=8)))
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
     parameters, failed, lr_base = list(model.parameters()), set(), args.lr * args.batch_size / 256
 
@@ -344,19 +346,19 @@ def main(argv=None):
             pa_joints, pa_vertices = validate(ema, val_loader, runtime, args, joints_of)
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
             if runtime.main:
-                save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, next(iter(val_loader)), runtime, args, hand.faces))
+                save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, shown, runtime, args, hand_arrays["f"]))
         if runtime.main and (done or (step + 1) % args.save_every == 0):
             save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=fingerprint(hand_arrays), box_scale=args.box_scale,
                             encoder={"arch": model.encoder.arch, "config": model.encoder.config}, head=model.head.config,
                             model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=model.encoder.arch, config=model.encoder.config,
+                            state_dict=ema.encoder.state_dict())
     log.close()
     if runtime.world > 1:
         everywhere = [None] * runtime.world
         dist.all_gather_object(everywhere, failed)
         failed = set().union(*everywhere)
     if runtime.main and start < steps:
-        save_checkpoint(out / "encoder.pt", kind="encoder", step=steps, arch=model.encoder.arch, config=model.encoder.config,
-                        state_dict=ema.encoder.state_dict())
         rows = read_log(out / "log.jsonl")
         for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
             series = {name: tuple(zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)) for name in names}

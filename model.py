@@ -303,7 +303,7 @@ class MeshHead(nn.Module):
             features = reduce(sample(feature_map, points))         # (B, 5 P)
             if self.norm is not None:
                 features = torch.cat([features, self.norm(summary)], dim=1)
-            with torch.autocast(feature_map.device.type, enabled=False):
+            with torch.autocast("cuda" if feature_map.is_cuda else "cpu", enabled=False):
                 state = state.detach() + regress(features.float(), state.detach())
                 output = self.decode(state) | {"points": points}
             points = output["camera"][:, None, :1] * (output["vertices"][:, self.mesh_points, :2] + output["camera"][:, None, 1:])
