@@ -37,6 +37,7 @@ from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, build_encoder, load_encoder
 from runtime import (
     Log,
+    adamw,
     add_training_flags,
     cosine,
     ema_update,
@@ -291,7 +292,8 @@ def main(argv=None):
     model.to(runtime.device).train()
     ema = copy.deepcopy(model)
     decay = args.layer_decay if args.layer_decay is not None else 0.75 if args.init else 1.0
-    optimizer = torch.optim.AdamW(param_groups(model.named_parameters(), args.weight_decay, lr_scales(model.encoder, decay)))
+    groups = param_groups(model.named_parameters(), args.weight_decay, lr_scales(model.encoder, decay))
+    optimizer = adamw(groups, runtime.device)
     scaler, start = runtime.scaler(), 0
     if state:
         for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):

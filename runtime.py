@@ -191,6 +191,11 @@ def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
             for (decays, scale), params in groups.items()]
 
 
+def adamw(groups, device):
+    """AdamW in one kernel where this torch has it for the device (for a CPU since 2.4): a seventh of a small step."""
+    return torch.optim.AdamW(groups, fused=device.type == "cuda" or (device.type == "cpu" and torch.__version__ >= (2, 4)))
+
+
 def update(optimizer, scaler, parameters, clip):
     """One optimiser update after the backward passes; returns the gradient's norm before clipping.
     A gradient that is not finite ends the run (fp16 halves its loss scale and skips the update instead)."""
