@@ -185,7 +185,7 @@ def validate(net, loader, runtime, args, joints_of):
         with runtime.autocast():
             output = net(views)[-1]
         for k, (name, predicted) in enumerate((("joints", joints_of(output)), ("vertices", output["vertices"]))):
-            has = batch[f"has_{name}"].bool() & (batch["failed"] < 0)
+            has = (batch[f"has_{name}"].bool() & (batch["failed"] < 0)).numpy()
             if has.any():
                 pred, true = predicted.float().cpu().numpy()[has], batch[name].numpy()[has]
                 errors = np.linalg.norm(procrustes(pred, true, reflect=True) - true, axis=-1)

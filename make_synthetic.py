@@ -1,6 +1,6 @@
 """Draws a data set that nobody has to license: posed hands in cluttered scenes, with every label, without OpenGL.
 
---layout index writes an index with its images and samples.png; --layout freihand writes FreiHAND's own files (right
+--layout index writes an index with its images, boxes.csv and samples.png; --layout freihand writes FreiHAND's own files (right
 hands, four backgrounds for each training hand, 10 % evaluation), so that its reader can be tried without the data.
 Poses are drawn around the rows of `hands_coeffs`, in videos that share identity, light, camera and background while
 pose and view move smoothly from key pose to key pose. Everything is a function of (seed, video, frame): the same seed

@@ -7,7 +7,7 @@ The file stands alone: the hand comes as a callable, so nothing of MANO is store
 
 import argparse
 import contextlib
-import pickle
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -229,11 +229,12 @@ def load_encoder(path, image_size=None, drop_path=0.0):
 def read_weights(path):
     namespace = getattr(torch.serialization, "safe_globals", None)   # MAE and DINO store their argparse flags as well
     try:
-        with namespace([argparse.Namespace]) if namespace else contextlib.nullcontext():
+        with namespace([argparse.Namespace]) if namespace else contextlib.nullcontext(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such weight file") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:                                     # a damaged file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: no weight file of plain tensors ({reason[:120]})") from None
 

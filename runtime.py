@@ -9,11 +9,11 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,16 +224,11 @@ def start_run(args, runtime):
 
     A fresh run refuses a folder that is not empty; --resume refuses flags that differ from config.json."""
     out = Path(args.out)
-    flags = {name: value for name, value in vars(args).items() if name != "resume"}
-    flags = json.loads(json.dumps(flags, default=str))
-    config = out / "config.json"
-    if args.resume and config.is_file():
-        before = read_json(config)
-        for name, value in flags.items():
-            if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, but {config} says {before[name]}: resume with the same flags")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with --resume")
+    flags = json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "resume"}, default=str))
+    if runtime.main:
+        check_run(out, flags, args.resume)
+    if runtime.world > 1:
+        dist.barrier()                                             # nobody writes before process 0 has judged
     checkpoint = out / "last.pt"
     state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
     if runtime.main:
@@ -241,8 +236,20 @@ def start_run(args, runtime):
         facts = {"command": " ".join(sys.argv), "torch": torch.__version__, "numpy": np.__version__,
                  "python": platform.python_version(), "revision": git_revision(), "world_size": runtime.world,
                  "machine": str(runtime.device)}
-        write_atomically(config, lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
+        write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
     return out, state
+
+
+def check_run(out, flags, resume):
+    """ValueError where the folder `out` holds something else than a run of the same flags to be continued."""
+    config = out / "config.json"
+    if resume and config.is_file():
+        before = read_json(config)
+        for name, value in flags.items():
+            if name not in FREE_ON_RESUME and before.get(name, value) != value:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, but {config} says {before[name]}: resume with the same flags")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with --resume")
 
 
 def read_json(path):
@@ -281,10 +288,12 @@ def load_checkpoint(path, kind):
     """The dict that save_checkpoint wrote, on the CPU. kind: "mesh", "mim", "contrastive", "encoder" or "any".
     Runs no code from the file. ValueError or OSError that names it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:                                     # a damaged file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: no checkpoint of plain tensors and values ({reason[:120]})") from None
     found = state.get("kind") if isinstance(state, dict) else None

@@ -23,7 +23,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     out = tmp_path_factory.mktemp("synthetic") / "index"
-    make_synthetic.main(["--out", str(out), "--hands", "14", "--videos", "5", "--size", "64", "--workers", "1"])
+    make_synthetic.main(["--out", str(out), "--hands", "14", "--videos", "7", "--seed", "1", "--size", "64", "--workers", "1"])
     return HandIndex(out)
 
 
@@ -40,7 +40,7 @@ def all_files(folder):
 
 
 def test_same_bytes_for_two_workers(index, tmp_path):
-    make_synthetic.main(["--out", str(tmp_path / "again"), "--hands", "14", "--videos", "5", "--size", "64",
+    make_synthetic.main(["--out", str(tmp_path / "again"), "--hands", "14", "--videos", "7", "--seed", "1", "--size", "64",
                          "--workers", "2"])
     names = all_files(index.path)
     assert names == all_files(tmp_path / "again") and len(names) > 14
@@ -149,7 +149,7 @@ def test_pictures_show_the_labelled_hand(freihand, arrays):
         pixels = verts[k] @ K[k].T
         points = np.concatenate([pixels[:, :2] / pixels[:, 2:] + 0.5, pixels[:, 2:]], 1)
         outline = draw.rasterise(points, arrays["f"], mask.shape)[0] >= 0
-        assert (mask & ~outline).sum() < 0.04 * mask.sum() and mask.sum() > 0.4 * outline.sum()
+        assert (mask & ~outline).sum() < 0.06 * mask.sum() and mask.sum() > 0.4 * outline.sum()
         green = np.asarray(Image.open(freihand / f"training/rgb/{k:08d}.jpg").convert("RGB")).astype(int)
         assert np.ptp(green[mask].mean(0)[[0, 1]]) < 100 and not np.array_equal(
             green, np.asarray(Image.open(freihand / f"training/rgb/{k + 4:08d}.jpg")))
