@@ -160,7 +160,7 @@ def finish():
 
 def generator(*key):
     """CPU torch generator that is a function of the integers in key: (seed, step, purpose)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
