@@ -37,7 +37,7 @@ demo: $(VENV)/installed
 	$(RUN) make_synthetic.py --out $(DEMO)/val --hands 400 --videos 400 --seed 1 $(EASY)
 	$(RUN) finetune_mesh.py --data $(DEMO)/train --val $(DEMO)/val --out $(DEMO)/scratch $(SMALL) $(VIEWS) $(TRAIN)
 	$(RUN) evaluate.py --data $(DEMO)/val --checkpoint $(DEMO)/scratch/last.pt --out $(DEMO)/evaluation
-	$(RUN) predict.py $(DEMO)/val/images/0000000[0-9].jpg --checkpoint $(DEMO)/scratch/last.pt --out $(DEMO)/predictions
+	$(RUN) predict.py $(DEMO)/val/images/000000[0-1]?.jpg --boxes $(DEMO)/val/boxes.csv --checkpoint $(DEMO)/scratch/last.pt --out $(DEMO)/predictions
 	$(RUN) evaluate.py --compare scratch=$(DEMO)/evaluation/metrics.json --out $(DEMO)
 	@echo "Look at $(DEMO)/train/samples.png, $(DEMO)/scratch/samples/, $(DEMO)/predictions/ (.png, .obj) and $(DEMO)/evaluation/report.html"
 

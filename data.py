@@ -45,7 +45,9 @@ LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vert
                  "betas": (10,), "K": (3, 3), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
 DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32}   # all others float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
-MAX_PIXELS = 2**28                                            # a larger image is a mistake or an attack
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MAX_PIXELS = 2**28                                            # a larger image is a mistake or an attack; checked before
+Image.MAX_IMAGE_PIXELS = None                                 # decoding, in place of Pillow's own limit, which warns
 
 
 # ---------------------------------------------------------------------------------------------------------------- index
@@ -60,6 +62,8 @@ def write_index(path, columns, meta, root="."):
         raise ValueError(f"{path} already holds an index: choose another folder or delete it first")
     columns = {name: np.asarray(value, dtype=None if name == "image" else DTYPES.get(name, np.float32))
                for name, value in columns.items()}
+    if "image" in columns and columns["image"].dtype.kind == "U":
+        columns["image"] = np.char.encode(columns["image"], "utf-8")
     count, labels = check_columns(columns)
     path.mkdir(parents=True, exist_ok=True)
     for name, value in columns.items():
@@ -131,6 +135,9 @@ class HandIndex:
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             raise ValueError(f"{header}: broken index ({error}); prepare it again") from None
 
+    def __reduce__(self):
+        return HandIndex, (self.path,)                             # a spawned worker maps the files anew, nothing is copied
+
     def __len__(self):
         return self.meta["count"]
 
@@ -162,7 +169,7 @@ def read_image(path, smallest=None):
             if smallest and image.format == "JPEG":
                 image.draft("RGB", (smallest, smallest))
             image.load()
-            scale = image.width / width
+            scale = 1 / 2 ** round(math.log2(width / image.width))   # exact: libjpeg rounds the size up, not the scale
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):                  # 16-bit: keep the upper byte, Pillow would clip
                 wide = np.asarray(image, dtype=np.float32) / (257 if image.mode.startswith("I") else 1)
@@ -174,6 +181,11 @@ def read_image(path, smallest=None):
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:                                     # Pillow raises a dozen types for a broken file
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def list_images(folder):
+    """The image files below a folder, by their suffix, sorted."""
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def image_size(path):
@@ -202,15 +214,15 @@ def whole_box(size, box_scale):
 def read_boxes(path):
     """CSV with a header image,x0,y0,x1,y1[,side], pixels, side right or left -> {image: [(box, side), ...]}."""
     boxes = {}
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         for number, row in enumerate(csv.DictReader(line.replace("\0", " ") for line in file), 2):
             try:
                 box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
                 side = (row.get("side") or "right").strip().lower()
-                if side not in ("right", "left") or not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1):
+                if side not in ("right", "left") or not (1 <= box[2] - box[0] < 1e6 and 1 <= box[3] - box[1] < 1e6):
                     raise ValueError
                 boxes.setdefault(row["image"], []).append((box, side))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, AttributeError):
                 raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side "
                                  "right or left") from None
     return boxes
@@ -223,7 +235,7 @@ def crop_canvas(image, centre_x, centre_y, side, size):
     """
     x0, y0 = centre_x - side / 2, centre_y - side / 2
     left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x0 + side), math.ceil(y0 + side)
-    if right <= 0 or bottom <= 0 or left >= image.width or top >= image.height or side > 16 * max(image.size):
+    if right <= 0 or bottom <= 0 or left >= image.width or top >= image.height or side > 4 * max(image.size):
         raise ValueError("the box lies outside the image or is far larger than it")
     inside = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
     pad = ((max(-top, 0), max(bottom - image.height, 0)), (max(-left, 0), max(right - image.width, 0)), (0, 0))

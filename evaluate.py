@@ -161,7 +161,7 @@ def predict_index(args, index, arrays, definition):
                          "(none for the synthetic hand)")
     net, zoom = load_mesh(state, Mano(arrays)).to(runtime.device), state["box_scale"] / CONTEXT
     size = net.encoder.config["image_size"]
-    dataset = HandDataset([index], max(64, size * 8 // 7), CONTEXT, substitute=False)
+    dataset = HandDataset([index], size * 8 // 7, CONTEXT, substitute=False)
     joints, vertices = np.zeros((len(index), 21, 3), np.float32), np.zeros((len(index), 778, 3), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=args.batch_size, workers=runtime.workers), desc="predict"):
         failed = batch["failed"][batch["failed"] >= 0]
@@ -193,7 +193,8 @@ def read_predictions(path, count, protocol):
     for name, number, entries in zip(("joints", "vertices"), (21, 778), content, strict=False):
         if name == "vertices" and not entries:
             break
-        if len(entries) != count:
+        if not isinstance(entries, list) or len(entries) != count:
+            entries = entries if isinstance(entries, list) else []
             raise ValueError(f"{path}: {len(entries)} entries of {name}, but the index has {count} hands")
         array = as_array(entries)
         if array is None or array.shape != (count, number, 3):
@@ -275,8 +276,8 @@ def compare(entries, out):
         if not name or not path:
             raise ValueError(f"--compare {entry}: write NAME=path/to/metrics.json")
         table = read_json(path)
-        if not isinstance(table, dict) or "pa_mpjpe_mm" not in table:
-            raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm is missing)")
+        if not isinstance(table, dict) or not {"pa_mpjpe_mm", "count"} <= set(table):
+            raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm or count is missing)")
         groups.setdefault(name, []).append(table)
         hand = {key.removeprefix("mean_hand_"): value for key, value in table.items() if key.startswith("mean_hand_")}
         mean = mean or hand

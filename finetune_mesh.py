@@ -7,7 +7,6 @@ mirrored; the labels turn with the view. The averaged weights (EMA) are the ones
 """
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,12 +139,15 @@ def label_rows(indices, fraction, seed):
     return np.flatnonzero(np.isin(poses, chosen))
 
 
-def training_mean(indices, hand, box_scale, count=4000):
-    """Mean rotations (16,3,3) and camera scale of the labels: the chordal mean of the global orientations, the hand's mean
-    pose for the fingers, the median scale in an upright view. Columns only, no image is opened."""
+def training_mean(dataset, hand, box_scale, count=4000):
+    """Mean rotations (16,3,3) and camera scale of the rows trained on: the chordal mean of the global orientations, the
+    hand's mean pose for the fingers, the median scale in an upright view. Columns only, no image is opened."""
     turns, scales = [], []
-    for index in indices:
-        rows = np.unique(np.linspace(0, len(index) - 1, min(count, len(index))).astype(int))
+    chosen = dataset.rows[np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))]
+    for index, start in zip(dataset.indices, dataset.starts[:-1], strict=True):
+        rows = chosen[(chosen >= start) & (chosen < start + len(index))] - start
+        if not len(rows):
+            continue
         labels = index.pose_ids()[rows]
         if "pose" in index.columns:
             pose = torch.from_numpy(index.columns["pose"][np.unique(labels)][:, :3])
@@ -176,10 +178,13 @@ def open_labelled(paths, flag):
 # ----------------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
 def validate(net, loader, runtime, args, joints_of):
-    """(PA-MPJPE, PA-MPVPE) in mm over the validation hands of all processes, upright views of box x --box-scale."""
+    """PA-MPJPE and PA-MPVPE in mm over the validation hands of all processes, upright views of box x --box-scale, and the
+    number of hands left out because their image could not be read."""
     net.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    unread = 0
+    sums = torch.zeros(4, device=runtime.device)
     for batch in loader:
+        unread += int((batch["failed"] >= 0).sum())
         theta = centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device)
         views = make_views(batch["canvas"].to(runtime.device), theta, args.image_size)
         with runtime.autocast():
@@ -192,7 +197,8 @@ def validate(net, loader, runtime, args, joints_of):
                 sums[2 * k] += errors.mean(1).sum()
                 sums[2 * k + 1] += len(errors)
     sums = runtime.mean(sums)
-    return [float(1000 * sums[k] / sums[k + 1]) if sums[k + 1] else float("nan") for k in (0, 2)]
+    unread = runtime.mean(torch.tensor(float(unread), device=runtime.device)) * runtime.world
+    return *(float(1000 * sums[k] / sums[k + 1]) if sums[k + 1] else None for k in (0, 2)), int(unread)
 
 
 @torch.no_grad()
@@ -238,7 +244,8 @@ def flags():
     group.add_argument("--lr", type=float, default=5e-4,
                        help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 2e-3")
     group.add_argument("--layer-decay", type=float,
-                       help="rate of a block relative to the next one; default .75 with --init, 1 from scratch")
+                       help="rate of a block relative to the next one; default .75 with --init, 1 from scratch; of a "
+                            "pre-trained ResNet the whole trunk takes a tenth of the rate")
     group.add_argument("--weight-decay", type=float, default=0.05)
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     group.add_argument("--ema", type=float, default=0.999, help="momentum of the averaged weights, lower in the first steps")
@@ -253,6 +260,17 @@ def flags():
     group.add_argument("--eval-every", type=int, default=500, help="steps between validations and pictures; the end always has one")
     add_training_flags(cli, batch_size=64, epochs=100)
     return cli
+
+
+def check_flags(args):
+    """ValueError that names the first flag out of its range, before anything is written."""
+    ranges = {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99), "lr": (0, 1e3), "ema": (0, 1), "warmup": (0, 1),
+              "weight_decay": (0, 10), "box_scale": (0.5, CONTEXT), "rotation": (0, 180), "zoom": (0, 4), "shift": (0, 1), "color": (0, 1)}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} .. {high}")
+    if args.head_width < 32 or args.head_width % 32:
+        raise ValueError(f"--head-width {args.head_width}: must be a multiple of 32")
 
 
 def build(args, hand):
@@ -278,6 +296,7 @@ def lr_scales(encoder, decay):
 
 def main(argv=None):
     args = flags().parse_args(argv)
+    check_flags(args)
     runtime = setup(args)
     hand_arrays = load_hand(args.mano)
     hand = Mano(hand_arrays)
@@ -286,7 +305,9 @@ def main(argv=None):
     steps = total_steps(args, len(rows))
     torch.manual_seed(args.seed)
     model = build(args, hand)
-    model.head.set_mean(*training_mean(indices, hand, args.box_scale))
+    canvas = args.image_size * 8 // 7                              # 256 for 224: views of box x 1.3 are never finer
+    dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
+    model.head.set_mean(*training_mean(dataset, hand, args.box_scale))
     out, state = start_run(args, runtime)
 
     model.to(runtime.device).train()
@@ -304,8 +325,6 @@ def main(argv=None):
     def joints_of(output):
         return joints_from_vertices(output["vertices"], hand_arrays)
 
-    canvas = max(64, args.image_size * 8 // 7)                     # 256 for 224: views of box x 1.3 are never finer
-    dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
     loader = make_loader(dataset, EpochSampler(len(rows), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
                          workers=runtime.workers, pin=runtime.device.type == "cuda")
     val_rows = runtime.share(np.arange(len(val_index)))
@@ -345,7 +364,7 @@ def main(argv=None):
 
         done = step + 1 == steps
         if done or (step + 1) % args.eval_every == 0:
-            pa_joints, pa_vertices = validate(ema, val_loader, runtime, args, joints_of)
+            pa_joints, pa_vertices, unread = validate(ema, val_loader, runtime, args, joints_of)
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
             if runtime.main:
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, shown, runtime, args, hand_arrays["f"]))
@@ -363,9 +382,13 @@ def main(argv=None):
     if runtime.main and start < steps:
         rows = read_log(out / "log.jsonl")
         for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
-            series = {name: tuple(zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True)) for name in names}
+            points = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names}
+            series = {name: tuple(zip(*pairs, strict=True)) for name, pairs in points.items() if pairs}
             save_image(out / "samples" / f"{names[0]}.png", curve(series, title=names[0], x_label="step"))
-        print(f"{Path(out) / 'last.pt'}: step {steps}, validation PA-MPVPE {pa_vertices:.2f} mm, PA-MPJPE {pa_joints:.2f} mm")
+        score = ", ".join(f"{name} {value:.2f} mm" for name, value in (("PA-MPVPE", pa_vertices), ("PA-MPJPE", pa_joints)) if value)
+        print(f"{out / 'last.pt'}: step {steps}, validation {score}")
+        if unread:
+            print(f"{unread} validation images could not be read and were left out of these numbers")
         if failed:
             paths = [str(dataset.locate(row)[0].image_path(dataset.locate(row)[1])) for row in sorted(failed)]
             print(f"{len(paths)} images could not be read and were replaced by the next one: {'; '.join(paths[:10])}")

@@ -509,6 +509,9 @@ def write_index_layout(args, arrays):
                         "size": np.full((args.hands, 2), args.size)}
     # The 45 articulation numbers are offsets to hands_mean; joints are regressed from the posed mesh, like FreiHAND's.
     meta = {"name": "synthetic", "joints": "freihand", "pose_mean": True, "hand": "mano" if args.mano else "synthetic"}
+    rows = [f"{Path(name).name},{','.join(f'{edge:.2f}' for edge in box)},{('right', 'left')[int(side)]}\n"
+            for name, box, side in zip(names, columns["box"], labels["side"], strict=True)]
+    (args.out / "boxes.csv").write_text("image,x0,y0,x1,y1,side\n" + "".join(rows))  # as predict.py takes them
     write_index(args.out, columns, meta)
     return [args.out / name for name in names], labels["joints2d"], labels["side"]
 

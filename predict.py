@@ -12,7 +12,6 @@ the depth is not knowable from a picture.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import centre_theta, crop_canvas, normalise, read_boxes, read_image, square, warp, whole_box
+from data import centre_theta, crop_canvas, list_images, normalise, read_boxes, read_image, square, warp, whole_box
 from draw import overlay, save_image
 from mano import Mano, crop_to_full_camera, fingerprint, joints_from_vertices, load_hand, weak_perspective
 from model import load_mesh
@@ -102,8 +101,10 @@ def main(argv=None):
     cli.add_argument("--mano", help="the MANO file that the checkpoint was trained with; default: the synthetic hand")
     cli.add_argument("--focal", type=float, help="focal length in pixels, for `translation`; default: the image's longer side")
     cli.add_argument("--batch-size", type=int, default=32)
-    add_device_flags(cli)
+    add_device_flags(cli, workers=False)
     args = cli.parse_args(argv)
+    if args.batch_size < 1 or not (args.focal is None or args.focal > 0):
+        raise ValueError("--batch-size and --focal must be positive")
     runtime = setup(args)
     state = load_checkpoint(args.checkpoint, "mesh")
     arrays = load_hand(args.mano)
@@ -113,8 +114,10 @@ def main(argv=None):
     hand_model = Mano(arrays)
     net = load_mesh(state, hand_model).to(runtime.device)
     faces = hand_model.faces.cpu().numpy()
-    images = [inner for path in args.images for inner in (sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path])]
-    hands, broken = find_hands(images, args.boxes, args.side), []
+    images = [inner for path in args.images for inner in (list_images(path) if path.is_dir() else [path])]
+    if not images:
+        raise ValueError(f"{args.images[0]}: no image in this folder")
+    hands, broken, made = find_hands(images, args.boxes, args.side), [], not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(hands), unit="hand")
     for start in range(0, len(hands), args.batch_size):
@@ -124,7 +127,7 @@ def main(argv=None):
                 image, _ = read_image(path)
                 if box is None:                                    # the view is the whole photograph
                     box = whole_box(image.size, state["box_scale"])
-                canvas, _ = crop_canvas(image, *square(box, CONTEXT), max(64, net.encoder.config["image_size"] * 8 // 7))
+                canvas, _ = crop_canvas(image, *square(box, CONTEXT), net.encoder.config["image_size"] * 8 // 7)
             except (ValueError, OSError) as error:
                 broken.append(str(error) if str(path) in str(error) else f"{path}: {error}")
                 continue
@@ -143,8 +146,8 @@ def main(argv=None):
                     os.replace(file, args.out / file.name)
         bar.update(len(hands[start:start + args.batch_size]))
     bar.close()
-    if len(broken) == len(hands) and not any(args.out.iterdir()):
-        shutil.rmtree(args.out)
+    if made and len(broken) == len(hands):
+        args.out.rmdir()
     if broken:
         print(*(f"error: {line}" for line in broken[:-1]), sep="\n", end="\n" if len(broken) > 1 else "", file=sys.stderr)
         raise ValueError(f"{broken[-1]} ({len(broken)} of {len(hands)} hands not predicted)")

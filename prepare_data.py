@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import HandIndex, crop_canvas, image_size, read_boxes, read_image, square, whole_box, write_index
+from data import HandIndex, crop_canvas, image_size, list_images, read_boxes, read_image, square, whole_box, write_index
 from draw import draw_joints, grid, save_image
 from runtime import parser, run
 
 BOX_SCALE = 1.3                                                    # the networks' view of a box: see finetune_mesh.py
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 # ------------------------------------------------------------------------------------------------------------- FreiHAND
@@ -38,7 +37,7 @@ def freihand(root, args):
     folder = find(root, f"{part}/rgb").parent.parent
     names = {entry.name for entry in tqdm(os.scandir(folder / part / "rgb"), desc="images", leave=False)}
     last = max((int(name[:-4]) for name in names if name[:-4].isdigit()), default=-1)
-    versions = max(1, -(-(last + 1) // count))                     # image i + count * k shows label i (T8)
+    versions = min(max(1, -(-(last + 1) // count)), 4)             # image i + count * k shows label i (T8)
     image = [f"{i:08d}.jpg" for i in range(count * versions)]
     present = np.array([name in names for name in image])
     if not present.all() and not args.skip_missing:
@@ -51,6 +50,8 @@ def freihand(root, args):
                "pose": labels["mano"][:, :48], "betas": labels["mano"][:, 48:58], "scale": labels["scale"]}
     label = np.tile(np.arange(count), versions)
     kept = present & split_rows(label, args.split)
+    if not kept.any():
+        raise ValueError(f"--split {args.split}: no hands are left in it ({count} labels; val is every 20th)")
     columns = {name: value[np.unique(label[kept])] for name, value in columns.items()}
     label = np.unique(label[kept], return_inverse=True)[1]
     columns |= {"image": np.array([f"{part}/rgb/{name}" for name, keep in zip(image, kept, strict=True) if keep], dtype="S"),
@@ -154,9 +155,9 @@ def folder(root, args):
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     boxes = read_boxes(args.boxes) if args.boxes else None
-    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    paths = [path.relative_to(root).as_posix() for path in list_images(root)]
     videos = {name: i for i, name in enumerate(sorted({os.path.dirname(p) for p in paths}))}
-    rows, dropped = [], {"not a readable image": [], "no box": []}
+    rows, dropped = [], {"not a readable image": [], "no box": [], "box without an image": sorted(set(boxes or ()) - set(paths))}
     for path in tqdm(paths, desc="images", leave=False):
         try:
             size = image_size(root / path)

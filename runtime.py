@@ -34,22 +34,26 @@ def run(main):
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEBUG"):
             raise
+        text = str(error).strip()
+        text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text      # from a loader's process
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------- flags
-def add_device_flags(cli):
+def add_device_flags(cli, workers=True):
     group = cli.add_argument_group("machine")
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-                       help="auto takes cuda, then mps, then cpu")
+                       help="auto takes cuda, then cpu; mps on request: torch lacks the sampling's backward there, so set "
+                            "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment (untested)")
     group.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                        help="of the encoder; hand model and losses are always fp32. auto: bf16 on a GPU that has it, else fp32")
-    group.add_argument("--workers", type=int, default=-1,
-                       help="processes that decode images; -1 takes the free cores on a GPU machine and 1 on a CPU")
+    if workers:
+        group.add_argument("--workers", type=int, default=-1,
+                           help="processes that decode images; -1 takes the free cores on a GPU machine and 1 on a CPU")
 
 
 def add_training_flags(cli, batch_size, epochs):
@@ -71,8 +75,9 @@ def add_training_flags(cli, batch_size, epochs):
 
 def total_steps(args, count):
     """Optimiser updates of a run over `count` hands; ValueError where the flags contradict each other."""
-    if args.batch_size < 1 or args.accumulate < 1:
-        raise ValueError("--batch-size and --accumulate must be at least 1")
+    for name, least in (("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every", 1), ("eval_every", 1), ("seed", 0)):
+        if getattr(args, name, least) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
     steps = args.steps if args.steps is not None else math.ceil(args.epochs * count / args.batch_size)
     if steps < 1:
         raise ValueError("--steps or --epochs asks for no step at all")
@@ -132,9 +137,13 @@ def setup(args):
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     mps = torch.backends.mps.is_available()
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise ValueError(f"--device {name}: this machine has none; use --device auto")
+    if name == "cuda" and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--nproc_per_node asks for more processes than this machine's {torch.cuda.device_count()} GPUs")
+    if name == "mps" and args.precision not in ("auto", "fp32"):
+        raise ValueError(f"--precision {args.precision}: on mps only fp32 is supported")
     batch, accumulate = getattr(args, "batch_size", world), getattr(args, "accumulate", 1)
     if "accumulate" in args and batch % (world * accumulate):
         raise ValueError(f"--batch-size {batch} must be a multiple of processes x --accumulate = {world * accumulate}")
@@ -148,7 +157,7 @@ def setup(args):
     free = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if name == "cuda" else 1
     return Runtime(torch.device(name, local_rank) if name == "cuda" else torch.device(name),
                    {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],
-                   rank, world, local_rank, args.workers if args.workers >= 0 else min(free, 16))
+                   rank, world, local_rank, args.workers if getattr(args, "workers", -1) >= 0 else min(free, 16))
 
 
 def finish():
@@ -225,10 +234,11 @@ def start_run(args, runtime):
     A fresh run refuses a folder that is not empty; --resume refuses flags that differ from config.json."""
     out = Path(args.out)
     flags = json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "resume"}, default=str))
-    if runtime.main:
-        check_run(out, flags, args.resume)
+    verdict = [check_run(out, flags, args.resume) if runtime.main else None]
     if runtime.world > 1:
-        dist.barrier()                                             # nobody writes before process 0 has judged
+        dist.broadcast_object_list(verdict)                        # nobody writes before process 0 has judged
+    if verdict[0]:
+        raise ValueError(verdict[0])
     checkpoint = out / "last.pt"
     state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
     if runtime.main:
@@ -241,15 +251,18 @@ def start_run(args, runtime):
 
 
 def check_run(out, flags, resume):
-    """ValueError where the folder `out` holds something else than a run of the same flags to be continued."""
+    """What is wrong where the folder `out` holds something else than a run of the same flags to be continued, else None."""
     config = out / "config.json"
     if resume and config.is_file():
         before = read_json(config)
+        if not isinstance(before, dict):
+            return f"{config}: not the configuration of a run; choose another --out"
         for name, value in flags.items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, but {config} says {before[name]}: resume with the same flags")
+                return f"--{name.replace('_', '-')} is {value}, but {config} says {before[name]}: resume with the same flags"
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with --resume")
+        return f"--out {out} is not empty: choose another folder, or continue that run with --resume"
+    return None
 
 
 def read_json(path):

@@ -202,7 +202,7 @@ def test_no_pose_is_in_both_parts_of_the_training_set(freihand, tmp_path):
     for split in ("train", "val"):
         done = call("prepare_data.py", "freihand", freihand / "FreiHAND", "--split", split, "--out", tmp_path / split, check=False)
     # nine poses are fewer than twenty: val is empty and says so
-    assert done.returncode == 2 and "no hands" in done.stderr
+    assert done.returncode == 2 and "--split val: no hands" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes
