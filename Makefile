@@ -29,7 +29,7 @@ DEMO  := out/demo
 EASY  := --tilt 12 --anywhere 0
 SMALL := --arch vit_micro --image-size 64 --head-width 64 --iterations 2
 VIEWS := --rotation 5 --zoom 0.1 --shift 0.05 --color 0.15
-TRAIN := --batch-size 32 --lr 4e-3 --drop-path 0 --dropout 0 --ema 0.995 --steps 2400 --eval-every 800 --save-every 800
+TRAIN := --batch-size 32 --lr 4e-3 --drop-path 0 --dropout 0 --ema 0.995 --steps 2100 --eval-every 700 --save-every 700
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
