@@ -24,7 +24,7 @@ clean:
 	rm -rf $(VENV) out
 
 # ---------------------------------------------------------------------------------------------------------------- demo
-# Upright hands and a small network: what two cores can learn in minutes. README says what harder views cost.
+# Upright hands and a small network: what two cores can learn in minutes; views from anywhere take many times longer.
 DEMO  := out/demo
 EASY  := --tilt 12 --anywhere 0
 SMALL := --arch vit_micro --image-size 64 --head-width 64 --iterations 2

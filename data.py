@@ -214,8 +214,13 @@ def whole_box(size, box_scale):
 def read_boxes(path):
     """CSV with a header image,x0,y0,x1,y1[,side], pixels, side right or left -> {image: [(box, side), ...]}."""
     boxes = {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of boxes")
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        for number, row in enumerate(csv.DictReader(line.replace("\0", " ") for line in file), 2):
+        reader = csv.DictReader(line.replace("\0", " ") for line in file)
+        if not {"image", "x0", "y0", "x1", "y1"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: the first line must be image,x0,y0,x1,y1 or image,x0,y0,x1,y1,side, with commas")
+        for number, row in enumerate(reader, 2):
             try:
                 box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
                 side = (row.get("side") or "right").strip().lower()

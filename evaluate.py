@@ -250,7 +250,7 @@ def table_rows(table, protocol):
             ("  the same, no reflections", "pa_{}_noreflect_mm", "auc_{}_noreflect", ()),
             ("wrist and one bone", "sc_tr_{}_mm", "auc_{}_sc_tr", ()),
             ("minus the wrist", "root_{}_mm", "auc_{}_root", f["root"]),
-            ("as submitted", "abs_{}_mm", "auc_{}_abs", f["abs"]),
+            ("as submitted, depth included", "abs_{}_mm", "auc_{}_abs", f["abs"]),
             ("mean hand, the same fit", "mean_hand_pa_{}_mm", "mean_hand_auc_{}", ("mean_hand_f_5", "mean_hand_f_15"))]
     out = []
     for name, distance, area, shares in rows:

@@ -215,7 +215,7 @@ def picture(net, batch, runtime, args, faces):
     for image, mesh, joints in zip(seen, points, joints2d.numpy(), strict=True):
         mesh[:, :2] = (mesh[:, :2] + 1) * size / 2
         tiles += [draw_joints(image, (joints + 1) * size / 2 - 0.5), overlay(image, mesh, faces)]
-    return grid(tiles, 8, ["true joints", "estimate"] * len(seen))
+    return grid(tiles, 8, ["true joints", "estimate"] * len(seen), cell=144)
 
 
 def to_rgb(views):
@@ -242,7 +242,7 @@ def flags():
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3], help="feedback iterations of the head (PyMAF: 3)")
     group = cli.add_argument_group("optimisation (ours, from the practice of MAE, iBOT and ViTPose)")
     group.add_argument("--lr", type=float, default=5e-4,
-                       help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 2e-3")
+                       help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 4e-3")
     group.add_argument("--layer-decay", type=float,
                        help="rate of a block relative to the next one; default .75 with --init, 1 from scratch; of a "
                             "pre-trained ResNet the whole trunk takes a tenth of the rate")
@@ -345,7 +345,7 @@ def main(argv=None):
         if step == 0 and runtime.main:
             marked = [draw_joints(image, (joints + 1) * args.image_size / 2 - 0.5)
                       for image, joints in zip(to_rgb(views[:16]), target["joints2d"][:16].cpu().numpy(), strict=True)]
-            save_image(out / "samples" / "views.png", grid(marked, 8))
+            save_image(out / "samples" / "views.png", grid(marked, 8, cell=144))
         lr = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps))
         set_lr(optimizer, lr)
         totals = {}

@@ -32,11 +32,10 @@ CONTEXT = 2.0                                                      # canvas over
 def find_hands(images, boxes_path, side):
     """[(path, box, side, name)] of every hand asked for; names are unique. ValueError names what does not fit."""
     boxes = read_boxes(boxes_path) if boxes_path else None
-    hands, taken = [], set()
+    hands, taken, without = [], set(), []
     for path in images:
         found = [(None, side)] if boxes is None else boxes.get(str(path), boxes.get(path.name, []))
-        if not found:
-            raise ValueError(f"--boxes {boxes_path}: no line for {path}")
+        without += [] if found else [path]
         for box, its_side in found:
             name, number = path.stem, 1
             while name in taken:
@@ -44,6 +43,10 @@ def find_hands(images, boxes_path, side):
                 name = f"{path.stem}_{number}"
             taken.add(name)
             hands.append((path, box, its_side, name))
+    if not hands:
+        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs (the first is {images[0]})")
+    if without:
+        print(f"without a line in {boxes_path} and left out: {len(without)} photographs (the first is {without[0]})")
     return hands
 
 

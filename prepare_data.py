@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import HandIndex, crop_canvas, image_size, list_images, read_boxes, read_image, square, whole_box, write_index
+from data import LABEL_COLUMNS, HandIndex, crop_canvas, image_size, list_images, read_boxes, read_image, square, whole_box, write_index
 from draw import draw_joints, grid, save_image
 from runtime import parser, run
 
@@ -213,7 +213,8 @@ def main(argv=None):
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
-    print(f"{args.out}: {len(index)} hands ({left} left), {index.meta['labels']} labels; look at {args.out / 'samples.png'}")
+    labels = f"{index.meta['labels']} labels" if set(LABEL_COLUMNS) & set(columns) else "no labels"
+    print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")
     for reason, names in dropped.items():
         if names:
             print(f"left out, {reason}: {len(names)}: {'; '.join(names[:10])}{' ...' if len(names) > 10 else ''}")

@@ -241,6 +241,8 @@ def start_run(args, runtime):
         raise ValueError(verdict[0])
     checkpoint = out / "last.pt"
     state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
+    if args.resume and state is None and runtime.main:
+        print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
     if runtime.main:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         facts = {"command": " ".join(sys.argv), "torch": torch.__version__, "numpy": np.__version__,
@@ -253,7 +255,9 @@ def start_run(args, runtime):
 def check_run(out, flags, resume):
     """What is wrong where the folder `out` holds something else than a run of the same flags to be continued, else None."""
     config = out / "config.json"
-    if resume and config.is_file():
+    if resume and not config.is_file():
+        return f"--resume: there is no run in {out} (no config.json); check --out, or start it without --resume"
+    if resume:
         before = read_json(config)
         if not isinstance(before, dict):
             return f"{config}: not the configuration of a run; choose another --out"
