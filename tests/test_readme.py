@@ -62,3 +62,7 @@ def test_links_and_flags_of_the_readme_exist():
     sources = "".join(path.read_text() for path in ROOT.glob("*.py"))
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)) - {"--nproc"}:
         assert f'"{flag}"' in sources, flag
+
+
+def test_nothing_in_the_readme_waits_to_be_filled_in():
+    assert not re.findall(r"@[A-Z]+@|TODO|XXX", TEXT)
