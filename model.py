@@ -277,7 +277,7 @@ class MeshHead(nn.Module):
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195, grid=21, dropout=0.1):
         super().__init__()
-        self.hand, self.iterations = hand, iterations
+        self.hand = hand
         self.config = {"channels": channels, "summary": summary, "strides": strides, "iterations": iterations, "width": width,
                        "mesh_points": mesh_points, "grid": grid, "dropout": dropout}
         first = deconv(channels, width) if strides else nn.Sequential(nn.Conv2d(channels, width, 1), nn.GroupNorm(32, width), nn.ReLU())

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # Flags that may differ when a run is continued: they change where and how fast it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "out", "workers", "device", "log_every", "save_every", "compile"}
+FREE_ON_RESUME = {"resume", "out", "workers", "device", "log_every", "save_every"}
 
 
 def run(main):
@@ -181,12 +181,10 @@ def cosine(step, total, base, final=0.0, warmup=0):
     return final + (base - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer, lr, weight_decay=None):
-    """Sets this step's rate in every group, times the group's lr_scale; weight decay only where a group decays at all."""
+def set_lr(optimizer, lr):
+    """Sets this step's rate in every group, times the group's lr_scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
-        if weight_decay is not None and group["decays"]:
-            group["weight_decay"] = weight_decay
+        group["lr"] = lr * group["lr_scale"]
 
 
 def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
@@ -196,7 +194,7 @@ def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
         if parameter.requires_grad:
             key = (parameter.ndim > 1, lr_scale(name))
             groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
+    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
             for (decays, scale), params in groups.items()]
 
 
