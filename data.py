@@ -420,10 +420,14 @@ def warp(images, theta, size):
 
 
 # --------------------------------------------------------------------------------------------------------------- colour
-def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, saturation=0.3):
-    """(B,6) factors for apply_color: three channel gains, brightness, contrast, saturation, each U(1-x, 1+x)."""
+def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, saturation=0.3, grey=0.0):
+    """(B,6) factors for apply_color: three channel gains, brightness, contrast, saturation, each U(1-x, 1+x); a share `grey`
+    of the views loses its colours."""
     spread = torch.tensor([gain, gain, gain, brightness, contrast, saturation])
-    return 1 + (2 * torch.rand(batch, 6, generator=generator) - 1) * spread
+    factors = 1 + (2 * torch.rand(batch, 6, generator=generator) - 1) * spread
+    if grey:
+        factors[torch.rand(batch, generator=generator) < grey, 5] = 0
+    return factors
 
 
 def apply_color(images, factors):
@@ -433,6 +437,33 @@ def apply_color(images, factors):
     images = (images - images.mean((1, 2, 3), keepdim=True)) * factors[:, 4:5] + images.mean((1, 2, 3), keepdim=True)
     grey = images.mean(1, keepdim=True)
     return ((images - grey) * factors[:, 5:6] + grey).clamp(0, 1)
+
+
+def random_light(batch, generator, spread):
+    """(B,3,4,4) gains U(1-spread, 1+spread) on a coarse grid: tinted light that changes smoothly over the view (ours)."""
+    return 1 + (2 * torch.rand(batch, 3, 4, 4, generator=generator) - 1) * spread
+
+
+def apply_light(images, light):
+    """Views (B,3,H,W) in [0,1] times the grid of random_light, interpolated."""
+    return (images * F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)).clamp(0, 1)
+
+
+def random_blur(batch, generator, sigma, share):
+    """(B,) Gaussian widths, U over sigma = (low, high) in pixels for a share of the views, 0 for the others."""
+    width, chosen = torch.rand(2, batch, generator=generator)
+    return torch.where(chosen < share, sigma[0] + (sigma[1] - sigma[0]) * width, 0.0)
+
+
+def blur(images, sigma, radius=4):
+    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at `radius`; edges are reflected."""
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None].clamp(min=1e-3)) ** 2)
+    taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]                        # (B, 2r+1, 1, 1, 1)
+    for pad, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
+        padded = F.pad(images, pad, mode="reflect")
+        images = sum(taps[:, i] * padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
+    return images
 
 
 def normalise(images):

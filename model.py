@@ -258,6 +258,50 @@ def trunk_weights(state):
     return weights
 
 
+# -------------------------------------------------------------------------------------------------- self-supervised heads
+class PrototypeHead(nn.Module):
+    """Inputs (...,D) -> logits (...,P), cosines to P prototypes: an MLP to 256 numbers, normalised, against normalised
+    prototypes (bytedance/ibot models/head.py, whose weight-normed last layer of fixed magnitude is the same function)."""
+
+    def __init__(self, dim, prototypes, width=2048, bottleneck=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        self.mlp.apply(init_linear)
+
+    def forward(self, x):
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+class DistanceHead(nn.Module):
+    """Point sets (B,2K) -> logits (B,P) = -|q - C|^2 / (0.2 K) for free prototypes C (ours: nothing between the points and
+    the loss, so no code of the image can pass for one of the pose)."""
+
+    def __init__(self, dim, prototypes):
+        super().__init__()
+        self.prototypes = nn.Parameter(0.4 * torch.randn(prototypes, dim))
+
+    def forward(self, x):
+        return -torch.cdist(x, self.prototypes) ** 2 / (0.1 * x.shape[-1])
+
+
+class KeypointHead(nn.Module):
+    """Class token (B,D) -> K pseudo keypoints (B,K,2) in coordinates of the view. The bias spreads them over the middle of
+    the view, so that the set is not degenerate before anything is learned (ours)."""
+
+    def __init__(self, dim, keypoints):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * keypoints)
+        spots = torch.arange(1, keypoints + 1)[:, None] * torch.tensor([0.7548777, 0.5698403])        # a low-discrepancy sequence
+        init_linear(self.linear)
+        with torch.no_grad():
+            self.linear.bias.copy_((spots % 1 - 0.5).flatten())
+
+    def forward(self, x):
+        return self.linear(x).unflatten(-1, (-1, 2))
+
+
 # ------------------------------------------------------------------------------------------------------------ mesh head
 class MeshHead(nn.Module):
     """PyMAF's mesh-aligned feedback loop on MANO (HongwenZhang/PyMAF models/maf_extractor.py; hand branch of PyMAF-X).

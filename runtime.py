@@ -123,6 +123,11 @@ class Runtime:
         """This process's consecutive part of something drawn for the whole batch."""
         return array[self.rank * len(array) // self.world:(self.rank + 1) * len(array) // self.world]
 
+    def gather(self, value):
+        """The processes' tensors (...,B,...) joined along dimension 1, gradients included, so that a loss over the whole batch is
+        the same on every process: its gradients are summed on the way back, and averaged again with those of the model."""
+        return value if self.world == 1 else Gather.apply(value, self.rank, self.world)
+
     def mean(self, value):
         """Mean of a tensor over the processes."""
         if self.world > 1:
@@ -130,6 +135,23 @@ class Runtime:
             dist.all_reduce(value)
             value /= self.world
         return value
+
+
+class Gather(torch.autograd.Function):
+    """all_gather along dimension 1 whose backward sums the processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, value, rank, world):
+        ctx.share = slice(rank * value.shape[1], (rank + 1) * value.shape[1])
+        parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[:, ctx.share], None, None
 
 
 def setup(args):
@@ -181,10 +203,12 @@ def cosine(step, total, base, final=0.0, warmup=0):
     return final + (base - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer, lr):
-    """Sets this step's rate in every group, times the group's lr_scale."""
+def set_lr(optimizer, lr, weight_decay=None):
+    """Sets this step's rate in every group, times the group's lr_scale, and this step's decay where a group has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+        if weight_decay is not None and group["weight_decay"]:
+            group["weight_decay"] = weight_decay
 
 
 def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
@@ -318,10 +342,11 @@ def load_checkpoint(path, kind):
 
 
 class Log:
-    """log.jsonl and the progress bar. Lines after `step` are dropped first: a killed run may have logged past last.pt."""
+    """log.jsonl and the progress bar, which shows the loss and the values named in `show`. Lines after `step` are dropped
+    first: a killed run may have logged past last.pt."""
 
-    def __init__(self, path, step, total, images, runtime, every):
-        self.path, self.images, self.every, self.runtime = Path(path), images, every, runtime
+    def __init__(self, path, step, total, images, runtime, every, show=()):
+        self.path, self.images, self.every, self.runtime, self.show = Path(path), images, every, runtime, show
         self.last_step, self.last_time = step, time.perf_counter()
         if runtime.main:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -342,7 +367,8 @@ class Log:
         row = {"step": step} | dict(zip(values, numbers, strict=True))
         row["images_per_second"] = (step - self.last_step) * self.images / max(now - self.last_time, 1e-9)
         self.last_step, self.last_time = step, now
-        self.bar.set_postfix(loss=f"{row['loss']:.4g}", lr=f"{row['lr']:.1e}", img_s=f"{row['images_per_second']:.0f}")
+        shown = {name: f"{row[name]:.3g}" for name in self.show if name in row}
+        self.bar.set_postfix(loss=f"{row['loss']:.4g}", **shown, lr=f"{row['lr']:.1e}", img_s=f"{row['images_per_second']:.0f}")
         self.write(row)
 
     def write(self, row):

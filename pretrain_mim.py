@@ -1,0 +1,532 @@
+"""HandMIM: masked, pose-aware pre-training of a plain ViT on unlabelled hands (after arXiv 2307.16061, of which only the
+abstract is a source: teacher and student, pseudo keypoints of the class token aligned across views, self-distillation of
+masked patches, their pixels; every formula below is iBOT's, MAE's or ours, as its docstring says).
+
+Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png. One step:
+
+    canvas -> two views u, v (theta, colour)      teacher: EMA of the student, sees both views whole
+           -> masks, for the student only         student: sees them masked
+    class token -> K pseudo keypoints -> undone by theta -> agree with the teacher's of the OTHER view     pose loss
+    masked patch tokens -> prototypes -> agree with the teacher's of the SAME view and place              patch loss
+    masked patch tokens -> pixels of the view                                                             pixel loss
+"""
+
+import copy
+import math
+from argparse import BooleanOptionalAction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import (
+    MEAN,
+    STD,
+    EpochSampler,
+    HandDataset,
+    HandIndex,
+    apply_color,
+    apply_light,
+    apply_theta,
+    blur,
+    make_loader,
+    normalise,
+    random_blur,
+    random_color,
+    random_light,
+    random_theta,
+    warp,
+)
+from draw import curve, draw_points, grid, save_image
+from model import ARCHS, DistanceHead, KeypointHead, PrototypeHead, build_encoder, load_encoder
+from runtime import (
+    Log,
+    adamw,
+    add_training_flags,
+    cosine,
+    ema_update,
+    finish,
+    generator,
+    param_groups,
+    parser,
+    read_log,
+    run,
+    save_checkpoint,
+    set_lr,
+    setup,
+    start_run,
+    total_steps,
+    update,
+)
+
+CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
+STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE = 0.1, 0.9, 0.1                   # iBOT, iBOT, ours
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+class HandMIM(nn.Module):
+    """Encoder, mask token and the heads that the losses ask for; the teacher is a copy of it."""
+
+    def __init__(self, encoder, args):
+        super().__init__()
+        pose, numbers = args.pose_loss == "keypoints", 2 * args.keypoints
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, encoder.dim))
+        self.classify = args.pose_loss == "class" or (pose and args.class_weight > 0)
+        self.tokens = PrototypeHead(encoder.dim, args.prototypes, args.head_width) if self.classify or args.patch_loss else None
+        self.keypoints = KeypointHead(encoder.dim, args.keypoints) if pose else None
+        self.poses = None
+        if pose and args.distribution:
+            self.poses = (DistanceHead(numbers, args.pose_prototypes) if args.logits == "distance" else
+                          PrototypeHead(numbers * (2 if args.shape_input else 1), args.pose_prototypes, 1024))
+        self.shape_input = args.shape_input
+        self.pixels = nn.Linear(encoder.dim, 3 * encoder.patch ** 2) if args.pixel_loss else None
+
+    def forward(self, views, theta, where, mask=None):
+        """views (2B,3,S,S), their theta (2B,2,3), where (M,) the flat positions of the masked patches; mask (2B,N) hides
+        them (student), None shows them (teacher). The heads run on class tokens and masked patches alone."""
+        tokens = self.encoder(views, mask, self.mask_token).float()
+        out = {"tokens": tokens}
+        cls, patches = tokens[:, 0], tokens[:, 1:].flatten(0, 1)[where]                      # (2B, D), (M, D)
+        with torch.autocast(views.device.type, enabled=False):
+            if self.classify:
+                out["class"] = self.tokens(cls)                    # (2B, P)
+            if self.tokens is not None:
+                out["patch"] = self.tokens(patches)                # (M, P)
+            if self.keypoints is not None:
+                out["view_keypoints"] = self.keypoints(cls)        # (2B, K, 2) in the view
+                out["keypoints"] = apply_theta(theta, out["view_keypoints"])                 # undone: on the canvas
+            if self.poses is not None:
+                points = out["keypoints"]
+                if self.shape_input:                               # and what is left without place and size
+                    shape = points - points.mean(1, keepdim=True)
+                    points = torch.cat([points, shape / shape.norm(dim=(1, 2), keepdim=True).clamp(min=1e-4)], 1)
+                out["pose"] = self.poses(points.flatten(1))        # (2B, P)
+            if self.pixels is not None and mask is not None:
+                out["pixels"] = self.pixels(patches)               # (M, 3 p p)
+        return out
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def pretraining_losses(student, teacher, centers, target, args, runtime):
+    """Named losses of a batch. student, teacher: HandMIM's outputs. target: make_target's dict and `temperature`."""
+    temperature, terms = target["temperature"], {}
+    if "class" in student:                                         # cross-view, as iBOT
+        terms["class"] = distill(teacher["class"].roll(len(teacher["class"]) // 2, 0), centers["class"], student["class"], temperature).mean()
+    if args.patch_loss:                                            # same view, same place
+        terms["patch"] = (distill(teacher["patch"], centers["patch"], student["patch"], temperature) * target["patch_weight"]).sum()
+    if args.pixel_loss:
+        error = ((student["pixels"] - target["pixels"]) ** 2).mean(1)                        # (M,)
+        terms["pixel"] = (error * target["pixel_weight"]).sum()
+    if args.pose_loss == "keypoints":
+        if args.distribution:
+            terms["distribution"] = distill(teacher["pose"].roll(len(teacher["pose"]) // 2, 0), centers["pose"], student["pose"], temperature).mean()
+        ours, theirs = (runtime.gather(out["keypoints"].unflatten(0, (2, -1))) for out in (student, teacher))     # (2, B, K, 2)
+        theirs = theirs.flip(0)                                    # the other view's
+        if args.align:
+            terms["align"] = align_loss(ours, theirs, args.align_norm)
+        if args.hinge:
+            terms["hinge"] = hinge_loss(ours)
+        if args.contrast:
+            terms["contrast"] = contrast_loss(ours, theirs)
+    return terms
+
+
+def total_loss(terms, args):
+    """lambda_pose L_pose + lambda_patch L_patch + lambda_pix L_pix."""
+    weights = {"class": args.pose_weight * (args.class_weight if args.pose_loss == "keypoints" else 1), "patch": args.patch_loss,
+               "pixel": args.pixel_loss} | {name: args.pose_weight * getattr(args, name) for name in ("distribution", "align", "hinge", "contrast")}
+    return sum(weights[name] * term for name, term in terms.items())
+
+
+def distill(teacher, center, student, temperature):
+    """H(P_t, P_s) of logits (R,P), by rows: the teacher centred and sharpened (DINO, iBOT)."""
+    target = ((teacher - center) / temperature).softmax(-1)
+    return -(target * (student / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
+
+
+def align_loss(ours, theirs, norm):
+    """Undone points (2,B,K,2) of the student against the teacher's of the other view (ours). norm: squared distance over the
+    teacher's spread, in an image and over the batch, so that nothing is won by shrinking the points; else smooth L1."""
+    if not norm:
+        return F.smooth_l1_loss(ours, theirs, beta=0.1)
+    in_image, in_batch = spreads(theirs)
+    return ((ours - theirs) ** 2).sum(-1).mean() / (in_image ** 2 + in_batch ** 2).clamp(min=1e-6)
+
+
+def spreads(points):
+    """Root mean square distance of points (2,B,K,2) to their image's mean, and of each point to its mean over the batch."""
+    points = points.flatten(0, 1)
+    return (points.var(dim, unbiased=False).sum(-1).mean().sqrt() for dim in (1, 0))
+
+
+def hinge_loss(points, least=0.25):
+    """Holds the standard deviations of the points (2,B,K,2) over the batch and in an image above `least` (ours)."""
+    points = points.flatten(0, 1)
+    return sum(F.relu(least - (points.var(dim, unbiased=False) + 1e-4).sqrt()).mean() for dim in (0, 1))
+
+
+def contrast_loss(ours, theirs):
+    """Each hand's undone points (2,B,K,2) find the teacher's of its other view among those of all hands (ours: InfoNCE on
+    what differs from the mean point set)."""
+    mean = theirs.mean((0, 1))
+    a, b = (F.normalize((points - mean).flatten(2), dim=-1) for points in (ours, theirs))     # (2, B, 2K)
+    logits = a @ b.transpose(1, 2) / CONTRAST_TEMPERATURE          # (2, B, B)
+    return F.cross_entropy(logits.flatten(0, 1), torch.arange(a.shape[1], device=a.device).repeat(2))
+
+
+@torch.no_grad()
+def move_center(center, logits, runtime):
+    """c <- .9 c + .1 mean of the teacher's logits (R,P) of all processes; nothing where there were none. Once an update."""
+    total, count = runtime.mean(logits.sum(0, keepdim=True)), runtime.mean(torch.tensor(float(len(logits)), device=center.device))
+    return torch.where(count > 0, CENTER_MOMENTUM * center + (1 - CENTER_MOMENTUM) * total / count.clamp(min=1e-6), center)
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+def block_mask(batch, grid, ratio, generator):
+    """(B,N) bool, True = hidden: rectangles of random size and shape until ratio x N patches are hidden, never more
+    (bytedance/ibot loader.py). grid: patches a side. ratio: a number or (B,), one for each image."""
+    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * grid * grid
+    least, aspect = max(1, grid // 3) ** 2, math.log(0.3)
+    mask, tries = torch.zeros(batch, grid, grid, dtype=torch.bool), torch.zeros(batch)
+    line = torch.arange(grid)
+    while True:
+        room = wanted - mask.sum((1, 2))
+        open_ = (room >= 1) & (tries < 10)
+        if not open_.any():
+            return mask.flatten(1)
+        area, shape, top, left = torch.rand(4, batch, generator=generator)
+        area, shape = least + area * (room - least), torch.exp(aspect - 2 * aspect * shape)
+        height, width = (area.clamp(min=0) * shape).sqrt().round(), (area.clamp(min=0) / shape).sqrt().round()
+        top, left = (top * (grid - height + 1)).floor(), (left * (grid - width + 1)).floor()
+        rows = (line >= top[:, None]) & (line < (top + height)[:, None])
+        columns = (line >= left[:, None]) & (line < (left + width)[:, None])
+        block = rows[:, :, None] & columns[:, None]                # (B, h, w)
+        added = (block & ~mask).sum((1, 2))
+        fits = open_ & (height < grid) & (width < grid) & (added > 0) & (added <= room)
+        mask |= block & fits[:, None, None]
+        tries = torch.where(fits, 0, tries + 1)
+
+
+def random_mask(batch, grid, ratio, generator):
+    """(B,N) bool, True = hidden: floor(ratio x N) patches of each image, anywhere. ratio: a number or (B,)."""
+    wanted = (torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * grid * grid + 1e-4).floor()
+    order = torch.rand(batch, grid * grid, generator=generator).argsort(1).argsort(1)
+    return order < wanted[:, None]
+
+
+def draw_masks(args, runtime, step, grid):
+    """This process's share of the step's masks, (2B,N): a share of the views hides a ratio U(low, high), the others nothing."""
+    make = block_mask if args.mask == "block" else random_mask
+
+    def draw(batch, generator):
+        ratio, chosen = torch.rand(2, batch, generator=generator)
+        ratio = args.mask_ratio[0] + ratio * (args.mask_ratio[1] - args.mask_ratio[0])
+        return make(batch, grid, torch.where(chosen < args.mask_share, ratio, 0.0), generator)
+    return for_both_views(args, runtime, step, 5, draw)
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+def for_both_views(args, runtime, step, purpose, draw):
+    """draw(batch, generator) for views u and v of the whole batch, as a function of (seed, step): this process's (2B,...)."""
+    return torch.cat([runtime.share(draw(args.batch_size, generator(args.seed, step, purpose, view))) for view in (0, 1)])
+
+
+def draw_views(args, runtime, step):
+    """theta (2B,2,3), and factors, light and blur of the step's views, on the device."""
+    zoom, strength, pixels = 1.5 / CONTEXT, args.color, args.image_size / 224
+
+    def theta(batch, g):
+        drawn = random_theta(batch, g, np.deg2rad(args.rotation), (zoom * args.zoom[0], zoom * args.zoom[1]), zoom * args.shift)
+        room = (drawn[:, :, 0].norm(dim=1) - 1 / CONTEXT).clamp(min=0)[:, None]              # keeps the box in an upright view
+        drawn[:, :, 2] = drawn[:, :, 2].clamp(-room, room)
+        return drawn
+
+    draws = (theta,
+             lambda batch, g: random_color(batch, g, *(min(0.9, x * strength) for x in (0.4, 0.4, 0.4, 0.4)), grey=min(1, 0.2 * strength)),
+             lambda batch, g: random_light(batch, g, min(0.9, 0.4 * strength)),
+             lambda batch, g: random_blur(batch, g, (0.1 * pixels, 3 * pixels), min(1, 0.3 * strength)))
+    return [for_both_views(args, runtime, step, purpose, draw).to(runtime.device) for purpose, draw in enumerate(draws)]
+
+
+def make_views(canvas, theta, factors, light, sigma, size):
+    """Canvases (B,3,H,W) u8 -> views (2B,3,size,size) as the encoder sees them, u of all hands, then v."""
+    views = warp(canvas.repeat(2, 1, 1, 1), theta, size)
+    return normalise(blur(apply_light(apply_color(views, factors), light), sigma))
+
+
+def to_patches(images, patch):
+    """Images (B,3,S,S) -> (B,N,3 patch patch)."""
+    return F.unfold(images, patch, stride=patch).transpose(1, 2)
+
+
+def normalise_patches(patches):
+    """Each patch minus its mean, over its deviation; and both (MAE; its 1e-6 would blow up the noise of flat patches)."""
+    mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-2).sqrt()
+    return (patches - mean) / deviation, mean, deviation
+
+
+def inside(theta, valid, grid):
+    """(2B,N) True where at least half of a patch shows real pixels of the canvas, not padding."""
+    line = (torch.arange(4 * grid, device=theta.device) * 2 + 1) / (4 * grid) - 1
+    points = apply_theta(theta, torch.cartesian_prod(line, line).flip(1).expand(len(theta), -1, 2))           # (2B, 16 N, 2)
+    low, high = valid.repeat(2, 1)[:, None, :2], valid.repeat(2, 1)[:, None, 2:]
+    real = ((points >= low) & (points <= high)).all(-1).float().unflatten(1, (1, 4 * grid, 4 * grid))
+    return F.avg_pool2d(real, 4).flatten(1) >= 0.5
+
+
+def make_target(views, mask, seen, count, patch):
+    """What the student is asked for at the masked patches: `where` they are, their `pixels`, and the weights of means.
+
+    patch_weight: mean over an image's masked patches, then over all views, those without a mask counting as 0 (iBOT).
+    pixel_weight: mean over the `count` masked patches of the batch that show the photograph and not its padding."""
+    where = mask.flatten().nonzero().squeeze(1)                    # (M,)
+    share = (1 / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)).expand_as(mask)
+    pixels = normalise_patches(to_patches(views, patch).flatten(0, 1)[where])[0]
+    return {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count}
+
+
+# --------------------------------------------------------------------------------------------------------- diagnostics
+@torch.no_grad()
+def diagnose(student, teacher, centers, temperature, runtime):
+    """Numbers that show a collapse coming (README, "What the log says")."""
+    found = {}
+    for name, center in centers.items():
+        if len(teacher[name]):
+            target = ((teacher[name] - center) / temperature).softmax(-1)
+            found[f"{name}_teacher_entropy"] = entropy(target).mean()
+            found[f"{name}_entropy_of_mean"] = entropy(runtime.mean(target.mean(0)))
+            found[f"{name}_center_norm"] = center.norm()
+    if "keypoints" in teacher:
+        ours, theirs = (out["keypoints"].unflatten(0, (2, -1)) for out in (student, teacher))
+        in_image, in_batch = spreads(theirs)
+        error = (theirs[0] - theirs[1]).norm(dim=-1).mean()
+        found |= {"keypoint_spread": in_image, "keypoint_batch_spread": in_batch,
+                  "equivariance_error": error / torch.hypot(in_image, in_batch).clamp(min=1e-6),
+                  "student_error": (ours - theirs.flip(0)).norm(dim=-1).mean() / torch.hypot(in_image, in_batch).clamp(min=1e-6)}
+    return found
+
+
+def entropy(p):
+    return -(p * p.clamp(min=1e-12).log()).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+@torch.no_grad()
+def picture(student, teacher, views, theta, mask, patch, hands=8):
+    """A row for each hand: for either view the view with the teacher's pseudo keypoints, the masked input, and, where pixels are
+    learned, their reconstruction, visible patches pasted. A colour is the same keypoint in both views."""
+    B, size, N = len(mask) // 2, views.shape[-1], mask.shape[1]
+    rows = torch.cat([torch.arange(min(B, hands)) + start for start in (0, B)])
+    views, theta, mask, B = views[rows], theta[rows], mask[rows], min(B, hands)
+    where = mask.flatten().nonzero().squeeze(1)
+    points = teacher(views, theta, where)
+    made = student(views, theta, where, mask)
+    patches = to_patches(views, patch).flatten(0, 1)               # (2B N, 3pp)
+    hidden, filled = patches.clone(), patches.clone()
+    hidden[where] = 0
+    _, mean, deviation = normalise_patches(patches[where])
+    if "pixels" in made:
+        filled[where] = made["pixels"] * deviation + mean
+    shown = [views, *(F.fold(p.unflatten(0, (-1, N)).transpose(1, 2), size, patch, stride=patch) for p in (hidden, filled))]
+    shown = [to_rgb(images) for images in (shown if "pixels" in made else shown[:2])]
+    if "view_keypoints" in points:
+        shown[0] = [draw_points(image, (at + 1) * size / 2 - 0.5)
+                    for image, at in zip(shown[0], points["view_keypoints"].cpu().numpy(), strict=True)]
+    names = ["view", "masked", "reconstruction"][:len(shown)]
+    tiles = [images[row] for hand in range(B) for row in (hand, hand + B) for images in shown]
+    return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
+
+
+def to_rgb(views):
+    """Normalised views (B,3,S,S) -> (B,S,S,3) u8."""
+    images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+CURVES = {"loss": ("class", "patch", "pixel", "distribution", "align", "hinge", "contrast", "loss"),
+          "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy", "patch_entropy_of_mean",
+                       "pose_teacher_entropy", "pose_entropy_of_mean"),
+          "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error")}
+
+
+def draw_curves(out):
+    """samples/loss.png, collapse.png and keypoints.png from the log."""
+    rows = read_log(out / "log.jsonl")
+    for picture_name, names in CURVES.items():
+        points = {name: [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])] for name in names}
+        series = {name: tuple(zip(*pairs, strict=True)) for name, pairs in points.items() if pairs}
+        if series:
+            save_image(out / "samples" / f"{picture_name}.png", curve(series, title=picture_name, x_label="step"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def flags():
+    cli = parser(__doc__)
+    cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; labels are not read")
+    group = cli.add_argument_group("network")
+    group.add_argument("--init", help="encoder to start from: an encoder.pt, or ViT weights of timm, MAE, DINO or iBOT (default: fresh)")
+    group.add_argument("--arch", choices=sorted(ARCHS), help="a ViT; vit_tiny on a CPU, vit_small on one GPU (default), vit_base on eight")
+    group.add_argument("--image-size", type=int, default=224, help="side of the views, a multiple of 16 (default 224; 64 on a CPU)")
+    group.add_argument("--drop-path", type=float, default=0.0,
+                       help="stochastic depth of the student (default 0, which is the same for any number of processes; iBOT .1)")
+    group.add_argument("--prototypes", type=int, default=8192, help="of class and patches (iBOT 8192); 512 to 2048 below 50,000 hands")
+    group.add_argument("--head-width", type=int, default=2048, help="of the MLP before the prototypes (iBOT 2048; 512 on a CPU)")
+    group = cli.add_argument_group("losses: a weight of 0 switches one off")
+    group.add_argument("--pose-loss", choices=["none", "class", "keypoints"], default="keypoints",
+                       help="none; iBOT's distillation of the class token; pseudo keypoints aligned across the views (default)")
+    group.add_argument("--pose-weight", type=float, default=1.0, help="of all pose losses together (default 1)")
+    group.add_argument("--patch-loss", type=float, default=1.0, metavar="W", help="self-distillation of masked patches (default 1, iBOT)")
+    group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches (default 1)")
+    group = cli.add_argument_group("pseudo keypoints (all ours; with --pose-loss keypoints)")
+    group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
+    group.add_argument("--align", type=float, default=1.0, metavar="W", help="distance to the teacher's undone points (default 1)")
+    group.add_argument("--align-norm", action=BooleanOptionalAction, default=True, help="divide it by the teacher's spread")
+    group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm (default 0)")
+    group.add_argument("--contrast", type=float, default=1.0, metavar="W", help="tell the hand from the batch's others by its undone points")
+    group.add_argument("--distribution", type=float, default=0.0, metavar="W", help="centred and sharpened cross-entropy on the undone points")
+    group.add_argument("--logits", choices=["mlp", "distance"], default="distance", help="what --distribution reads from the points")
+    group.add_argument("--shape-input", action="store_true", help="--logits mlp also sees the points without place and size")
+    group.add_argument("--pose-prototypes", type=int, default=4096, help="of --distribution, 1024 to 4096")
+    group.add_argument("--class-weight", type=float, default=0.0, metavar="W", help="iBOT's class loss beside the keypoints (default 0)")
+    group = cli.add_argument_group("masks")
+    group.add_argument("--mask", choices=["block", "random"], default="block", help="rectangles (iBOT) or single patches")
+    group.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"), help="share of a masked view's patches")
+    group.add_argument("--mask-share", type=float, default=0.5, help="share of the views that are masked (default .5, iBOT)")
+    group = cli.add_argument_group("views: each is drawn alone")
+    group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
+    group.add_argument("--zoom", type=float, nargs=2, default=(0.75, 1.1), metavar=("LOW", "HIGH"), help="side of a view over 1.5 x the box")
+    group.add_argument("--shift", type=float, default=0.12, help="of its centre, in units of .75 x the box, kept where the box stays in view")
+    group.add_argument("--color", type=float, default=1.0, help="strength of gains, jitter, tinted light, grey and blur; 0 none, 2 the most")
+    group = cli.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, default=5e-4, help="AdamW rate at batch 256, scaled linearly with the batch (iBOT); up to 4e-3")
+    group.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.4), metavar=("FIRST", "LAST"), help="cosine (DINO)")
+    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
+    group.add_argument("--ema", type=float, default=0.996, help="the teacher's momentum at the start, cosine to 1; .98 for some hundred steps")
+    group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
+                       help="of the teacher; rises over 15 %% of the steps (iBOT); lower where a loss stays at ln D")
+    group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (iBOT 3, but for each tensor)")
+    group.add_argument("--compile", action="store_true", help="torch.compile of the encoder: slower to start, faster after")
+    add_training_flags(cli, batch_size=256, epochs=100)
+    return cli
+
+
+def check_flags(args):
+    """ValueError that names the first flag out of its range, before anything is written."""
+    ranges = {"image_size": (16, 4096), "drop_path": (0, 0.99), "prototypes": (2, 1e6), "head_width": (1, 1e5), "pose_weight": (0, 1e4),
+              "patch_loss": (0, 1e4), "pixel_loss": (0, 1e4), "keypoints": (2, 1024), "align": (0, 1e4), "hinge": (0, 1e4), "contrast": (0, 1e4),
+              "distribution": (0, 1e4), "pose_prototypes": (2, 1e6), "class_weight": (0, 1e4), "mask_ratio": (0, 1), "mask_share": (0, 1),
+              "rotation": (0, 180), "zoom": (0.1, CONTEXT / 1.5), "shift": (0, 1), "color": (0, 2), "lr": (0, 1e3), "weight_decay": (0, 10),
+              "warmup": (0, 1), "ema": (0, 1), "temperature": (1e-3, 10), "clip": (1e-6, 1e6)}
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if not all(low <= x <= high for x in (value if isinstance(value, (tuple, list)) else (value,))):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} .. {high}")
+    for name in ("mask_ratio", "zoom"):
+        if getattr(args, name)[0] > getattr(args, name)[1]:
+            raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
+    if args.arch == "resnet50":
+        raise ValueError("--arch resnet50: masks need a ViT; pretrain_contrastive.py takes a ResNet-50")
+    pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and args.align + args.contrast + args.distribution + args.class_weight > 0)
+    if not (args.patch_loss or args.pixel_loss or (pose and args.pose_weight)):
+        raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
+    if not pose and (args.mask_share == 0 or args.mask_ratio[1] == 0):
+        raise ValueError("--mask-share or --mask-ratio hides nothing: --patch-loss and --pixel-loss need masks")
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    check_flags(args)
+    runtime = setup(args)
+    indices = [HandIndex(path) for path in args.data]
+    canvas = args.image_size * 8 // 7                              # 256 for 224
+    dataset = HandDataset(indices, canvas, CONTEXT)
+    steps = total_steps(args, len(dataset))
+    torch.manual_seed(args.seed)
+    if args.init:
+        encoder = load_encoder(args.init, args.image_size, args.drop_path)
+        if encoder.arch == "resnet50" or (args.arch and args.arch != encoder.arch):
+            raise ValueError(f"--init {args.init} holds {encoder.arch}: it must be a ViT, and --arch is left out")
+    else:
+        encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
+    side, patch = args.image_size // encoder.patch, encoder.patch
+    if int(args.mask_ratio[1] * side * side) < 1 and args.mask_share:
+        raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than one of the {side * side} patches; raise it or --image-size")
+    out, state = start_run(args, runtime)
+
+    student = HandMIM(encoder, args).to(runtime.device).train()
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    centers = {name: torch.zeros(1, len(head.prototypes), device=runtime.device) for name, head in
+               (("class", student.tokens if student.classify else None), ("patch", student.tokens if args.patch_loss else None),
+                ("pose", student.poses)) if head is not None}
+    optimizer = adamw(param_groups(student.named_parameters(), args.weight_decay[0]), runtime.device)
+    scaler, start = runtime.scaler(), 0
+    if state:
+        for part, name in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer"), (scaler, "scaler")):
+            part.load_state_dict(state[name])
+        centers = {name: center.to(runtime.device) for name, center in state["centers"].items()}
+        start = state["step"]
+    if args.compile:
+        student.encoder.compile()
+        teacher.encoder.compile()
+    net, parameters, failed = runtime.wrap(student), list(student.parameters()), set()
+    last_layers = [head.prototypes for head in (student.tokens, student.poses) if head is not None]
+    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
+                         workers=runtime.workers, pin=runtime.device.type == "cuda")
+    log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("keypoint_spread", "patch_teacher_entropy"))
+    lr_base, frozen = args.lr * args.batch_size / 256, min(1250, int(0.02 * steps))
+
+    for step, batch in enumerate(loader, start):
+        failed |= set(batch["failed"][batch["failed"] >= 0].tolist())
+        theta, *color = draw_views(args, runtime, step)            # (2B, 2, 3)
+        mask = draw_masks(args, runtime, step, side)               # (2B, N)
+        views = make_views(batch["canvas"].to(runtime.device, non_blocking=True), theta, *color, args.image_size)
+        seen = inside(theta, batch["valid"].to(runtime.device), side)
+        mask = mask.to(runtime.device)
+        count = runtime.mean((seen & mask).sum().float()).clamp(min=1) / args.accumulate
+        temperature = min(1.0, step / max(1, 0.15 * steps)) * (args.temperature[1] - args.temperature[0]) + args.temperature[0]
+        torch.manual_seed(generator(args.seed, step, 6 + runtime.rank).initial_seed())         # stochastic depth
+        last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
+        values, logits = {}, {name: [] for name in centers}
+        B = len(batch["row"])
+        for part in torch.arange(B).chunk(args.accumulate):
+            rows = torch.cat([part, part + B])
+            target = make_target(views[rows], mask[rows], seen[rows], count, patch) | {"temperature": temperature}
+            inputs = views[rows], theta[rows], target["where"]
+            with runtime.exchange(net, last=part[-1] == B - 1):
+                with runtime.autocast():
+                    with torch.no_grad():
+                        whole = teacher(*inputs)
+                    masked = net(*inputs, mask[rows])
+                terms = pretraining_losses(masked, whole, centers, target, args, runtime)
+                loss = total_loss(terms, args)
+                found = diagnose(masked, whole, centers, temperature, runtime) if logged else {}
+                scaler.scale(loss / args.accumulate).backward()
+            for name in centers:
+                logits[name].append(whole[name])
+            for name, value in (terms | found | {"loss": loss}).items():
+                values[name] = values.get(name, 0) + value.detach() / args.accumulate
+        if step < frozen:
+            for prototypes in last_layers:
+                prototypes.grad = None
+        lr, momentum = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps)), cosine(step, steps, args.ema, final=1.0)
+        set_lr(optimizer, lr, cosine(step, steps, *args.weight_decay))
+        norm = update(optimizer, scaler, parameters, args.clip)
+        ema_update(teacher, student, momentum)
+        centers = {name: move_center(center, torch.cat(logits[name]), runtime) for name, center in centers.items()}
+        log(step + 1, values | {"lr": lr, "gradient_norm": norm})
+        if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(student, teacher, views, theta, mask, patch))
+        if runtime.main and (last or (step + 1) % args.save_every == 0):
+            save_checkpoint(out / "last.pt", kind="mim", step=step + 1, student=student.state_dict(), teacher=teacher.state_dict(),
+                            centers=centers, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
+                            state_dict=teacher.encoder.state_dict())
+            draw_curves(out)
+    log.close()
+    finish()
+
+
+if __name__ == "__main__":
+    run(main)
