@@ -339,7 +339,8 @@ class EpochSampler:
     the same for any number of processes; process `rank` takes its consecutive share.
     """
 
-    def __init__(self, count, batch, seed, start, stop, rank=0, world=1):
+    def __init__(self, count, batch, seed, start, stop, rank=0, world=1, block=1):
+        self.block = block
         self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
@@ -353,7 +354,9 @@ class EpochSampler:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+                    starts = np.random.default_rng([self.seed, epoch]).permutation(-(-self.count // self.block)) * self.block
+                    order = (starts[:, None] + np.arange(self.block)).ravel()
+                    order = order[order < self.count]
                 rows.append(int(order[position % self.count]))
             yield rows[self.share]
 
@@ -455,15 +458,21 @@ def random_blur(batch, generator, sigma, share):
     return torch.where(chosen < share, sigma[0] + (sigma[1] - sigma[0]) * width, 0.0)
 
 
-def blur(images, sigma, radius=4):
-    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at `radius`; edges are reflected."""
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    taps = torch.exp(-0.5 * (offsets / sigma[:, None].clamp(min=1e-3)) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]                        # (B, 2r+1, 1, 1, 1)
+def blur(images, sigma):
+    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at three widths; edges are reflected. sigma lies
+    on the CPU, so that the views left sharp cost nothing."""
+    rows, radius = sigma.nonzero().squeeze(1), math.ceil(3 * float(sigma.max()))
+    if not len(rows):
+        return images
+    offsets = torch.arange(-radius, radius + 1)
+    taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)
+    taps = (taps / taps.sum(1, keepdim=True)).to(images.device)[:, :, None, None, None]      # (R, 2r+1, 1, 1, 1)
+    rows = rows.to(images.device)
+    blurred = images[rows]
     for pad, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
-        padded = F.pad(images, pad, mode="reflect")
-        images = sum(taps[:, i] * padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
-    return images
+        padded = F.pad(blurred, pad, mode="reflect")
+        blurred = sum(taps[:, i] * padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
+    return images.index_copy(0, rows, blurred)
 
 
 def normalise(images):

@@ -2,13 +2,20 @@
 
   evaluate.py --data INDEX --checkpoint RUN/last.pt --out DIR     predict every hand of INDEX, then score
   evaluate.py --data INDEX --predictions pred.json --out DIR      score a file made elsewhere
+  evaluate.py --data INDEX --probe ENCODER --out DIR              what frozen features tell, without fine-tuning (below)
   evaluate.py --compare NAME=DIR/metrics.json ... --out DIR       one table of several runs; a NAME given several times
                                                                   (seeds, say) becomes mean and standard deviation
 
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), pred.json and
 pred.zip (the submission: [joints, vertices] in metres, in the order of INDEX; FreiHAND's joint order and x right, y
 down, z forward, for HO-3D its own order and x right, y up) and report.html, one page that needs nothing else.
---compare writes table.json. All files appear together at the end; a run that fails leaves nothing.
+--compare writes table.json.
+
+--probe: ridge regression and the nearest neighbour from features of the frozen encoder (class token, mean of the patches,
+both) to the pose: joints aligned to the mean hand (PA-MPJPE), joints minus the wrist, orientation in the image, bend of
+the fingers; fitted on --probe-train, or on half of the videos of INDEX. INDEX may also be a folder of class sub-folders of
+images (or an index of one without labels): leave-one-out k-NN accuracy. Beside them the same network untrained, and
+raw pixels. Writes metrics.json. All files appear together at the end; a run that fails leaves nothing.
 """
 
 import base64
@@ -24,11 +31,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from data import HandDataset, HandIndex, centre_theta, crop_canvas, make_loader, normalise, read_image, square, warp
+from data import (
+    HandDataset,
+    HandIndex,
+    centre_theta,
+    crop_canvas,
+    image_size,
+    list_images,
+    make_loader,
+    normalise,
+    read_image,
+    square,
+    warp,
+    whole_box,
+    write_index,
+)
 from draw import BONES, FINGER_COLORS, draw_joints, overlay
 from mano import (
     FREIHAND_TO_MANO,
@@ -42,10 +64,11 @@ from mano import (
     load_hand,
     rotmat_from_axis_angle,
 )
-from model import load_mesh
+from model import build_encoder, load_encoder, load_mesh
 from runtime import add_device_flags, load_checkpoint, parser, read_json, run, setup
 
 CONTEXT = 2.0                              # canvas over box, as in training
+PROBE_SCALE, PROBE_HANDS = 1.3, 10_000     # side of the probe's views over the box; labelled hands that it looks at
 FLIP = np.array([1.0, -1.0, -1.0])         # OpenCV's camera axes to HO-3D's and back
 PLACED = {"abs": "as submitted", "root": "minus the wrist"}
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
@@ -59,8 +82,11 @@ def main(argv=None):
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="RUN/last.pt of finetune_mesh.py: predict with its averaged weights")
     source.add_argument("--predictions", help="pred.json: [joints (N,21,3), vertices (N,778,3)], or [joints, []]")
+    source.add_argument("--probe", metavar="ENCODER", help="an encoder.pt, or weights as --init of finetune_mesh.py takes them")
     source.add_argument("--compare", nargs="+", metavar="NAME=metrics.json", help="print one table of several runs")
     cli.add_argument("--data", help="the index to score; needed unless --compare")
+    cli.add_argument("--probe-train", metavar="INDEX", help=f"labelled hands to fit the probe on, {PROBE_HANDS:,} at most")
+    cli.add_argument("--image-size", type=int, help="of the probe's views (default: the encoder's own)")
     cli.add_argument("--out", required=True, help="folder for the results")
     cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS), help="default: as the index says, else freihand")
     cli.add_argument("--mano", help="official MANO_RIGHT.pkl or an .npz of it; default: the synthetic hand")
@@ -74,6 +100,8 @@ def main(argv=None):
         return compare(args.compare, out)
     if not args.data:
         raise ValueError("--data is missing: name the index to score")
+    if args.probe:
+        return probe(args, out)
     index, arrays = HandIndex(args.data), load_hand(args.mano)
     protocol = args.protocol or index.meta.get("protocol", "freihand")
     labels = read_labels(index, protocol)
@@ -301,6 +329,109 @@ def compare(entries, out):
         (folder / "table.json").write_text(json.dumps(table, indent=1))
     print(text_table(COLUMNS, rows))
     print(f"after the leaderboards' similarity fit, {runs[0]['count']} hands  -> {out}/table.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------- probe
+def probe(args, out):
+    """Prints what frozen features tell, of the encoder, of the same network untrained and of raw pixels."""
+    runtime, encoder = setup(args), load_encoder(args.probe, args.image_size)
+    torch.manual_seed(0)
+    networks = {"probe": encoder, "untrained": build_encoder(encoder.arch, **encoder.config)}
+    size = encoder.config["image_size"]
+    with tempfile.TemporaryDirectory() as folder:
+        index = HandIndex(args.data) if (Path(args.data) / "index.json").is_file() else class_folders(args.data, folder)
+        if {"joints", "joints2d"} <= set(index.columns):
+            table, facts = probe_poses(args, index, networks, size, runtime)
+        elif args.probe_train:
+            raise ValueError(f"--data {args.data} has no joints to test the probe of --probe-train on")
+        else:
+            table, facts = probe_classes(index, networks, size, runtime)
+    flat = {f"{name}_{feature}_{key}": value for (name, feature), values in table.items() for key, value in values.items()} | facts
+    flat |= {key: flat[f"probe_both_{key}"] for key in table["probe", "both"]}
+    with staged(out) as folder:
+        (folder / "metrics.json").write_text(json.dumps(flat, indent=1))
+    keys = list(table["probe", "both"])
+    rows = [(f"{name}, {feature}", [f"{values[key]:.2f}" if key.endswith("mm") else f"{values[key]:.3f}" for key in keys])
+            for (name, feature), values in table.items()]
+    print(text_table(keys, rows))
+    print(", ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()),
+          f"-> {out / 'metrics.json'}")
+
+
+def class_folders(path, folder):
+    """An index, written to `folder`, of the images in the sub-folders of `path`, each image one whole crop."""
+    images = list_images(path) if Path(path).is_dir() else []
+    if len({image.parent for image in images}) < 2:
+        raise ValueError(f"--data {path}: neither an index nor a folder of class sub-folders with images")
+    columns = {"image": np.array([os.fsencode(image.relative_to(path)) for image in images]),
+               "box": [whole_box(image_size(image), PROBE_SCALE) for image in images]}
+    write_index(Path(folder) / "index", columns, {"name": Path(path).name}, root=Path(path).resolve())
+    return HandIndex(Path(folder) / "index")
+
+
+def probe_classes(index, networks, size, runtime):
+    """Leave-one-out k-NN accuracy, the classes being the images' folders."""
+    classes = np.array([str(index.image_path(row).parent) for row in range(len(index))])
+    count = len(set(classes.tolist()))
+    if count < 2:
+        raise ValueError(f"{index.path}: no joints, and all images in one folder: nothing to probe")
+    x, _ = read_features(networks, index, np.arange(len(index)), size, runtime)
+    table = {key: {"knn_accuracy": metrics.leave_one_out(features, classes)} for key, features in x.items()}
+    return table, {"count": len(index), "classes": count, "neighbours": min(10, len(index) - 1)}
+
+
+def probe_poses(args, index, networks, size, runtime):
+    """metrics.probe_pose of every feature, fitted and tested on hands that share no pose and no video."""
+    rows, train, train_rows = np.arange(len(index)), index, None
+    if args.probe_train:
+        train = HandIndex(args.probe_train)
+        if not {"joints", "joints2d"} <= set(train.columns):
+            raise ValueError(f"--probe-train {args.probe_train}: no labels `joints` and `joints2d`")
+        train_rows = np.arange(len(train))
+    else:
+        groups = np.asarray(index.columns["video"]) if "video" in index.columns else index.pose_ids()
+        groups = np.where(groups < 0, -1 - index.pose_ids(), groups)
+        first = np.isin(groups, np.random.default_rng(0).permutation(np.unique(groups))[::2])
+        rows, train_rows = np.flatnonzero(~first), np.flatnonzero(first)
+    if min(len(rows), len(train_rows)) < 10:
+        raise ValueError(f"{len(train_rows)} hands to fit the probe on and {len(rows)} to test it on: at least 10 are needed")
+    rows, train_rows = (some[np.unique(np.linspace(0, len(some) - 1, min(len(some), PROBE_HANDS)).astype(int))] for some in (rows, train_rows))
+    (train_x, train_labels), (x, labels) = (read_features(networks, i, r, size, runtime) for i, r in ((train, train_rows), (index, rows)))
+    mean = mean_hand(load_hand(args.mano), index.meta.get("joints", "freihand"))[0][0]                        # (21, 3)
+    table = {key: metrics.probe_pose(train_x[key], *train_labels, x[key], *labels, mean) for key in x}
+    guess = metrics.procrustes(np.broadcast_to(mean, labels[0].shape), labels[0])
+    return table, {"count": len(rows), "train_count": len(train_rows),
+                   "mean_hand_pa_mpjpe_mm": float(1000 * np.linalg.norm(guess - labels[0], axis=-1).mean())}
+
+
+@torch.no_grad()
+def read_features(networks, index, rows, size, runtime):
+    """({(network, feature): (N,D)}, labels) of some rows in upright views of the box: features `class`, `mean` of the patches (of a
+    ResNet the pooled map twice) and `both`, and of ("pixels", "raw") the view at 16 x 16 pixels; labels are
+    joints (N,21,3) and joints2d (N,21,2), empty where the index has none. An image that cannot be read is left out of a pose
+    probe and ends a probe of classes."""
+    dataset = HandDataset([index], size * 8 // 7, CONTEXT, ("joints", "joints2d"), rows, substitute=False)
+    x, labels, pixels = {name: [] for name in networks}, [[], []], []
+    networks = {name: net.to(runtime.device).eval() for name, net in networks.items()}
+    for batch in tqdm(make_loader(dataset, batch_size=64, workers=runtime.workers), desc="features"):
+        good = batch["failed"] < 0
+        if not bool(good.all()) and "joints" not in index.columns:
+            read_image(index.image_path(int(batch["failed"].max())))        # says what is wrong with it
+        views = warp(batch["canvas"][good].to(runtime.device), centre_theta(int(good.sum()), PROBE_SCALE / CONTEXT).to(runtime.device), size)
+        pixels.append(F.interpolate(views, 16, mode="area").flatten(1).cpu())
+        for name, net in networks.items():
+            with runtime.autocast():
+                summary, feature_map = net.features(normalise(views))
+            x[name].append(torch.cat([summary, feature_map.mean((2, 3))], 1).float().cpu())
+        for part, name in zip(labels, ("joints", "joints2d"), strict=True):
+            part.append(batch[name][good].double().numpy())
+    found = {}
+    for name, parts in x.items():
+        both = torch.cat(parts).double().numpy()
+        summary, mean = np.split(both, 2, axis=1)
+        found |= {(name, "class"): summary, (name, "mean"): mean, (name, "both"): both}
+    flat = torch.cat(pixels).double().numpy()
+    return found | {("pixels", "raw"): flat}, [np.concatenate(part) for part in labels]
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -309,3 +309,95 @@ def official_scores(metrics, protocol):
         scores |= {"f_score_5": metrics["f_5_unaligned"], "f_al_score_5": metrics["f_5"],
                    "f_score_15": metrics["f_15_unaligned"], "f_al_score_15": metrics["f_15"]}
     return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------- probe
+FLEXIONS = [(0 if j == 0 else 4 * f + j, 4 * f + j + 1, 4 * f + j + 2) for f in range(5) for j in range(3)]   # bones that meet
+
+
+def flexion(joints):
+    """(B,21,3) -> (B,15) radians: how far each finger bends at its three joints, base to tip, thumb first; 0 is straight."""
+    a, b, c = (joints[:, list(points)] for points in zip(*FLEXIONS, strict=True))
+    first, second = b - a, c - b
+    cosine = (first * second).sum(-1) / np.maximum(np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1), 1e-12)
+    return np.arccos(cosine.clip(-1, 1))
+
+
+def ridge(x, y, test_x, strengths=10.0 ** np.arange(-5, 2)):
+    """Ridge regression of y (n,M) on features x (n,D), standardised; predicts for test_x (m,D) -> (m,M).
+
+    Each column of y takes the strength (times n) that does best on the last fifth of the rows when the first four fifths are
+    fitted; all rows are then fitted again. Rows of one video should be neighbours, so that few of them part."""
+    mean, deviation = x.mean(0), x.std(0) + 1e-9
+    x, test_x, centre = (x - mean) / deviation, (test_x - mean) / deviation, y.mean(0)
+    cut = max(1, len(x) * 4 // 5)
+
+    def fit(rows):
+        values, vectors = np.linalg.eigh(x[rows].T @ x[rows])
+        right = vectors.T @ (x[rows].T @ (y[rows] - centre))
+        return lambda strength: vectors @ (right / (np.maximum(values, 0) + strength * len(x[rows]))[:, None])
+    part = fit(slice(cut))
+    wrong = np.stack([((x[cut:] @ part(strength) + centre - y[cut:]) ** 2).sum(0) for strength in strengths])
+    best, whole = wrong.argmin(0), fit(slice(None))                # (M,): each column has its own
+    pred = np.empty((len(test_x), y.shape[1]))
+    for k in np.unique(best):
+        pred[:, best == k] = test_x @ whole(strengths[k])[:, best == k]
+    return pred + centre
+
+
+def r2(pred, true):
+    """Share of the variance explained, mean over the columns of (N,M)."""
+    rest, whole = ((pred - true) ** 2).sum(0), ((true - true.mean(0)) ** 2).sum(0)
+    return float((1 - rest / np.maximum(whole, 1e-12)).mean())
+
+
+def nearest(x, test_x, count=1, skip_self=False):
+    """The `count` rows of x (n,D) most like each row of test_x (m,D) by cosine of the standardised features: indices (m,count)
+    and cosines, best first. skip_self: test_x is x, and no row is its own neighbour."""
+    mean, deviation = x.mean(0), x.std(0) + 1e-9
+    x, test_x = ((v - mean) / deviation for v in (x, test_x))
+    x, test_x = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (x, test_x))
+    rows, cosines = [], []
+    for start in range(0, len(test_x), 1024):
+        similar = test_x[start:start + 1024] @ x.T
+        if skip_self:
+            similar[np.arange(len(similar)), start + np.arange(len(similar))] = -np.inf
+        order = np.argsort(-similar, axis=1, kind="stable")[:, :count]
+        rows.append(order)
+        cosines.append(np.take_along_axis(similar, order, 1))
+    return np.concatenate(rows), np.concatenate(cosines)
+
+
+def leave_one_out(x, classes, count=10):
+    """Share of the rows of x (N,D) whose class (N,) is that of most of its `count` nearest others, each vote weighted by
+    exp(cosine / 0.07) (the k-NN of Wu et al. and DINO)."""
+    count = min(count, len(x) - 1)
+    rows, cosines = nearest(x, x, count, skip_self=True)
+    names, numbers = np.unique(classes, return_inverse=True)
+    votes = np.zeros((len(x), len(names)))
+    np.add.at(votes, (np.arange(len(x))[:, None], numbers[rows]), np.exp(cosines / 0.07))
+    return float((votes.argmax(1) == numbers).mean())
+
+
+def probe_pose(x, joints, joints2d, test_x, test_joints, test_joints2d, mean_joints):
+    """What a frozen feature tells about the pose: fitted on x (n,D), joints (n,21,3) m and joints2d (n,21,2), tested on the others.
+
+    mean_joints (21,3) is the hand that poses are aligned to. Keys: ridge_pa_mpjpe_mm (ridge to the joints aligned to the mean
+    hand), ridge_mpjpe_mm (to the joints minus their wrist), nearest_pa_mpjpe_mm (the pose of the nearest hand), orientation_r2
+    (direction from wrist to middle knuckle in the image), flexion_r2 (15 angles)."""
+    def direction(points):
+        arrow = points[:, MIDDLE_KNUCKLE] - points[:, WRIST]
+        return arrow / np.maximum(np.linalg.norm(arrow, axis=1, keepdims=True), 1e-9)
+    rooted, test_rooted = (v - v[:, :1] for v in (joints, test_joints))
+    aligned = procrustes(joints, np.broadcast_to(mean_joints, joints.shape))
+    targets = {"pa": aligned.reshape(len(x), -1), "rooted": rooted.reshape(len(x), -1), "orientation": direction(joints2d),
+               "flexion": flexion(joints)}
+    answer = ridge(x, np.concatenate(list(targets.values()), 1), test_x)
+    pa, root, orientation, bend = np.split(answer, np.cumsum([v.shape[1] for v in targets.values()])[:-1], axis=1)
+    twin = joints[nearest(x, test_x)[0][:, 0]]
+
+    def error(pred):
+        return float(1000 * _distance(procrustes(pred.reshape(-1, 21, 3), test_joints), test_joints).mean())
+    return {"ridge_pa_mpjpe_mm": error(pa), "nearest_pa_mpjpe_mm": error(twin),
+            "ridge_mpjpe_mm": float(1000 * _distance(root.reshape(-1, 21, 3), test_rooted).mean()),
+            "orientation_r2": r2(orientation, direction(test_joints2d)), "flexion_r2": r2(bend, flexion(test_joints))}

@@ -61,7 +61,7 @@ from runtime import (
 )
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
-STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE = 0.1, 0.9, 0.1                   # iBOT, iBOT, ours
+STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE, SPREAD = 0.1, 0.9, 0.2, 0.4              # iBOT, iBOT, ours
 
 
 # ------------------------------------------------------------------------------------------------------------- network
@@ -147,12 +147,14 @@ def distill(teacher, center, student, temperature):
 
 
 def align_loss(ours, theirs, norm):
-    """Undone points (2,B,K,2) of the student against the teacher's of the other view (ours). norm: squared distance over the
-    teacher's spread, in an image and over the batch, so that nothing is won by shrinking the points; else smooth L1."""
+    """Undone points (2,B,K,2) of the student against the teacher's of the other view (ours). norm: squared distance to the
+    teacher's points brought to a fixed spread, so that the set cannot shrink from one teacher to the next; else smooth L1."""
     if not norm:
         return F.smooth_l1_loss(ours, theirs, beta=0.1)
-    in_image, in_batch = spreads(theirs)
-    return ((ours - theirs) ** 2).sum(-1).mean() / (in_image ** 2 + in_batch ** 2).clamp(min=1e-6)
+    in_image, _ = spreads(theirs)
+    middle = theirs.mean(2, keepdim=True)
+    target = middle + (theirs - middle) * (SPREAD / in_image.clamp(min=1e-3))
+    return ((ours - target) ** 2).sum(-1).mean() / SPREAD ** 2
 
 
 def spreads(points):
@@ -170,8 +172,7 @@ def hinge_loss(points, least=0.25):
 def contrast_loss(ours, theirs):
     """Each hand's undone points (2,B,K,2) find the teacher's of its other view among those of all hands (ours: InfoNCE on
     what differs from the mean point set)."""
-    mean = theirs.mean((0, 1))
-    a, b = (F.normalize((points - mean).flatten(2), dim=-1) for points in (ours, theirs))     # (2, B, 2K)
+    a, b = (F.normalize((points - points.mean((0, 1))).flatten(2), dim=-1) for points in (ours, theirs))      # (2, B, 2K)
     logits = a @ b.transpose(1, 2) / CONTRAST_TEMPERATURE          # (2, B, B)
     return F.cross_entropy(logits.flatten(0, 1), torch.arange(a.shape[1], device=a.device).repeat(2))
 
@@ -234,7 +235,7 @@ def for_both_views(args, runtime, step, purpose, draw):
 
 
 def draw_views(args, runtime, step):
-    """theta (2B,2,3), and factors, light and blur of the step's views, on the device."""
+    """theta (2B,2,3), and factors, light and blur of the step's views; the blur stays on the CPU."""
     zoom, strength, pixels = 1.5 / CONTEXT, args.color, args.image_size / 224
 
     def theta(batch, g):
@@ -247,7 +248,8 @@ def draw_views(args, runtime, step):
              lambda batch, g: random_color(batch, g, *(min(0.9, x * strength) for x in (0.4, 0.4, 0.4, 0.4)), grey=min(1, 0.2 * strength)),
              lambda batch, g: random_light(batch, g, min(0.9, 0.4 * strength)),
              lambda batch, g: random_blur(batch, g, (0.1 * pixels, 3 * pixels), min(1, 0.3 * strength)))
-    return [for_both_views(args, runtime, step, purpose, draw).to(runtime.device) for purpose, draw in enumerate(draws)]
+    theta, factors, light, sigma = (for_both_views(args, runtime, step, purpose, draw) for purpose, draw in enumerate(draws))
+    return theta.to(runtime.device), factors.to(runtime.device), light.to(runtime.device), sigma
 
 
 def make_views(canvas, theta, factors, light, sigma, size):
@@ -293,23 +295,40 @@ def diagnose(student, teacher, centers, temperature, runtime):
     """Numbers that show a collapse coming (README, "What the log says")."""
     found = {}
     for name, center in centers.items():
-        if len(teacher[name]):
-            target = ((teacher[name] - center) / temperature).softmax(-1)
-            found[f"{name}_teacher_entropy"] = entropy(target).mean()
-            found[f"{name}_entropy_of_mean"] = entropy(runtime.mean(target.mean(0)))
-            found[f"{name}_center_norm"] = center.norm()
+        target = ((teacher[name] - center) / temperature).softmax(-1)                        # (R, P)
+        count = runtime.mean(torch.tensor(float(len(target)), device=center.device)).clamp(min=1e-6)
+        found[f"{name}_teacher_entropy"] = runtime.mean(entropy(target).sum()) / count
+        found[f"{name}_entropy_of_mean"] = entropy(runtime.mean(target.sum(0)) / count)
+        found[f"{name}_center_norm"] = center.norm()
     if "keypoints" in teacher:
-        ours, theirs = (out["keypoints"].unflatten(0, (2, -1)) for out in (student, teacher))
+        ours, theirs = (runtime.gather(out["keypoints"].unflatten(0, (2, -1))) for out in (student, teacher))
         in_image, in_batch = spreads(theirs)
-        error = (theirs[0] - theirs[1]).norm(dim=-1).mean()
+        spread = torch.hypot(in_image, in_batch).clamp(min=1e-6)
         found |= {"keypoint_spread": in_image, "keypoint_batch_spread": in_batch,
-                  "equivariance_error": error / torch.hypot(in_image, in_batch).clamp(min=1e-6),
-                  "student_error": (ours - theirs.flip(0)).norm(dim=-1).mean() / torch.hypot(in_image, in_batch).clamp(min=1e-6)}
+                  "equivariance_error": (theirs[0] - theirs[1]).norm(dim=-1).mean() / spread,
+                  "student_error": (ours - theirs.flip(0)).norm(dim=-1).mean() / spread}
     return found
 
 
 def entropy(p):
     return -(p * p.clamp(min=1e-12).log()).sum(-1)
+
+
+def gradient_sizes(terms, tokens, runtime):
+    """Norm of each loss's gradient at the final LayerNorm's output over the whole batch: which loss owns the trunk (before weights)."""
+    sizes = {name: torch.autograd.grad(term, tokens, retain_graph=True)[0].square().sum() for name, term in terms.items()}
+    return {f"{name}_gradient": (runtime.mean(size) / runtime.world).sqrt() for name, size in sizes.items()}
+
+
+def collapsed(values, prototypes):
+    """What has collapsed in a logged step, as (name, what to do), or None. prototypes: {name: D}."""
+    for name, loss in (("class", "class"), ("patch", "patch"), ("pose", "distribution")):
+        if name in prototypes and abs(values[loss] / (max(values["masked_views"], 1e-9) if name == "patch" else 1) - math.log(prototypes[name])) < 0.02:
+            return loss, (f"the {loss} loss is glued to ln {prototypes[name]} = {math.log(prototypes[name]):.3f}: teacher and student say the same of "
+                          "every input; lower --temperature (.02 .04), lower --ema, or raise --lr")
+    if values.get("keypoint_spread", 1) < 0.05 or values.get("keypoint_batch_spread", 1) < 0.02:
+        return "keypoints", "the pseudo keypoints coincide or never move: use --align-norm, raise --hinge or --contrast, or lower --lr"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -393,6 +412,7 @@ def flags():
     group = cli.add_argument_group("masks")
     group.add_argument("--mask", choices=["block", "random"], default="block", help="rectangles (iBOT) or single patches")
     group.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"), help="share of a masked view's patches")
+    group.add_argument("--clip-frames", type=int, default=1)
     group.add_argument("--mask-share", type=float, default=0.5, help="share of the views that are masked (default .5, iBOT)")
     group = cli.add_argument_group("views: each is drawn alone")
     group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
@@ -472,8 +492,10 @@ def main(argv=None):
         teacher.encoder.compile()
     net, parameters, failed = runtime.wrap(student), list(student.parameters()), set()
     last_layers = [head.prototypes for head in (student.tokens, student.poses) if head is not None]
-    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
+    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world, args.clip_frames),
                          workers=runtime.workers, pin=runtime.device.type == "cuda")
+    prototypes = {name: center.shape[1] for name, center in centers.items()}
+    stuck, warned = 0, set()
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("keypoint_spread", "patch_teacher_entropy"))
     lr_base, frozen = args.lr * args.batch_size / 256, min(1250, int(0.02 * steps))
 
@@ -488,7 +510,7 @@ def main(argv=None):
         temperature = min(1.0, step / max(1, 0.15 * steps)) * (args.temperature[1] - args.temperature[0]) + args.temperature[0]
         torch.manual_seed(generator(args.seed, step, 6 + runtime.rank).initial_seed())         # stochastic depth
         last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
-        values, logits = {}, {name: [] for name in centers}
+        values, logits = {"masked_views": mask.any(1).float().mean(), "masked_patches": mask.float().mean()}, {name: [] for name in centers}
         B = len(batch["row"])
         for part in torch.arange(B).chunk(args.accumulate):
             rows = torch.cat([part, part + B])
@@ -501,21 +523,29 @@ def main(argv=None):
                     masked = net(*inputs, mask[rows])
                 terms = pretraining_losses(masked, whole, centers, target, args, runtime)
                 loss = total_loss(terms, args)
-                found = diagnose(masked, whole, centers, temperature, runtime) if logged else {}
+                found = {}
+                if logged:
+                    found = diagnose(masked, whole, centers, temperature, runtime) | gradient_sizes(terms, masked["tokens"], runtime)
                 scaler.scale(loss / args.accumulate).backward()
             for name in centers:
                 logits[name].append(whole[name])
             for name, value in (terms | found | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + value.detach() / args.accumulate
         if step < frozen:
-            for prototypes in last_layers:
-                prototypes.grad = None
+            for layer in last_layers:
+                layer.grad = None
         lr, momentum = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps)), cosine(step, steps, args.ema, final=1.0)
         set_lr(optimizer, lr, cosine(step, steps, *args.weight_decay))
         norm = update(optimizer, scaler, parameters, args.clip)
         ema_update(teacher, student, momentum)
         centers = {name: move_center(center, torch.cat(logits[name]), runtime) for name, center in centers.items()}
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
+        if logged and step > 0.1 * steps:
+            problem = collapsed({name: float(value) for name, value in values.items()}, prototypes)
+            stuck = stuck + 1 if problem else 0
+            if stuck == 10 and problem[0] not in warned:           # ten logged steps in a row
+                warned.add(problem[0])
+                log.warn(step + 1, problem[1])
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
             save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(student, teacher, views, theta, mask, patch))
         if runtime.main and (last or (step + 1) % args.save_every == 0):

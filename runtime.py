@@ -376,6 +376,12 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def warn(self, step, text):
+        """One line above the bar and in the log."""
+        self.write({"step": step, "warning": text})
+        if self.runtime.main:
+            tqdm.write(f"warning, step {step}: {text}", file=sys.stderr)
+
     def close(self):
         self.bar.close()
 

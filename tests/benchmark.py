@@ -2,6 +2,7 @@
 
 Two threads, rivals in one process and in turn, so that a busy machine slows both alike.
 """
+import subprocess
 import sys
 import tempfile
 import time
@@ -98,9 +99,86 @@ def opening():
         print(f"  {m:.2f} [{low:.2f} {high:.2f}]")
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening}
+def pretraining_step(arch, image_size, batch, public):
+    """One HandMIM step (forward, losses, backward, update) with iBOT's losses and the pixels, as a function. public: the public
+    iBOT form, attention written out and heads on all tokens, their loss multiplied by the mask afterwards."""
+    import copy
+    import math
+    from unittest.mock import patch
+
+    import pretrain_mim as mim
+    from data import random_theta
+    from model import build_encoder
+    from runtime import Runtime, adamw, ema_update, generator, param_groups
+
+    def written_out(q, k, v):
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+    args = mim.flags().parse_args(["--data", "-", "--out", "-", "--pose-loss", "class"])
+    runtime, g = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0), generator(0)
+    torch.manual_seed(0)
+    student = mim.HandMIM(build_encoder(arch, image_size), args).train()
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    optimizer = adamw(param_groups(student.named_parameters(), 0.04), torch.device("cpu"))
+    grid, centers = image_size // 16, {name: torch.zeros(1, args.prototypes) for name in ("class", "patch")}
+    views, theta = torch.randn(2 * batch, 3, image_size, image_size, generator=g), random_theta(2 * batch, g, 0.5, (0.6, 0.8), 0.1)
+    ratio = torch.where(torch.arange(2 * batch) % 2 == 0, 0.3, 0.0)    # iBOT: half of the views, .1 to .5 of the patches
+    mask = mim.block_mask(2 * batch, grid, ratio, g)
+    target = mim.make_target(views, mask, torch.ones_like(mask), mask.sum().float(), 16) | {"temperature": 0.05}
+    if public:
+        everywhere = mim.make_target(views, torch.ones_like(mask), torch.ones_like(mask), mask.sum().float(), 16)
+        weights = {name: torch.zeros(mask.numel()).index_copy(0, target["where"], target[name]) for name in ("patch_weight", "pixel_weight")}
+        target = everywhere | weights | {"temperature": 0.05}
+
+    def step():
+        with torch.no_grad():
+            whole = teacher(views, theta, target["where"])
+        losses = mim.pretraining_losses(student(views, theta, target["where"], mask), whole, centers, target, args, runtime)
+        loss = mim.total_loss(losses, args)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema_update(teacher, student, 0.996)
+        return float(loss.detach())
+
+    def in_public_form():
+        with patch("torch.nn.functional.scaled_dot_product_attention", written_out):
+            return step()
+    return in_public_form if public else step
+
+
+PRETRAINING = (("vit_tiny", 64, 64), ("vit_small", 224, 4))
+
+
+def pretraining():
+    """The step of pretrain_mim.py against the same step in the public iBOT form; the same losses of the first steps, and peak memory
+    of a process that does nothing else."""
+    print("pre-training step, s                  public form                    ours   times faster (target 1.5)      peak MB, public and ours")
+    for arch, size, batch in PRETRAINING:
+        steps = {name: pretraining_step(arch, size, batch, name == "public") for name in ("public", "ours")}
+        first = {name: step() for name, step in steps.items()}
+        assert abs(first["public"] - first["ours"]) < 1e-4 * first["ours"], first
+        result = {name: times / 1e3 for name, times in race(steps, 7, 1).items()}
+        columns = "".join(f"{f'{m:.2f} [{low:.2f} {high:.2f}]':>24}" for low, m, high in result.values())
+        peaks = [subprocess.run([sys.executable, __file__, "--peak", arch, str(size), str(batch), name], capture_output=True, text=True,
+                                check=True).stdout.strip() for name in steps]
+        print(f"  {arch}, {size} px, {batch} hands{columns}   {result['public'][1] / result['ours'][1]:<30.2f} {peaks[0]:>10} {peaks[1]:>8}")
+
+
+def peak(arch, size, batch, name):
+    """Prints the largest resident memory of three steps, in MB."""
+    import resource
+    step = pretraining_step(arch, int(size), int(batch), name == "public")
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1024 ** 2))
+
+
+SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining}
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
+    if sys.argv[1:2] == ["--peak"]:
+        sys.exit(peak(*sys.argv[2:]))
     for section in sys.argv[1:] or SECTIONS:
         SECTIONS[section]()

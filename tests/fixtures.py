@@ -1,10 +1,31 @@
-"""What several tests share: a crude random hand with MANO's structure, and a writer of the official pickle's format."""
+"""What several tests share: calls of the commands, a crude random hand with MANO's structure, and a writer of the official pickle's format."""
+import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 PARENTS = [-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14]
+
+
+def call(*command, check=True, processes=1, **options):
+    """A command of this repository as a user types it; the finished process."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                     f"--nproc_per_node={processes}"]
+    done = subprocess.run([*start, str(ROOT / command[0]), *map(str, command[1:])], capture_output=True, text=True, env=ENV, **options)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def random_mano(seed=0):

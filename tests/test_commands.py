@@ -9,36 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
 from data import HandIndex, image_size
 from mano import Mano, joints_from_vertices, load_hand, rotmat_from_axis_angle
 from model import load_encoder
 
-ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TINY = ["--arch", "vit_tiny", "--image-size", "32", "--head-width", "32", "--batch-size", "8", "--log-every", "1", "--workers", "0"]
-
-
-def call(*command, check=True, processes=1, **options):
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, str(ROOT / command[0]), *map(str, command[1:])], capture_output=True, text=True, env=ENV, **options)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture(scope="session")
-def hands(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hands")
-    call("make_synthetic.py", "--out", folder / "train", "--hands", 24, "--videos", 6, "--size", 96)
-    call("make_synthetic.py", "--out", folder / "val", "--hands", 8, "--videos", 4, "--size", 96, "--seed", 1)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +34,6 @@ def freihand(tmp_path_factory):
     folder = tmp_path_factory.mktemp("freihand")
     call("make_synthetic.py", "--out", folder / "FreiHAND", "--hands", 10, "--layout", "freihand", "--size", 96)
     return folder
-
-
-def log(run):
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- chain
