@@ -339,8 +339,7 @@ class EpochSampler:
     the same for any number of processes; process `rank` takes its consecutive share.
     """
 
-    def __init__(self, count, batch, seed, start, stop, rank=0, world=1, block=1):
-        self.block = block
+    def __init__(self, count, batch, seed, start, stop, rank=0, world=1):
         self.count, self.batch, self.seed, self.start, self.stop = count, batch, seed, start, stop
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
@@ -354,9 +353,7 @@ class EpochSampler:
             for position in range(step * self.batch, (step + 1) * self.batch):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    starts = np.random.default_rng([self.seed, epoch]).permutation(-(-self.count // self.block)) * self.block
-                    order = (starts[:, None] + np.arange(self.block)).ravel()
-                    order = order[order < self.count]
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
                 rows.append(int(order[position % self.count]))
             yield rows[self.share]
 
@@ -479,3 +476,9 @@ def normalise(images):
     """RGB in [0,1] -> what the encoders see: ImageNet's mean and standard deviation."""
     mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images - mean) / std
+
+
+def to_rgb(views):
+    """Normalised views (B,3,S,S) -> pictures (B,S,S,3) u8."""
+    images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()

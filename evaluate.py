@@ -395,7 +395,7 @@ def probe_poses(args, index, networks, size, runtime):
         rows, train_rows = np.flatnonzero(~first), np.flatnonzero(first)
     if min(len(rows), len(train_rows)) < 10:
         raise ValueError(f"{len(train_rows)} hands to fit the probe on and {len(rows)} to test it on: at least 10 are needed")
-    rows, train_rows = (some[np.unique(np.linspace(0, len(some) - 1, min(len(some), PROBE_HANDS)).astype(int))] for some in (rows, train_rows))
+    rows, train_rows = (some[np.linspace(0, len(some) - 1, min(len(some), PROBE_HANDS)).astype(int)] for some in (rows, train_rows))
     (train_x, train_labels), (x, labels) = (read_features(networks, i, r, size, runtime) for i, r in ((train, train_rows), (index, rows)))
     mean = mean_hand(load_hand(args.mano), index.meta.get("joints", "freihand"))[0][0]                        # (21, 3)
     table = {key: metrics.probe_pose(train_x[key], *train_labels, x[key], *labels, mean) for key in x}
@@ -417,7 +417,8 @@ def read_features(networks, index, rows, size, runtime):
         good = batch["failed"] < 0
         if not bool(good.all()) and "joints" not in index.columns:
             read_image(index.image_path(int(batch["failed"].max())))        # says what is wrong with it
-        views = warp(batch["canvas"][good].to(runtime.device), centre_theta(int(good.sum()), PROBE_SCALE / CONTEXT).to(runtime.device), size)
+        theta = centre_theta(int(good.sum()), PROBE_SCALE / CONTEXT).to(runtime.device)
+        views = warp(batch["canvas"][good].to(runtime.device), theta, size)
         pixels.append(F.interpolate(views, 16, mode="area").flatten(1).cpu())
         for name, net in networks.items():
             with runtime.autocast():

@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 
 from data import (
-    MEAN,
-    STD,
     EpochSampler,
     HandDataset,
     HandIndex,
@@ -28,6 +26,7 @@ from data import (
     random_theta,
     square,
     theta_rotation,
+    to_rgb,
     warp,
 )
 from draw import curve, draw_joints, grid, overlay, save_image
@@ -216,12 +215,6 @@ def picture(net, batch, runtime, args, faces):
         mesh[:, :2] = (mesh[:, :2] + 1) * size / 2
         tiles += [draw_joints(image, (joints + 1) * size / 2 - 0.5), overlay(image, mesh, faces)]
     return grid(tiles, 8, ["true joints", "estimate"] * len(seen), cell=144)
-
-
-def to_rgb(views):
-    """Normalised views (B,3,S,S) -> (B,S,S,3) u8."""
-    images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

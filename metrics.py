@@ -312,6 +312,7 @@ def official_scores(metrics, protocol):
 
 
 # ---------------------------------------------------------------------------------------------------------------- probe
+STRENGTHS = 10.0 ** np.arange(-5, 2)
 FLEXIONS = [(0 if j == 0 else 4 * f + j, 4 * f + j + 1, 4 * f + j + 2) for f in range(5) for j in range(3)]   # bones that meet
 
 
@@ -323,7 +324,7 @@ def flexion(joints):
     return np.arccos(cosine.clip(-1, 1))
 
 
-def ridge(x, y, test_x, strengths=10.0 ** np.arange(-5, 2)):
+def ridge(x, y, test_x, strengths=STRENGTHS):
     """Ridge regression of y (n,M) on features x (n,D), standardised; predicts for test_x (m,D) -> (m,M).
 
     Each column of y takes the strength (times n) that does best on the last fifth of the rows when the first four fifths are

@@ -8,7 +8,7 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
            -> masks, for the student only         student: sees them masked
     class token -> K pseudo keypoints -> undone by theta -> agree with the teacher's of the OTHER view     pose loss
     masked patch tokens -> prototypes -> agree with the teacher's of the SAME view and place              patch loss
-    masked patch tokens -> pixels of the view                                                             pixel loss
+    masked patch tokens -> their pixels; class token -> the whole view, small and grey                    pixel loss
 """
 
 import copy
@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (
-    MEAN,
-    STD,
     EpochSampler,
     HandDataset,
     HandIndex,
@@ -36,6 +34,7 @@ from data import (
     random_color,
     random_light,
     random_theta,
+    to_rgb,
     warp,
 )
 from draw import curve, draw_points, grid, save_image
@@ -60,6 +59,7 @@ from runtime import (
     update,
 )
 
+THUMBNAIL = 16                                                     # pixels a side
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE, SPREAD = 0.1, 0.9, 0.2, 0.4              # iBOT, iBOT, ours
 
@@ -82,6 +82,7 @@ class HandMIM(nn.Module):
                           PrototypeHead(numbers * (2 if args.shape_input else 1), args.pose_prototypes, 1024))
         self.shape_input = args.shape_input
         self.pixels = nn.Linear(encoder.dim, 3 * encoder.patch ** 2) if args.pixel_loss else None
+        self.thumbnail = nn.Linear(encoder.dim, THUMBNAIL ** 2) if args.pixel_loss * args.thumbnail else None
 
     def forward(self, views, theta, where, mask=None):
         """views (2B,3,S,S), their theta (2B,2,3), where (M,) the flat positions of the masked patches; mask (2B,N) hides
@@ -105,23 +106,30 @@ class HandMIM(nn.Module):
                 out["pose"] = self.poses(points.flatten(1))        # (2B, P)
             if self.pixels is not None and mask is not None:
                 out["pixels"] = self.pixels(patches)               # (M, 3 p p)
+            if self.thumbnail is not None and mask is not None:
+                out["thumbnail"] = self.thumbnail(cls)             # (2B, 256)
         return out
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def pretraining_losses(student, teacher, centers, target, args, runtime):
     """Named losses of a batch. student, teacher: HandMIM's outputs. target: make_target's dict and `temperature`."""
-    temperature, terms = target["temperature"], {}
-    if "class" in student:                                         # cross-view, as iBOT
-        terms["class"] = distill(teacher["class"].roll(len(teacher["class"]) // 2, 0), centers["class"], student["class"], temperature).mean()
+    def distilled(name, other_view=False):
+        logits = teacher[name].roll(len(teacher[name]) // 2, 0) if other_view else teacher[name]
+        return distill(logits, centers[name], student[name], target["temperature"])
+    terms = {}
+    if "class" in student:
+        terms["class"] = distilled("class", other_view=True).mean()
     if args.patch_loss:                                            # same view, same place
-        terms["patch"] = (distill(teacher["patch"], centers["patch"], student["patch"], temperature) * target["patch_weight"]).sum()
+        terms["patch"] = (distilled("patch") * target["patch_weight"]).sum()
     if args.pixel_loss:
         error = ((student["pixels"] - target["pixels"]) ** 2).mean(1)                        # (M,)
         terms["pixel"] = (error * target["pixel_weight"]).sum()
-    if args.pose_loss == "keypoints":
-        if args.distribution:
-            terms["distribution"] = distill(teacher["pose"].roll(len(teacher["pose"]) // 2, 0), centers["pose"], student["pose"], temperature).mean()
+    if "thumbnail" in student:
+        terms["thumbnail"] = F.mse_loss(student["thumbnail"], target["thumbnail"])
+    if "pose" in student:
+        terms["distribution"] = distilled("pose", other_view=True).mean()
+    if "keypoints" in student:
         ours, theirs = (runtime.gather(out["keypoints"].unflatten(0, (2, -1))) for out in (student, teacher))     # (2, B, K, 2)
         theirs = theirs.flip(0)                                    # the other view's
         if args.align:
@@ -135,8 +143,9 @@ def pretraining_losses(student, teacher, centers, target, args, runtime):
 
 def total_loss(terms, args):
     """lambda_pose L_pose + lambda_patch L_patch + lambda_pix L_pix."""
-    weights = {"class": args.pose_weight * (args.class_weight if args.pose_loss == "keypoints" else 1), "patch": args.patch_loss,
-               "pixel": args.pixel_loss} | {name: args.pose_weight * getattr(args, name) for name in ("distribution", "align", "hinge", "contrast")}
+    pose = {name: args.pose_weight * getattr(args, name) for name in ("distribution", "align", "hinge", "contrast")}
+    weights = pose | {"class": args.pose_weight * (args.class_weight if args.pose_loss == "keypoints" else 1), "patch": args.patch_loss,
+                      "pixel": args.pixel_loss, "thumbnail": args.pixel_loss * args.thumbnail}
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -286,7 +295,15 @@ def make_target(views, mask, seen, count, patch):
     where = mask.flatten().nonzero().squeeze(1)                    # (M,)
     share = (1 / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)).expand_as(mask)
     pixels = normalise_patches(to_patches(views, patch).flatten(0, 1)[where])[0]
-    return {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count}
+    return {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count,
+            "thumbnail": thumbnails(views)}
+
+
+def thumbnails(views):
+    """Views (2B,3,S,S) -> (2B,256): small, grey, minus the mean over the deviation. Grey, because colours are drawn at random (ours:
+    pixels one level up; the class token learns where the hand's parts lie, which linear read-out and fine-tuning need)."""
+    grey = F.adaptive_avg_pool2d(views.mean(1, keepdim=True), THUMBNAIL).flatten(1)
+    return (grey - grey.mean(1, keepdim=True)) / (grey.std(1, keepdim=True) + 0.05)
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
@@ -322,12 +339,15 @@ def gradient_sizes(terms, tokens, runtime):
 
 def collapsed(values, prototypes):
     """What has collapsed in a logged step, as (name, what to do), or None. prototypes: {name: D}."""
-    for name, loss in (("class", "class"), ("patch", "patch"), ("pose", "distribution")):
-        if name in prototypes and abs(values[loss] / (max(values["masked_views"], 1e-9) if name == "patch" else 1) - math.log(prototypes[name])) < 0.02:
-            return loss, (f"the {loss} loss is glued to ln {prototypes[name]} = {math.log(prototypes[name]):.3f}: teacher and student say the same of "
-                          "every input; lower --temperature (.02 .04), lower --ema, or raise --lr")
+    losses = {name: values[loss] for name, loss in (("class", "class"), ("patch", "patch"), ("pose", "distribution")) if name in prototypes}
+    if "patch" in losses:
+        losses["patch"] /= max(values["masked_views"], 1e-9)       # views without a mask count as 0 in its mean
+    for name, loss in losses.items():
+        if abs(loss - math.log(prototypes[name])) < 0.02:
+            return name, (f"the {name} loss is glued to ln {prototypes[name]} = {math.log(prototypes[name]):.3f}: the teacher says the "
+                          "same of every input; lower --temperature (.02 .04), lower --ema, or raise --lr")
     if values.get("keypoint_spread", 1) < 0.05 or values.get("keypoint_batch_spread", 1) < 0.02:
-        return "keypoints", "the pseudo keypoints coincide or never move: use --align-norm, raise --hinge or --contrast, or lower --lr"
+        return "keypoints", "the pseudo keypoints coincide or never move: use --align-norm, raise --hinge, or lower --lr"
     return None
 
 
@@ -358,13 +378,7 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
     return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
 
 
-def to_rgb(views):
-    """Normalised views (B,3,S,S) -> (B,S,S,3) u8."""
-    images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-    return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-CURVES = {"loss": ("class", "patch", "pixel", "distribution", "align", "hinge", "contrast", "loss"),
+CURVES = {"loss": ("class", "patch", "pixel", "thumbnail", "distribution", "align", "hinge", "contrast", "loss"),
           "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy", "patch_entropy_of_mean",
                        "pose_teacher_entropy", "pose_entropy_of_mean"),
           "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error")}
@@ -397,33 +411,41 @@ def flags():
                        help="none; iBOT's distillation of the class token; pseudo keypoints aligned across the views (default)")
     group.add_argument("--pose-weight", type=float, default=1.0, help="of all pose losses together (default 1)")
     group.add_argument("--patch-loss", type=float, default=1.0, metavar="W", help="self-distillation of masked patches (default 1, iBOT)")
-    group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches (default 1)")
+    group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches, and the thumbnail (default 1)")
+    group.add_argument("--thumbnail", type=float, default=1.0, metavar="W",
+                       help="in the pixel loss: the whole view, small and grey, from the class token (default 1, ours)")
     group = cli.add_argument_group("pseudo keypoints (all ours; with --pose-loss keypoints)")
     group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
     group.add_argument("--align", type=float, default=1.0, metavar="W", help="distance to the teacher's undone points (default 1)")
     group.add_argument("--align-norm", action=BooleanOptionalAction, default=True, help="divide it by the teacher's spread")
-    group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm (default 0)")
-    group.add_argument("--contrast", type=float, default=1.0, metavar="W", help="tell the hand from the batch's others by its undone points")
-    group.add_argument("--distribution", type=float, default=0.0, metavar="W", help="centred and sharpened cross-entropy on the undone points")
+    group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm")
+    group.add_argument("--contrast", type=float, default=0.0, metavar="W",
+                       help="tell the hand from the batch's others by its undone points (default 0)")
+    group.add_argument("--distribution", type=float, default=0.0, metavar="W",
+                       help="centred and sharpened cross-entropy on the undone points")
     group.add_argument("--logits", choices=["mlp", "distance"], default="distance", help="what --distribution reads from the points")
     group.add_argument("--shape-input", action="store_true", help="--logits mlp also sees the points without place and size")
     group.add_argument("--pose-prototypes", type=int, default=4096, help="of --distribution, 1024 to 4096")
     group.add_argument("--class-weight", type=float, default=0.0, metavar="W", help="iBOT's class loss beside the keypoints (default 0)")
     group = cli.add_argument_group("masks")
     group.add_argument("--mask", choices=["block", "random"], default="block", help="rectangles (iBOT) or single patches")
-    group.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"), help="share of a masked view's patches")
-    group.add_argument("--clip-frames", type=int, default=1)
+    group.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"),
+                       help="share of a masked view's patches")
     group.add_argument("--mask-share", type=float, default=0.5, help="share of the views that are masked (default .5, iBOT)")
     group = cli.add_argument_group("views: each is drawn alone")
     group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
-    group.add_argument("--zoom", type=float, nargs=2, default=(0.75, 1.1), metavar=("LOW", "HIGH"), help="side of a view over 1.5 x the box")
-    group.add_argument("--shift", type=float, default=0.12, help="of its centre, in units of .75 x the box, kept where the box stays in view")
-    group.add_argument("--color", type=float, default=1.0, help="strength of gains, jitter, tinted light, grey and blur; 0 none, 2 the most")
+    group.add_argument("--zoom", type=float, nargs=2, default=(0.75, 1.1), metavar=("LOW", "HIGH"),
+                       help="side of a view over 1.5 x the box")
+    group.add_argument("--shift", type=float, default=0.12,
+                       help="of its centre, in units of .75 x the box, kept where the box stays in view")
+    group.add_argument("--color", type=float, default=1.0,
+                       help="strength of gains, jitter, tinted light, grey and blur; 0 none, 2 the most")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4, help="AdamW rate at batch 256, scaled linearly with the batch (iBOT); up to 4e-3")
     group.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.4), metavar=("FIRST", "LAST"), help="cosine (DINO)")
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    group.add_argument("--ema", type=float, default=0.996, help="the teacher's momentum at the start, cosine to 1; .98 for some hundred steps")
+    group.add_argument("--ema", type=float, default=0.996,
+                       help="the teacher's momentum at the start, cosine to 1; .98 for some hundred steps")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
                        help="of the teacher; rises over 15 %% of the steps (iBOT); lower where a loss stays at ln D")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (iBOT 3, but for each tensor)")
@@ -434,9 +456,10 @@ def flags():
 
 def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
-    ranges = {"image_size": (16, 4096), "drop_path": (0, 0.99), "prototypes": (2, 1e6), "head_width": (1, 1e5), "pose_weight": (0, 1e4),
-              "patch_loss": (0, 1e4), "pixel_loss": (0, 1e4), "keypoints": (2, 1024), "align": (0, 1e4), "hinge": (0, 1e4), "contrast": (0, 1e4),
-              "distribution": (0, 1e4), "pose_prototypes": (2, 1e6), "class_weight": (0, 1e4), "mask_ratio": (0, 1), "mask_share": (0, 1),
+    weights = ("pose_weight", "patch_loss", "pixel_loss", "thumbnail", "align", "hinge", "contrast", "distribution", "class_weight")
+    ranges = dict.fromkeys(weights, (0, 1e4)) | {
+              "image_size": (16, 4096), "drop_path": (0, 0.99), "prototypes": (2, 1e6), "head_width": (1, 1e5), "keypoints": (2, 1024),
+              "pose_prototypes": (2, 1e6), "mask_ratio": (0, 1), "mask_share": (0, 1),
               "rotation": (0, 180), "zoom": (0.1, CONTEXT / 1.5), "shift": (0, 1), "color": (0, 2), "lr": (0, 1e3), "weight_decay": (0, 10),
               "warmup": (0, 1), "ema": (0, 1), "temperature": (1e-3, 10), "clip": (1e-6, 1e6)}
     for name, (low, high) in ranges.items():
@@ -448,10 +471,11 @@ def check_flags(args):
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
     if args.arch == "resnet50":
         raise ValueError("--arch resnet50: masks need a ViT; pretrain_contrastive.py takes a ResNet-50")
-    pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and args.align + args.contrast + args.distribution + args.class_weight > 0)
+    pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and
+                                         args.align + args.contrast + args.distribution + args.class_weight > 0)
     if not (args.patch_loss or args.pixel_loss or (pose and args.pose_weight)):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
-    if not pose and (args.mask_share == 0 or args.mask_ratio[1] == 0):
+    if not (pose or args.pixel_loss * args.thumbnail) and (args.mask_share == 0 or args.mask_ratio[1] == 0):
         raise ValueError("--mask-share or --mask-ratio hides nothing: --patch-loss and --pixel-loss need masks")
 
 
@@ -492,7 +516,7 @@ def main(argv=None):
         teacher.encoder.compile()
     net, parameters, failed = runtime.wrap(student), list(student.parameters()), set()
     last_layers = [head.prototypes for head in (student.tokens, student.poses) if head is not None]
-    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world, args.clip_frames),
+    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
                          workers=runtime.workers, pin=runtime.device.type == "cuda")
     prototypes = {name: center.shape[1] for name, center in centers.items()}
     stuck, warned = 0, set()

@@ -127,7 +127,8 @@ def pretraining_step(arch, image_size, batch, public):
     target = mim.make_target(views, mask, torch.ones_like(mask), mask.sum().float(), 16) | {"temperature": 0.05}
     if public:
         everywhere = mim.make_target(views, torch.ones_like(mask), torch.ones_like(mask), mask.sum().float(), 16)
-        weights = {name: torch.zeros(mask.numel()).index_copy(0, target["where"], target[name]) for name in ("patch_weight", "pixel_weight")}
+        weights = {name: torch.zeros(mask.numel()).index_copy(0, target["where"], target[name])
+                   for name in ("patch_weight", "pixel_weight")}
         target = everywhere | weights | {"temperature": 0.05}
 
     def step():
@@ -153,7 +154,7 @@ PRETRAINING = (("vit_tiny", 64, 64), ("vit_small", 224, 4))
 def pretraining():
     """The step of pretrain_mim.py against the same step in the public iBOT form; the same losses of the first steps, and peak memory
     of a process that does nothing else."""
-    print("pre-training step, s                  public form                    ours   times faster (target 1.5)      peak MB, public and ours")
+    print(f"pre-training step, s{'public form':>31}{'ours':>24}   times faster (target 1.5)   peak MB: public     ours")
     for arch, size, batch in PRETRAINING:
         steps = {name: pretraining_step(arch, size, batch, name == "public") for name in ("public", "ours")}
         first = {name: step() for name, step in steps.items()}
@@ -162,7 +163,8 @@ def pretraining():
         columns = "".join(f"{f'{m:.2f} [{low:.2f} {high:.2f}]':>24}" for low, m, high in result.values())
         peaks = [subprocess.run([sys.executable, __file__, "--peak", arch, str(size), str(batch), name], capture_output=True, text=True,
                                 check=True).stdout.strip() for name in steps]
-        print(f"  {arch}, {size} px, {batch} hands{columns}   {result['public'][1] / result['ours'][1]:<30.2f} {peaks[0]:>10} {peaks[1]:>8}")
+        faster = result["public"][1] / result["ours"][1]
+        print(f"  {f'{arch}, {size} px, {batch} hands':25}{columns}   {faster:<25.2f} {peaks[0]:>16} {peaks[1]:>8}")
 
 
 def peak(arch, size, batch, name):

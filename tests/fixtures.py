@@ -1,4 +1,5 @@
-"""What several tests share: calls of the commands, a crude random hand with MANO's structure, and a writer of the official pickle's format."""
+"""What several tests share: calls of the commands, a crude random hand with MANO's structure, and a writer of the official
+pickle's format."""
 import json
 import os
 import pickle

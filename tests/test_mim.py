@@ -207,19 +207,20 @@ def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     mim(hands, tmp_path / "run", "--steps", 3)
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert {"patch", "pixel", "align", "contrast", "patch_teacher_entropy", "patch_entropy_of_mean", "patch_center_norm", "keypoint_spread",
-            "keypoint_batch_spread", "equivariance_error", "masked_views", "lr", "loss", "images_per_second", "align_gradient"} <= set(rows[0])
+    assert {"patch", "pixel", "thumbnail", "align", "patch_teacher_entropy", "patch_entropy_of_mean", "patch_center_norm",
+            "keypoint_spread", "keypoint_batch_spread", "equivariance_error", "masked_views", "lr", "loss", "images_per_second",
+            "align_gradient"} <= set(rows[0])
     assert {"step_0000001.png", "step_0000003.png", "loss.png", "keypoints.png"} <= {p.name for p in (tmp_path / "run/samples").iterdir()}
-    teacher = {name.removeprefix("teacher.encoder."): value for name, value in weights(tmp_path / "run").items() if name.startswith("teacher.encoder.")}
-    assert all(torch.equal(value, teacher[name]) for name, value in load_encoder(tmp_path / "run/encoder.pt").state_dict().items())
-    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", tmp_path / "mesh", "--init", tmp_path / "run/encoder.pt",
-         "--steps", 1, "--image-size", 64, "--head-width", 32, "--batch-size", 8, "--workers", 0)
+    teacher, exported = weights(tmp_path / "run"), load_encoder(tmp_path / "run/encoder.pt").state_dict()
+    assert all(torch.equal(value, teacher[f"teacher.encoder.{name}"]) for name, value in exported.items())
+    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", tmp_path / "mesh",
+         "--init", tmp_path / "run/encoder.pt", "--steps", 1, "--image-size", 64, "--head-width", 32, "--batch-size", 8, "--workers", 0)
 
 
 @pytest.mark.parametrize("switches", [
     ["--pose-loss", "class", "--pixel-loss", 0], ["--pose-loss", "none", "--patch-loss", 0, "--mask", "random"],
     ["--pose-loss", "none", "--pixel-loss", 0, "--accumulate", 2],
-    ["--patch-loss", 0, "--pixel-loss", 0, "--mask-share", 0, "--no-align-norm", "--hinge", 0.25, "--contrast", 0],
+    ["--patch-loss", 0, "--pixel-loss", 0, "--mask-share", 0, "--no-align-norm", "--hinge", 0.25],
     ["--distribution", 1, "--logits", "mlp", "--shape-input", "--class-weight", 1, "--pose-prototypes", 32, "--align", 0],
     ["--distribution", 1, "--pose-prototypes", 32, "--drop-path", 0.1, "--precision", "bf16"]])
 def test_every_switch_trains(hands, tmp_path, switches):
@@ -229,7 +230,7 @@ def test_every_switch_trains(hands, tmp_path, switches):
 
 def test_two_processes_compute_what_one_does(hands, tmp_path):
     """Twenty steps with every loss there is: each line of the log, diagnostics included, and the weights."""
-    more = ["--steps", 20, "--distribution", 1, "--class-weight", 1, "--hinge", 0.5, "--pose-prototypes", 32]
+    more = ["--steps", 20, "--contrast", 0.3, "--distribution", 1, "--class-weight", 1, "--hinge", 0.5, "--pose-prototypes", 32]
     for processes in (1, 2):
         mim(hands, tmp_path / f"p{processes}", *more, processes=processes)
     for one, two in zip(*(log(tmp_path / f"p{n}") for n in (1, 2)), strict=True):
@@ -242,7 +243,7 @@ def test_two_processes_compute_what_one_does(hands, tmp_path):
 def test_accumulation_computes_the_same_update(hands, tmp_path):
     """Where no loss looks across the batch, parts add up to the whole; centres move once an update."""
     for parts in (1, 2):
-        mim(hands, tmp_path / f"a{parts}", "--steps", 6, "--contrast", 0, "--no-align-norm", "--accumulate", parts)
+        mim(hands, tmp_path / f"a{parts}", "--steps", 6, "--no-align-norm", "--accumulate", parts)
     one, two = (log(tmp_path / f"a{n}") for n in (1, 2))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     assert [row["patch_center_norm"] for row in two] == pytest.approx([row["patch_center_norm"] for row in one], rel=1e-5)
@@ -253,7 +254,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
     start = time.time()
     mim(hands, tmp_path / "whole", *command)
     whole, chance, kills = time.time() - start, random.Random(0), 0
-    full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out", str(tmp_path / "killed"), *TINY, *map(str, command)]
+    full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out", str(tmp_path / "killed"),
+            *TINY, *map(str, command)]
     while kills < int(os.environ.get("KILLS", 3)):
         resume = ["--resume"] if (tmp_path / "killed/config.json").exists() else []
         run = subprocess.Popen([*full, *resume], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -272,11 +274,21 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
 
 
 def test_collapse_is_said_once(hands, tmp_path):
-    """A teacher so soft that its targets are uniform, and keypoints that nothing holds apart."""
-    done = mim(hands, tmp_path / "run", "--steps", 14, "--temperature", 9, 9, "--pose-loss", "none", "--pixel-loss", 0, "--mask-share", 1, "--lr", 1e-6)
+    """A teacher so soft that its targets are uniform: the student says the same of everything, and the run says so."""
+    done = mim(hands, tmp_path / "run", "--steps", 60, "--temperature", 9, 9, "--pose-loss", "none", "--pixel-loss", 0, "--mask-share", 1,
+               "--image-size", 32, "--mask-ratio", 0.5, 0.5, "--lr", 0.2)
     said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("warning")]
     assert len(said) == 1 and "ln 64 = 4.159" in said[0]
     assert [row for row in log(tmp_path / "run") if "warning" in row]
+
+
+def test_collapse_is_told_from_health():
+    healthy = {"class": 3.0, "patch": 1.0, "masked_views": 0.5, "keypoint_spread": 0.4, "keypoint_batch_spread": 0.2}
+    sizes = {"class": 64, "patch": 64}
+    assert pretrain_mim.collapsed(healthy, sizes) is None
+    assert pretrain_mim.collapsed(healthy | {"class": math.log(64) + 0.01}, sizes)[0] == "class"
+    assert pretrain_mim.collapsed(healthy | {"patch": math.log(64) / 2}, sizes)[0] == "patch"       # half of the views have no mask
+    assert pretrain_mim.collapsed(healthy | {"keypoint_spread": 0.01}, sizes)[0] == "keypoints"
 
 
 @pytest.mark.parametrize("flags, words", [
