@@ -410,10 +410,10 @@ def flags():
     group.add_argument("--pose-loss", choices=["none", "class", "keypoints"], default="keypoints",
                        help="none; iBOT's distillation of the class token; pseudo keypoints aligned across the views (default)")
     group.add_argument("--pose-weight", type=float, default=1.0, help="of all pose losses together (default 1)")
-    group.add_argument("--patch-loss", type=float, default=1.0, metavar="W", help="self-distillation of masked patches (default 1, iBOT)")
+    group.add_argument("--patch-loss", type=float, default=0.3, metavar="W", help="self-distillation of masked patches (default .3; iBOT 1)")
     group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches, and the thumbnail (default 1)")
-    group.add_argument("--thumbnail", type=float, default=1.0, metavar="W",
-                       help="in the pixel loss: the whole view, small and grey, from the class token (default 1, ours)")
+    group.add_argument("--thumbnail", type=float, default=3.0, metavar="W",
+                       help="in the pixel loss: the whole view, small and grey, from the class token (default 3, ours)")
     group = cli.add_argument_group("pseudo keypoints (all ours; with --pose-loss keypoints)")
     group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
     group.add_argument("--align", type=float, default=1.0, metavar="W", help="distance to the teacher's undone points (default 1)")
