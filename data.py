@@ -282,6 +282,11 @@ class HandDataset(torch.utils.data.Dataset):
         which = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.indices[which], int(row - self.starts[which])
 
+    def unread(self, rows):
+        """One line for the end of a run on the rows whose images could not be read."""
+        paths = [index.image_path(local) for index, local in map(self.locate, sorted(rows))]
+        return f"{len(paths)} images could not be read and were replaced by the next one: {'; '.join(map(str, paths[:10]))}"
+
     def __getitem__(self, item):
         failed = -1
         for step in range(min(len(self), 100)):

@@ -10,7 +10,6 @@ import copy
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data import (
     EpochSampler,
@@ -368,10 +367,7 @@ def main(argv=None):
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=model.encoder.arch, config=model.encoder.config,
                             state_dict=ema.encoder.state_dict())
     log.close()
-    if runtime.world > 1:
-        everywhere = [None] * runtime.world
-        dist.all_gather_object(everywhere, failed)
-        failed = set().union(*everywhere)
+    failed = runtime.union(failed)
     if runtime.main and start < steps:
         rows = read_log(out / "log.jsonl")
         for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
@@ -383,8 +379,7 @@ def main(argv=None):
         if unread:
             print(f"{unread} validation images could not be read and were left out of these numbers")
         if failed:
-            paths = [str(dataset.locate(row)[0].image_path(dataset.locate(row)[1])) for row in sorted(failed)]
-            print(f"{len(paths)} images could not be read and were replaced by the next one: {'; '.join(paths[:10])}")
+            print(dataset.unread(failed))
     finish()
 
 

@@ -196,11 +196,11 @@ def move_center(center, logits, runtime):
 # --------------------------------------------------------------------------------------------------------------- masks
 def block_mask(batch, grid, ratio, generator):
     """(B,N) bool, True = hidden: rectangles of random size and shape until ratio x N patches are hidden, never more
-    (bytedance/ibot loader.py). grid: patches a side. ratio: a number or (B,), one for each image."""
-    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * grid * grid
-    least, aspect = max(1, grid // 3) ** 2, math.log(0.3)
-    mask, tries = torch.zeros(batch, grid, grid, dtype=torch.bool), torch.zeros(batch)
-    line = torch.arange(grid)
+    (bytedance/ibot loader.py). grid: patches a side, or (rows, columns). ratio: a number or (B,), one for each image."""
+    H, W = (grid, grid) if isinstance(grid, int) else grid
+    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * H * W
+    least, aspect = max(1, min(H, W) // 3) ** 2, math.log(0.3)
+    mask, tries = torch.zeros(batch, H, W, dtype=torch.bool), torch.zeros(batch)
     while True:
         room = wanted - mask.sum((1, 2))
         open_ = (room >= 1) & (tries < 10)
@@ -209,20 +209,21 @@ def block_mask(batch, grid, ratio, generator):
         area, shape, top, left = torch.rand(4, batch, generator=generator)
         area, shape = least + area * (room - least), torch.exp(aspect - 2 * aspect * shape)
         height, width = (area.clamp(min=0) * shape).sqrt().round(), (area.clamp(min=0) / shape).sqrt().round()
-        top, left = (top * (grid - height + 1)).floor(), (left * (grid - width + 1)).floor()
-        rows = (line >= top[:, None]) & (line < (top + height)[:, None])
-        columns = (line >= left[:, None]) & (line < (left + width)[:, None])
-        block = rows[:, :, None] & columns[:, None]                # (B, h, w)
+        top, left = (top * (H - height + 1)).floor(), (left * (W - width + 1)).floor()
+        rows = (torch.arange(H) >= top[:, None]) & (torch.arange(H) < (top + height)[:, None])
+        columns = (torch.arange(W) >= left[:, None]) & (torch.arange(W) < (left + width)[:, None])
+        block = rows[:, :, None] & columns[:, None]                # (B, H, W)
         added = (block & ~mask).sum((1, 2))
-        fits = open_ & (height < grid) & (width < grid) & (added > 0) & (added <= room)
+        fits = open_ & (height < H) & (width < W) & (added > 0) & (added <= room)
         mask |= block & fits[:, None, None]
         tries = torch.where(fits, 0, tries + 1)
 
 
 def random_mask(batch, grid, ratio, generator):
-    """(B,N) bool, True = hidden: floor(ratio x N) patches of each image, anywhere. ratio: a number or (B,)."""
-    wanted = (torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * grid * grid + 1e-4).floor()
-    order = torch.rand(batch, grid * grid, generator=generator).argsort(1).argsort(1)
+    """(B,N) bool, True = hidden: floor(ratio x N) patches of each image, anywhere. grid and ratio as block_mask's."""
+    N = grid * grid if isinstance(grid, int) else grid[0] * grid[1]
+    wanted = (torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * N + 1e-4).floor()
+    order = torch.rand(batch, N, generator=generator).argsort(1).argsort(1)
     return order < wanted[:, None]
 
 
@@ -410,7 +411,7 @@ def flags():
     group.add_argument("--pose-loss", choices=["none", "class", "keypoints"], default="keypoints",
                        help="none; iBOT's distillation of the class token; pseudo keypoints aligned across the views (default)")
     group.add_argument("--pose-weight", type=float, default=1.0, help="of all pose losses together (default 1)")
-    group.add_argument("--patch-loss", type=float, default=0.3, metavar="W", help="self-distillation of masked patches (default .3; iBOT 1)")
+    group.add_argument("--patch-loss", type=float, default=0.3, metavar="W", help="self-distillation of masked patches (default .3)")
     group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches, and the thumbnail (default 1)")
     group.add_argument("--thumbnail", type=float, default=3.0, metavar="W",
                        help="in the pixel loss: the whole view, small and grey, from the class token (default 3, ours)")
@@ -579,6 +580,11 @@ def main(argv=None):
                             state_dict=teacher.encoder.state_dict())
             draw_curves(out)
     log.close()
+    failed = runtime.union(failed)
+    if runtime.main and start < steps:
+        print(f"{out / 'encoder.pt'}: step {steps}, the teacher's encoder; look at {out / 'samples'}")
+        if failed:
+            print(dataset.unread(failed))
     finish()
 
 

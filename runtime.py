@@ -128,6 +128,14 @@ class Runtime:
         the same on every process: its gradients are summed on the way back, and averaged again with those of the model."""
         return value if self.world == 1 else Gather.apply(value, self.rank, self.world)
 
+    def union(self, values):
+        """The set of what is in any process's set."""
+        everywhere = [values]
+        if self.world > 1:
+            everywhere = [None] * self.world
+            dist.all_gather_object(everywhere, values)
+        return set().union(*everywhere)
+
     def mean(self, value):
         """Mean of a tensor over the processes."""
         if self.world > 1:

@@ -265,3 +265,58 @@ def test_per_sample_errors_average_to_the_table():
     chunks = [metrics.CHUNK // 2, metrics.CHUNK + 3]  # more hands than one chunk: the same numbers for each
     many = metrics.per_sample_errors(*(np.resize(a, (chunks[1],) + a.shape[1:]) for a in arrays), "freihand")
     np.testing.assert_allclose(many["pa_vertices"][chunks[0]:], np.resize(errors["pa_vertices"], chunks[1])[chunks[0]:])
+
+
+# ---- the probe ---
+
+def test_ridge_is_the_penalised_least_squares_fit():
+    """For one strength, against the normal equations solved as an augmented least-squares problem; and it finds a linear law."""
+    rng = np.random.default_rng(0)
+    x, test_x = rng.normal(2, 3, (60, 5)), rng.normal(2, 3, (9, 5))
+    y = x @ rng.normal(size=(5, 2)) + rng.normal(size=(60, 2))
+    z, test_z = ((v - x.mean(0)) / x.std(0) for v in (x, test_x))
+    augmented = np.concatenate([z, np.sqrt(0.1 * 60) * np.eye(5)])
+    weights = np.linalg.lstsq(augmented, np.concatenate([y - y.mean(0), np.zeros((5, 2))]), rcond=None)[0]
+    np.testing.assert_allclose(metrics.ridge(x, y, test_x, np.array([0.1])), test_z @ weights + y.mean(0), atol=1e-7)
+    law = x @ np.arange(10).reshape(5, 2) - 3
+    np.testing.assert_allclose(metrics.ridge(x, law, test_x), test_x @ np.arange(10).reshape(5, 2) - 3, atol=1e-2)
+
+
+def test_neighbours_and_votes_are_those_of_a_loop():
+    rng = np.random.default_rng(1)
+    x, classes = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
+    x += 1.5 * np.eye(4)[classes]
+    z = (x - x.mean(0)) / x.std(0)
+    right = 0
+    for i in range(30):
+        cosine = np.array([z[i] @ z[j] / np.linalg.norm(z[i]) / np.linalg.norm(z[j]) if j != i else -9 for j in range(30)])
+        near = np.argsort(-cosine)[:10]
+        assert metrics.nearest(x, x, 10, skip_self=True)[0][i].tolist() == near.tolist()
+        votes = [sum(np.exp(cosine[j] / 0.07) for j in near if classes[j] == c) for c in range(3)]
+        right += np.argmax(votes) == classes[i]
+    assert metrics.leave_one_out(x, classes) == right / 30
+
+
+def test_flexion_is_the_angle_between_bones():
+    straight = np.zeros((1, 21, 3))
+    for finger in range(5):
+        straight[0, 4 * finger + 1:4 * finger + 5, 0] = [1, 2, 3, 4]
+    assert np.abs(metrics.flexion(straight)).max() < 1e-6
+    bent = straight.copy()
+    bent[0, 7:9] = [[2, 1, 0], [2, 2, 0]]                              # the index finger turns by 90 degrees after its second joint
+    angles = np.degrees(metrics.flexion(bent)[0]).reshape(5, 3)
+    np.testing.assert_allclose(angles[1], [0, 90, 0], atol=1e-4)
+    assert np.abs(np.delete(angles, 1, 0)).max() < 1e-4
+
+
+def test_a_feature_that_is_the_pose_probes_as_the_pose():
+    rng = np.random.default_rng(2)
+    base = rng.normal(0, 0.03, (21, 3))
+    codes, directions = rng.normal(size=(400, 6)), rng.normal(0, 0.001, (6, 21, 3))
+    joints = base + np.einsum("nk,kij->nij", codes, directions)
+    told = metrics.probe_pose(codes[:300], joints[:300], joints[:300, :, :2], codes[300:], joints[300:], joints[300:, :, :2], base)
+    guess = metrics.probe_pose(rng.normal(size=(300, 6)), joints[:300], joints[:300, :, :2], rng.normal(size=(100, 6)), joints[300:],
+                               joints[300:, :, :2], base)
+    assert told["ridge_pa_mpjpe_mm"] < 0.15 * guess["ridge_pa_mpjpe_mm"] and told["ridge_mpjpe_mm"] < 0.05 * guess["ridge_mpjpe_mm"]
+    assert told["orientation_r2"] > 0.95 and told["flexion_r2"] > 0.8 and abs(guess["orientation_r2"]) < 0.1
+    assert told["nearest_pa_mpjpe_mm"] < guess["nearest_pa_mpjpe_mm"]

@@ -160,3 +160,13 @@ def test_farthest_points_is_deterministic_and_greedy():
     for k in range(1, 10):
         distance = torch.cdist(points.double(), points[chosen[:k]].double()).amin(1)
         assert torch.isclose(distance[chosen[k]], distance.max())
+
+
+def test_positions_start_as_a_code_of_the_place():
+    small, large = model.sine_positions(4, 64).unflatten(0, (4, 4)), model.sine_positions(12, 64).unflatten(0, (12, 12))
+    assert torch.allclose(small, large[1::3, 1::3], atol=1e-5)         # the same place has the same code in a finer grid
+    flat = large.flatten(0, 1)
+    nearest = torch.cdist(flat, flat).fill_diagonal_(9).argmin(1)
+    apart = torch.stack([nearest // 12 - torch.arange(144) // 12, nearest % 12 - torch.arange(144) % 12]).abs().sum(0)
+    assert (apart == 1).all()                                          # nothing is more alike than neighbours
+    assert torch.equal(build_encoder("vit_micro", 64).pos_embed[0, 1:], model.sine_positions(4, 192))
