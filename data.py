@@ -460,10 +460,10 @@ def random_blur(batch, generator, sigma, share):
     return torch.where(chosen < share, sigma[0] + (sigma[1] - sigma[0]) * width, 0.0)
 
 
-def blur(images, sigma):
-    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at three widths; edges are reflected. sigma lies
-    on the CPU, so that the views left sharp cost nothing."""
-    rows, radius = sigma.nonzero().squeeze(1), math.ceil(3 * float(sigma.max()))
+def blur(images, sigma, widest):
+    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at three times the widest there can be; edges are
+    reflected. sigma lies on the CPU, so that the views left sharp cost nothing."""
+    rows, radius = sigma.nonzero().squeeze(1), math.ceil(3 * widest)
     if not len(rows):
         return images
     offsets = torch.arange(-radius, radius + 1)

@@ -161,15 +161,18 @@ def draw_joints(image, joints, visible=None, thickness=None):
     return np.asarray(Image.alpha_composite(photo, small).convert("RGB"))
 
 
-def draw_points(image, points, radius=None):
-    """Unconnected points (K,2) in pixel-CENTRE coordinates, point k always in the same colour. Returns a new image."""
+def draw_points(image, points, rings=(), radius=None):
+    """Unconnected points (K,2) in pixel-CENTRE coordinates as dots, others as rings, number k always in the same colour. Returns a
+    new image."""
     image, factor = np.asarray(image), 4
     small = Image.fromarray(image)
     large = small.resize((small.width * factor, small.height * factor), Image.Resampling.BICUBIC)
     pen, r = ImageDraw.Draw(large), factor * (max(1.2, min(small.size) / 60) if radius is None else radius)
-    for k, point in enumerate((np.asarray(points, np.float64) + 0.5) * factor):
-        color = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.85, 1.0))
-        pen.ellipse([*(point - r), *(point + r)], fill=color, outline=(0, 0, 0), width=max(1, factor // 2))
+    for places, solid in ((points, True), (rings, False)):
+        for k, point in enumerate((np.asarray(places, np.float64) + 0.5) * factor):
+            color = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.85, 1.0))
+            pen.ellipse([*(point - r), *(point + r)], fill=color if solid else None, outline=(0, 0, 0) if solid else color,
+                        width=max(1, factor // 2))
     return np.asarray(large.resize(small.size, Image.Resampling.BOX))
 
 

@@ -12,7 +12,7 @@ down, z forward, for HO-3D its own order and x right, y up) and report.html, one
 --compare writes table.json.
 
 --probe: ridge regression and the nearest neighbour from features of the frozen encoder (class token, mean of the patches,
-both) to the pose: joints aligned to the mean hand (PA-MPJPE), joints minus the wrist, orientation in the image, bend of
+both) to the pose: joints aligned to the mean hand (PA-MPJPE, no reflections), joints minus the wrist, orientation in the image, bend of
 the fingers; fitted on --probe-train, or on half of the videos of INDEX. INDEX may also be a folder of class sub-folders of
 images (or an index of one without labels): leave-one-out k-NN accuracy. Beside them the same network untrained, and
 raw pixels. Writes metrics.json. All files appear together at the end; a run that fails leaves nothing.
@@ -33,6 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 import metrics
@@ -194,8 +196,7 @@ def predict_index(args, index, arrays, definition):
     for batch in tqdm(make_loader(dataset, batch_size=args.batch_size, workers=runtime.workers), desc="predict"):
         failed = batch["failed"][batch["failed"] >= 0]
         if len(failed):
-            read_image(index.image_path(int(failed[0])))                    # says what is wrong with it
-            raise ValueError(f"{index.image_path(int(failed[0]))}: its box lies outside the image")
+            name_unread(index, int(failed[0]))
         theta = centre_theta(len(batch["row"]), zoom).to(runtime.device)
         views = warp(batch["canvas"].to(runtime.device), theta, size)
         with runtime.autocast():
@@ -210,6 +211,12 @@ def predict_index(args, index, arrays, definition):
             points = points + crop_to_full_camera(camera, batch["crop"][:, :2], batch["crop"][:, 2] * zoom, K)[:, None]
         joints[rows], vertices[rows] = points[:, :21].numpy(), points[:, 21:].numpy()
     return (joints, vertices), state["box_scale"]
+
+
+def name_unread(index, row):
+    """ValueError that says why the image of a row could not be used."""
+    read_image(index.image_path(row))
+    raise ValueError(f"{index.image_path(row)}: its box lies outside the image")
 
 
 def read_predictions(path, count, protocol):
@@ -334,18 +341,20 @@ def compare(entries, out):
 # ---------------------------------------------------------------------------------------------------------------- probe
 def probe(args, out):
     """Prints what frozen features tell, of the encoder, of the same network untrained and of raw pixels."""
+    if args.image_size is not None and not 16 <= args.image_size <= 4096:
+        raise ValueError(f"--image-size {args.image_size}: must lie in 16 .. 4096")
     runtime, encoder = setup(args), load_encoder(args.probe, args.image_size)
     torch.manual_seed(0)
     networks = {"probe": encoder, "untrained": build_encoder(encoder.arch, **encoder.config)}
     size = encoder.config["image_size"]
     with tempfile.TemporaryDirectory() as folder:
         index = HandIndex(args.data) if (Path(args.data) / "index.json").is_file() else class_folders(args.data, folder)
-        if {"joints", "joints2d"} <= set(index.columns):
-            table, facts = probe_poses(args, index, networks, size, runtime)
-        elif args.probe_train:
-            raise ValueError(f"--data {args.data} has no joints to test the probe of --probe-train on")
-        else:
-            table, facts = probe_classes(index, networks, size, runtime)
+        labels = {"joints", "joints2d"} & set(index.columns)
+        if len(labels) == 1 or (args.probe_train and not labels):
+            missing = " and no ".join(sorted({"joints", "joints2d"} - labels))
+            raise ValueError(f"--data {args.data} has no {missing}: a pose probe needs both")
+        probe_one = probe_poses if labels else probe_classes
+        table, facts = probe_one(args, index, networks, size, runtime)
     flat = {f"{name}_{feature}_{key}": value for (name, feature), values in table.items() for key, value in values.items()} | facts
     flat |= {key: flat[f"probe_both_{key}"] for key in table["probe", "both"]}
     with staged(out) as folder:
@@ -369,54 +378,67 @@ def class_folders(path, folder):
     return HandIndex(Path(folder) / "index")
 
 
-def probe_classes(index, networks, size, runtime):
+def probe_classes(args, index, networks, size, runtime):
     """Leave-one-out k-NN accuracy, the classes being the images' folders."""
     classes = np.array([str(index.image_path(row).parent) for row in range(len(index))])
     count = len(set(classes.tolist()))
     if count < 2:
         raise ValueError(f"{index.path}: no joints, and all images in one folder: nothing to probe")
-    x, _ = read_features(networks, index, np.arange(len(index)), size, runtime)
+    x, _ = read_features(args, networks, index, np.arange(len(index)), size, runtime, every=True)
     table = {key: {"knn_accuracy": metrics.leave_one_out(features, classes)} for key, features in x.items()}
     return table, {"count": len(index), "classes": count, "neighbours": min(10, len(index) - 1)}
 
 
 def probe_poses(args, index, networks, size, runtime):
-    """metrics.probe_pose of every feature, fitted and tested on hands that share no pose and no video."""
+    """metrics.probe_pose of every feature, fitted on --probe-train, else on half of the hands, no pose and no video in both halves."""
     rows, train, train_rows = np.arange(len(index)), index, None
     if args.probe_train:
         train = HandIndex(args.probe_train)
         if not {"joints", "joints2d"} <= set(train.columns):
             raise ValueError(f"--probe-train {args.probe_train}: no labels `joints` and `joints2d`")
+        if train.image_path(0).resolve() == index.image_path(0).resolve() or (
+                train.meta.get("joints", "freihand") != index.meta.get("joints", "freihand")):
+            raise ValueError(f"--probe-train {args.probe_train}: the hands of --data themselves, or joints of another definition")
         train_rows = np.arange(len(train))
     else:
-        groups = np.asarray(index.columns["video"]) if "video" in index.columns else index.pose_ids()
-        groups = np.where(groups < 0, -1 - index.pose_ids(), groups)
+        groups = hand_groups(index)
         first = np.isin(groups, np.random.default_rng(0).permutation(np.unique(groups))[::2])
         rows, train_rows = np.flatnonzero(~first), np.flatnonzero(first)
-    if min(len(rows), len(train_rows)) < 10:
-        raise ValueError(f"{len(train_rows)} hands to fit the probe on and {len(rows)} to test it on: at least 10 are needed")
     rows, train_rows = (some[np.linspace(0, len(some) - 1, min(len(some), PROBE_HANDS)).astype(int)] for some in (rows, train_rows))
-    (train_x, train_labels), (x, labels) = (read_features(networks, i, r, size, runtime) for i, r in ((train, train_rows), (index, rows)))
+    (train_x, train_labels), (x, labels) = (read_features(args, networks, source, chosen, size, runtime)
+                                            for source, chosen in ((train, train_rows), (index, rows)))
+    count, train_count = len(labels[0]), len(train_labels[0])
+    if min(count, train_count) < 10:
+        raise ValueError(f"{train_count} hands to fit the probe on and {count} to test it on: at least 10 are needed")
     mean = mean_hand(load_hand(args.mano), index.meta.get("joints", "freihand"))[0][0]                        # (21, 3)
     table = {key: metrics.probe_pose(train_x[key], *train_labels, x[key], *labels, mean) for key in x}
     guess = metrics.procrustes(np.broadcast_to(mean, labels[0].shape), labels[0])
-    return table, {"count": len(rows), "train_count": len(train_rows),
+    return table, {"count": count, "train_count": train_count, "unread": len(rows) + len(train_rows) - count - train_count,
                    "mean_hand_pa_mpjpe_mm": float(1000 * np.linalg.norm(guess - labels[0], axis=-1).mean())}
 
 
+def hand_groups(index):
+    """(N,) numbers of the groups that may not part: hands of one video or of one pose, and whatever these connect."""
+    poses = index.pose_ids()
+    videos = np.asarray(index.columns["video"]) if "video" in index.columns else np.full(len(index), -1)
+    nodes = np.where(videos < 0, poses, poses.max() + 1 + videos)
+    links = coo_matrix((np.ones(len(index)), (poses, nodes)), shape=[max(poses.max(), nodes.max()) + 1] * 2)
+    return connected_components(links, directed=False)[1][poses]
+
+
 @torch.no_grad()
-def read_features(networks, index, rows, size, runtime):
+def read_features(args, networks, index, rows, size, runtime, every=False):
     """({(network, feature): (N,D)}, labels) of some rows in upright views of the box: features `class`, `mean` of the patches (of a
     ResNet the pooled map twice) and `both`, and of ("pixels", "raw") the view at 16 x 16 pixels; labels are
-    joints (N,21,3) and joints2d (N,21,2), empty where the index has none. An image that cannot be read is left out of a pose
-    probe and ends a probe of classes."""
+    joints (N,21,3) and joints2d (N,21,2), zeros where the index has none. An image that cannot be read is left out, or, with
+    `every`, ends the probe with a ValueError that names it."""
     dataset = HandDataset([index], size * 8 // 7, CONTEXT, ("joints", "joints2d"), rows, substitute=False)
     x, labels, pixels = {name: [] for name in networks}, [[], []], []
     networks = {name: net.to(runtime.device).eval() for name, net in networks.items()}
-    for batch in tqdm(make_loader(dataset, batch_size=64, workers=runtime.workers), desc="features"):
+    for batch in tqdm(make_loader(dataset, batch_size=args.batch_size, workers=runtime.workers), desc="features"):
         good = batch["failed"] < 0
-        if not bool(good.all()) and "joints" not in index.columns:
-            read_image(index.image_path(int(batch["failed"].max())))        # says what is wrong with it
+        if every and not bool(good.all()):
+            name_unread(index, int(batch["failed"].max()))
         theta = centre_theta(int(good.sum()), PROBE_SCALE / CONTEXT).to(runtime.device)
         views = warp(batch["canvas"][good].to(runtime.device), theta, size)
         pixels.append(F.interpolate(views, 16, mode="area").flatten(1).cpu())

@@ -363,15 +363,16 @@ def nearest(x, test_x, count=1, skip_self=False):
         similar = test_x[start:start + 1024] @ x.T
         if skip_self:
             similar[np.arange(len(similar)), start + np.arange(len(similar))] = -np.inf
-        order = np.argsort(-similar, axis=1, kind="stable")[:, :count]
-        rows.append(order)
-        cosines.append(np.take_along_axis(similar, order, 1))
+        best = np.argpartition(-similar, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(similar, best, 1), axis=1)
+        rows.append(np.take_along_axis(best, order, 1))
+        cosines.append(np.take_along_axis(similar, rows[-1], 1))
     return np.concatenate(rows), np.concatenate(cosines)
 
 
 def leave_one_out(x, classes, count=10):
     """Share of the rows of x (N,D) whose class (N,) is that of most of its `count` nearest others, each vote weighted by
-    exp(cosine / 0.07) (the k-NN of Wu et al. and DINO)."""
+    exp(cosine / 0.07) (the k-NN of Wu et al. and DINO, here of standardised features)."""
     count = min(count, len(x) - 1)
     rows, cosines = nearest(x, x, count, skip_self=True)
     names, numbers = np.unique(classes, return_inverse=True)

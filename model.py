@@ -284,8 +284,8 @@ class PrototypeHead(nn.Module):
 
 
 class DistanceHead(nn.Module):
-    """Point sets (B,2K) -> logits (B,P) = -|q - C|^2 / (0.2 K) for free prototypes C (ours: nothing between the points and
-    the loss, so no code of the image can pass for one of the pose)."""
+    """Point sets (B,2K) -> logits (B,P) = -|q - C|^2 / (0.2 K) for free prototypes C (ours: no free map between the points and
+    the loss)."""
 
     def __init__(self, dim, prototypes):
         super().__init__()

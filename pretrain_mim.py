@@ -1,6 +1,6 @@
 """HandMIM: masked, pose-aware pre-training of a plain ViT on unlabelled hands (after arXiv 2307.16061, of which only the
-abstract is a source: teacher and student, pseudo keypoints of the class token aligned across views, self-distillation of
-masked patches, their pixels; every formula below is iBOT's, MAE's or ours, as its docstring says).
+abstract is a source: teacher and student, a pseudo keypoint alignment module for pose-aware class tokens, self-distillation of
+patch tokens, pixel reconstruction; every formula below is iBOT's, MAE's or ours, as its docstring says).
 
 Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png. One step:
 
@@ -28,6 +28,7 @@ from data import (
     apply_light,
     apply_theta,
     blur,
+    invert_theta,
     make_loader,
     normalise,
     random_blur,
@@ -59,7 +60,7 @@ from runtime import (
     update,
 )
 
-THUMBNAIL = 16                                                     # pixels a side
+THUMBNAIL, BLUR = 16, 3.0                                          # pixels a side; widest Gaussian at 224 pixels
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE, SPREAD = 0.1, 0.9, 0.2, 0.4              # iBOT, iBOT, ours
 
@@ -71,11 +72,12 @@ class HandMIM(nn.Module):
     def __init__(self, encoder, args):
         super().__init__()
         pose, numbers = args.pose_loss == "keypoints", 2 * args.keypoints
+        points = pose and args.align + args.hinge + args.contrast + args.distribution > 0
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.dim))
         self.classify = args.pose_loss == "class" or (pose and args.class_weight > 0)
         self.tokens = PrototypeHead(encoder.dim, args.prototypes, args.head_width) if self.classify or args.patch_loss else None
-        self.keypoints = KeypointHead(encoder.dim, args.keypoints) if pose else None
+        self.keypoints = KeypointHead(encoder.dim, args.keypoints) if points else None
         self.poses = None
         if pose and args.distribution:
             self.poses = (DistanceHead(numbers, args.pose_prototypes) if args.logits == "distance" else
@@ -90,7 +92,7 @@ class HandMIM(nn.Module):
         tokens = self.encoder(views, mask, self.mask_token).float()
         out = {"tokens": tokens}
         cls, patches = tokens[:, 0], tokens[:, 1:].flatten(0, 1)[where]                      # (2B, D), (M, D)
-        with torch.autocast(views.device.type, enabled=False):
+        with torch.autocast("cuda" if views.is_cuda else "cpu", enabled=False):
             if self.classify:
                 out["class"] = self.tokens(cls)                    # (2B, P)
             if self.tokens is not None:
@@ -187,9 +189,10 @@ def contrast_loss(ours, theirs):
 
 
 @torch.no_grad()
-def move_center(center, logits, runtime):
-    """c <- .9 c + .1 mean of the teacher's logits (R,P) of all processes; nothing where there were none. Once an update."""
-    total, count = runtime.mean(logits.sum(0, keepdim=True)), runtime.mean(torch.tensor(float(len(logits)), device=center.device))
+def move_center(center, total, count, runtime):
+    """c <- .9 c + .1 mean of the teacher's logits, from their sum (1,P) and number over the update's parts, and all processes; stays
+    where there were none. As iBOT's, but of the masked patches alone, the only ones that have logits here (ours)."""
+    total, count = runtime.mean(total), runtime.mean(torch.tensor(float(count), device=center.device))
     return torch.where(count > 0, CENTER_MOMENTUM * center + (1 - CENTER_MOMENTUM) * total / count.clamp(min=1e-6), center)
 
 
@@ -245,7 +248,7 @@ def for_both_views(args, runtime, step, purpose, draw):
 
 
 def draw_views(args, runtime, step):
-    """theta (2B,2,3), and factors, light and blur of the step's views; the blur stays on the CPU."""
+    """theta (2B,2,3), and light, colour factors and blur of the step's views; the blur stays on the CPU."""
     zoom, strength, pixels = 1.5 / CONTEXT, args.color, args.image_size / 224
 
     def theta(batch, g):
@@ -254,18 +257,18 @@ def draw_views(args, runtime, step):
         drawn[:, :, 2] = drawn[:, :, 2].clamp(-room, room)
         return drawn
 
-    draws = (theta,
-             lambda batch, g: random_color(batch, g, *(min(0.9, x * strength) for x in (0.4, 0.4, 0.4, 0.4)), grey=min(1, 0.2 * strength)),
-             lambda batch, g: random_light(batch, g, min(0.9, 0.4 * strength)),
-             lambda batch, g: random_blur(batch, g, (0.1 * pixels, 3 * pixels), min(1, 0.3 * strength)))
-    theta, factors, light, sigma = (for_both_views(args, runtime, step, purpose, draw) for purpose, draw in enumerate(draws))
-    return theta.to(runtime.device), factors.to(runtime.device), light.to(runtime.device), sigma
+    jitter = min(0.9, 0.4 * strength)
+    draws = (theta, lambda batch, g: random_light(batch, g, jitter),
+             lambda batch, g: random_color(batch, g, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength)),
+             lambda batch, g: random_blur(batch, g, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength)))
+    theta, light, factors, sigma = (for_both_views(args, runtime, step, purpose, draw) for purpose, draw in enumerate(draws))
+    return theta.to(runtime.device), light.to(runtime.device), factors.to(runtime.device), sigma
 
 
-def make_views(canvas, theta, factors, light, sigma, size):
+def make_views(canvas, theta, light, factors, sigma, size):
     """Canvases (B,3,H,W) u8 -> views (2B,3,size,size) as the encoder sees them, u of all hands, then v."""
     views = warp(canvas.repeat(2, 1, 1, 1), theta, size)
-    return normalise(blur(apply_light(apply_color(views, factors), light), sigma))
+    return normalise(blur(apply_color(apply_light(views, light), factors), sigma, BLUR * size / 224))
 
 
 def to_patches(images, patch):
@@ -332,10 +335,11 @@ def entropy(p):
     return -(p * p.clamp(min=1e-12).log()).sum(-1)
 
 
-def gradient_sizes(terms, tokens, runtime):
-    """Norm of each loss's gradient at the final LayerNorm's output over the whole batch: which loss owns the trunk (before weights)."""
+def gradient_sizes(terms, tokens, parts, runtime):
+    """Norm of each loss's gradient, before its weight, at the final LayerNorm's output over the whole batch, judged by one of its
+    `parts`: which loss owns the encoder."""
     sizes = {name: torch.autograd.grad(term, tokens, retain_graph=True)[0].square().sum() for name, term in terms.items()}
-    return {f"{name}_gradient": (runtime.mean(size) / runtime.world).sqrt() for name, size in sizes.items()}
+    return {f"{name}_gradient": (runtime.mean(size) / runtime.world / parts).sqrt() for name, size in sizes.items()}
 
 
 def collapsed(values, prototypes):
@@ -355,8 +359,9 @@ def collapsed(values, prototypes):
 # ------------------------------------------------------------------------------------------------------------ pictures
 @torch.no_grad()
 def picture(student, teacher, views, theta, mask, patch, hands=8):
-    """A row for each hand: for either view the view with the teacher's pseudo keypoints, the masked input, and, where pixels are
-    learned, their reconstruction, visible patches pasted. A colour is the same keypoint in both views."""
+    """A row for each hand: for either view the view with the teacher's pseudo keypoints (dots) and those it finds in the other view,
+    brought here (rings; a keypoint has one colour); the masked input; and, where pixels are learned, their reconstruction,
+    visible patches pasted."""
     B, size, N = len(mask) // 2, views.shape[-1], mask.shape[1]
     rows = torch.cat([torch.arange(min(B, hands)) + start for start in (0, B)])
     views, theta, mask, B = views[rows], theta[rows], mask[rows], min(B, hands)
@@ -372,8 +377,9 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
     shown = [views, *(F.fold(p.unflatten(0, (-1, N)).transpose(1, 2), size, patch, stride=patch) for p in (hidden, filled))]
     shown = [to_rgb(images) for images in (shown if "pixels" in made else shown[:2])]
     if "view_keypoints" in points:
-        shown[0] = [draw_points(image, (at + 1) * size / 2 - 0.5)
-                    for image, at in zip(shown[0], points["view_keypoints"].cpu().numpy(), strict=True)]
+        others = apply_theta(invert_theta(theta), points["keypoints"].roll(B, 0))            # the other view's, seen from this one
+        pixels = [((at + 1) * size / 2 - 0.5).cpu().numpy() for at in (points["view_keypoints"], others)]
+        shown[0] = [draw_points(image, *both) for image, *both in zip(shown[0], *pixels, strict=True)]
     names = ["view", "masked", "reconstruction"][:len(shown)]
     tiles = [images[row] for hand in range(B) for row in (hand, hand + B) for images in shown]
     return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
@@ -418,7 +424,8 @@ def flags():
     group = cli.add_argument_group("pseudo keypoints (all ours; with --pose-loss keypoints)")
     group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
     group.add_argument("--align", type=float, default=1.0, metavar="W", help="distance to the teacher's undone points (default 1)")
-    group.add_argument("--align-norm", action=BooleanOptionalAction, default=True, help="divide it by the teacher's spread")
+    group.add_argument("--align-norm", action=BooleanOptionalAction, default=True,
+                       help="bring the teacher's points to a fixed spread first; else smooth L1 to them as they are (default: bring)")
     group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm")
     group.add_argument("--contrast", type=float, default=0.0, metavar="W",
                        help="tell the hand from the batch's others by its undone points (default 0)")
@@ -438,7 +445,7 @@ def flags():
     group.add_argument("--zoom", type=float, nargs=2, default=(0.75, 1.1), metavar=("LOW", "HIGH"),
                        help="side of a view over 1.5 x the box")
     group.add_argument("--shift", type=float, default=0.12,
-                       help="of its centre, in units of .75 x the box, kept where the box stays in view")
+                       help="of its centre, in units of .75 x the box, less where an upright view would lose the box")
     group.add_argument("--color", type=float, default=1.0,
                        help="strength of gains, jitter, tinted light, grey and blur; 0 none, 2 the most")
     group = cli.add_argument_group("optimisation")
@@ -448,7 +455,7 @@ def flags():
     group.add_argument("--ema", type=float, default=0.996,
                        help="the teacher's momentum at the start, cosine to 1; .98 for some hundred steps")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
-                       help="of the teacher; rises over 15 %% of the steps (iBOT); lower where a loss stays at ln D")
+                       help="of the teacher (iBOT); rises over 15 %% of the steps (ours); lower where a loss stays at ln D")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (iBOT 3, but for each tensor)")
     group.add_argument("--compile", action="store_true", help="torch.compile of the encoder: slower to start, faster after")
     add_training_flags(cli, batch_size=256, epochs=100)
@@ -471,9 +478,13 @@ def check_flags(args):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
     if args.arch == "resnet50":
-        raise ValueError("--arch resnet50: masks need a ViT; pretrain_contrastive.py takes a ResNet-50")
+        raise ValueError("--arch resnet50: masks need a ViT")
+    if args.shape_input and args.logits != "mlp":
+        raise ValueError("--shape-input needs --logits mlp")
     pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and
                                          args.align + args.contrast + args.distribution + args.class_weight > 0)
+    if args.pose_loss == "keypoints" and not pose:
+        raise ValueError("--pose-loss keypoints with --align, --contrast, --distribution and --class-weight 0: say --pose-loss none")
     if not (args.patch_loss or args.pixel_loss or (pose and args.pose_weight)):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
     if not (pose or args.pixel_loss * args.thumbnail) and (args.mask_share == 0 or args.mask_ratio[1] == 0):
@@ -496,8 +507,10 @@ def main(argv=None):
     else:
         encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
     side, patch = args.image_size // encoder.patch, encoder.patch
-    if int(args.mask_ratio[1] * side * side) < 1 and args.mask_share:
-        raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than one of the {side * side} patches; raise it or --image-size")
+    least = max(1, side // 3) ** 2 if args.mask == "block" else 1
+    if args.mask_share and (args.mask_ratio[1] * side * side < least or (side == 1 and args.mask == "block")):
+        raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than the smallest {args.mask} mask, {least} of {side * side} patches; "
+                         "raise it or --image-size, or use --mask random")
     out, state = start_run(args, runtime)
 
     student = HandMIM(encoder, args).to(runtime.device).train()
@@ -506,12 +519,12 @@ def main(argv=None):
                (("class", student.tokens if student.classify else None), ("patch", student.tokens if args.patch_loss else None),
                 ("pose", student.poses)) if head is not None}
     optimizer = adamw(param_groups(student.named_parameters(), args.weight_decay[0]), runtime.device)
-    scaler, start = runtime.scaler(), 0
+    scaler, start, stuck, warned = runtime.scaler(), 0, 0, []      # how many logged steps have looked collapsed, what was said
     if state:
         for part, name in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
         centers = {name: center.to(runtime.device) for name, center in state["centers"].items()}
-        start = state["step"]
+        start, stuck, warned = state["step"], state["stuck"], state["warned"]
     if args.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -520,7 +533,6 @@ def main(argv=None):
     loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
                          workers=runtime.workers, pin=runtime.device.type == "cuda")
     prototypes = {name: center.shape[1] for name, center in centers.items()}
-    stuck, warned = 0, set()
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("keypoint_spread", "patch_teacher_entropy"))
     lr_base, frozen = args.lr * args.batch_size / 256, min(1250, int(0.02 * steps))
 
@@ -535,7 +547,8 @@ def main(argv=None):
         temperature = min(1.0, step / max(1, 0.15 * steps)) * (args.temperature[1] - args.temperature[0]) + args.temperature[0]
         torch.manual_seed(generator(args.seed, step, 6 + runtime.rank).initial_seed())         # stochastic depth
         last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
-        values, logits = {"masked_views": mask.any(1).float().mean(), "masked_patches": mask.float().mean()}, {name: [] for name in centers}
+        values = {"masked_views": mask.any(1).float().mean(), "masked_patches": mask.float().mean()}
+        sums, counts = dict.fromkeys(centers, 0), dict.fromkeys(centers, 0)
         B = len(batch["row"])
         for part in torch.arange(B).chunk(args.accumulate):
             rows = torch.cat([part, part + B])
@@ -548,14 +561,16 @@ def main(argv=None):
                     masked = net(*inputs, mask[rows])
                 terms = pretraining_losses(masked, whole, centers, target, args, runtime)
                 loss = total_loss(terms, args)
-                found = {}
-                if logged:
-                    found = diagnose(masked, whole, centers, temperature, runtime) | gradient_sizes(terms, masked["tokens"], runtime)
+                if logged and part[-1] == B - 1:                   # accumulated parts: of the last one
+                    values |= diagnose(masked, whole, centers, temperature, runtime)
+                    values |= gradient_sizes(terms, masked["tokens"], args.accumulate, runtime)
                 scaler.scale(loss / args.accumulate).backward()
             for name in centers:
-                logits[name].append(whole[name])
-            for name, value in (terms | found | {"loss": loss}).items():
+                sums[name], counts[name] = sums[name] + whole[name].sum(0, keepdim=True), counts[name] + len(whole[name])
+            for name, value in (terms | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + value.detach() / args.accumulate
+        if not torch.isfinite(values["loss"]):
+            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
         if step < frozen:
             for layer in last_layers:
                 layer.grad = None
@@ -563,22 +578,22 @@ def main(argv=None):
         set_lr(optimizer, lr, cosine(step, steps, *args.weight_decay))
         norm = update(optimizer, scaler, parameters, args.clip)
         ema_update(teacher, student, momentum)
-        centers = {name: move_center(center, torch.cat(logits[name]), runtime) for name, center in centers.items()}
+        centers = {name: move_center(center, sums[name], counts[name], runtime) for name, center in centers.items()}
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         if logged and step > 0.1 * steps:
             problem = collapsed({name: float(value) for name, value in values.items()}, prototypes)
             stuck = stuck + 1 if problem else 0
             if stuck == 10 and problem[0] not in warned:           # ten logged steps in a row
-                warned.add(problem[0])
+                warned.append(problem[0])
                 log.warn(step + 1, problem[1])
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
             save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(student, teacher, views, theta, mask, patch))
         if runtime.main and (last or (step + 1) % args.save_every == 0):
-            save_checkpoint(out / "last.pt", kind="mim", step=step + 1, student=student.state_dict(), teacher=teacher.state_dict(),
-                            centers=centers, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            draw_curves(out)
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
                             state_dict=teacher.encoder.state_dict())
-            draw_curves(out)
+            save_checkpoint(out / "last.pt", kind="mim", step=step + 1, student=student.state_dict(), teacher=teacher.state_dict(),
+                            centers=centers, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), stuck=stuck, warned=warned)
     log.close()
     failed = runtime.union(failed)
     if runtime.main and start < steps:

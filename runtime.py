@@ -215,7 +215,7 @@ def set_lr(optimizer, lr, weight_decay=None):
     """Sets this step's rate in every group, times the group's lr_scale, and this step's decay where a group has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        if weight_decay is not None and group["weight_decay"]:
+        if weight_decay is not None and group["decays"]:
             group["weight_decay"] = weight_decay
 
 
@@ -226,7 +226,7 @@ def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
         if parameter.requires_grad:
             key = (parameter.ndim > 1, lr_scale(name))
             groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "decays": decays}
             for (decays, scale), params in groups.items()]
 
 

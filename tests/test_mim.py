@@ -75,7 +75,7 @@ def test_each_image_has_its_own_ratio():
 
 
 # -------------------------------------------------------------------------------------------------------------- losses
-def test_distillation_is_the_sum_that_the_paper_writes():
+def test_distillation_is_the_sum_that_ibot_writes():
     g = generator(3)
     teacher, student, center = (torch.rand(n, 7, generator=g, dtype=torch.float64) for n in (5, 5, 1))
     found = pretrain_mim.distill(teacher, center, student, 0.05)
@@ -135,9 +135,9 @@ def test_normalised_alignment_does_not_reward_shrinking():
 
 def test_centers_follow_the_mean_of_the_teacher_and_stand_still_without_patches():
     center, logits = torch.full((1, 5), 2.0), torch.rand(7, 5, generator=generator(9))
-    moved = pretrain_mim.move_center(center, logits, One())
+    moved = pretrain_mim.move_center(center, logits.sum(0, keepdim=True), 7, One())
     assert torch.allclose(moved, 0.9 * center + 0.1 * logits.mean(0, keepdim=True))
-    assert torch.equal(pretrain_mim.move_center(center, logits[:0], One()), center)
+    assert torch.equal(pretrain_mim.move_center(center, torch.zeros(1, 5), 0, One()), center)
 
 
 def test_padding_is_not_a_patch_to_paint():
@@ -184,7 +184,7 @@ def test_the_teacher_learns_nothing_by_gradient_and_sees_no_mask():
 def test_blur_is_a_gaussian():
     from scipy.ndimage import gaussian_filter1d
     images, sigma = torch.rand(3, 3, 24, 24, generator=generator(3)), torch.tensor([0.0, 0.8, 1.5])
-    found = blur(images, sigma)
+    found = blur(images, sigma, 1.5)
     assert torch.equal(found[0], images[0])
     for k in (1, 2):                                                   # both are cut where the widest is
         wanted = images[k].double().numpy()
@@ -294,7 +294,8 @@ def test_collapse_is_told_from_health():
 @pytest.mark.parametrize("flags, words", [
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio"), (["--arch", "resnet50"], "--arch resnet50"), (["--color", "5"], "--color"),
     (["--pose-loss", "none", "--patch-loss", "0", "--pixel-loss", "0"], "nothing to learn"), (["--image-size", "33"], "--image-size"),
-    (["--mask-ratio", "0.01", "0.02"], "--mask-ratio"), (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
+    (["--mask-ratio", "0.01", "0.02"], "--mask random"), (["--distribution", "1", "--shape-input"], "--logits mlp"),
+    (["--align", "0"], "--pose-loss none"), (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):
     done = mim(hands, tmp_path / "run", "--steps", 1, *flags, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
@@ -302,13 +303,18 @@ def test_mistakes_get_one_line(hands, tmp_path, flags, words):
 
 # --------------------------------------------------------------------------------------------------------------- probe
 def test_the_probe_reads_poses_and_classes(hands, tmp_path):
-    encoder = tmp_path / "encoder.pt"
+    encoder, pool = tmp_path / "encoder.pt", tmp_path / "pool"
+    call("make_synthetic.py", "--out", pool, "--hands", 12, "--videos", 6, "--size", 96, "--seed", 2)
     net = build_encoder("vit_micro", 32)
     torch.save({"kind": "encoder", "step": 0, "arch": net.arch, "config": net.config, "state_dict": net.state_dict()}, encoder)
     call("evaluate.py", "--data", hands / "train", "--probe", encoder, "--out", tmp_path / "a")
     table = json.loads((tmp_path / "a/metrics.json").read_text())
     assert table["count"] + table["train_count"] == 24 and table["ridge_pa_mpjpe_mm"] == table["probe_both_ridge_pa_mpjpe_mm"]
-    call("evaluate.py", "--data", hands / "val", "--probe", encoder, "--probe-train", hands / "train", "--out", tmp_path / "b", check=False)
+    call("evaluate.py", "--data", hands / "train", "--probe", encoder, "--probe-train", pool, "--out", tmp_path / "b")
+    assert json.loads((tmp_path / "b/metrics.json").read_text())["train_count"] == 12
+    for data, train, words in ((hands / "val", hands / "train", "at least 10"), (pool, pool, "--probe-train")):
+        refused = call("evaluate.py", "--data", data, "--probe", encoder, "--probe-train", train, "--out", tmp_path / "no", check=False)
+        assert refused.returncode == 2 and words in refused.stderr and not (tmp_path / "no").exists()
     for k, row in enumerate(range(12)):
         folder = tmp_path / "classes" / "ab"[k % 2]
         folder.mkdir(parents=True, exist_ok=True)
