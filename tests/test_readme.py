@@ -19,7 +19,7 @@ SMALLER = [                                                        # what is cha
     (r"--videos \d+", "--videos 9"),
     (r"--(epochs|steps) \d+", "--steps 2 --workers 0"),
     (r"--batch-size \d+", ""),
-    (r"--arch vit_(small|base|micro)", "--arch vit_micro --image-size 32 --batch-size 4"),
+    (r"--arch vit_(tiny|small|base|micro)", "--arch vit_micro --image-size 32 --batch-size 4"),
     (r"^torchrun --nproc_per_node=8", f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"),
     (r"^python", sys.executable),
 ]
