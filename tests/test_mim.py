@@ -118,6 +118,7 @@ def test_points_that_follow_the_image_agree_once_undone():
     """An ideal network, whose points are fixed to the canvas, has no alignment loss whatever the views; without undoing it has."""
     theta = random_theta(20, generator(5), 0.8, (0.5, 0.9), 0.1)
     points = torch.rand(10, 21, 2, generator=generator(6)) - 0.5
+    points *= pretrain_mim.SPREAD / next(pretrain_mim.spreads(points[None].repeat(2, 1, 1, 1)))
     in_view = apply_theta(invert_theta(theta), points.repeat(2, 1, 1))
     undone = apply_theta(theta, in_view).unflatten(0, (2, -1))
     for norm in (True, False):
@@ -126,11 +127,14 @@ def test_points_that_follow_the_image_agree_once_undone():
     assert float(pretrain_mim.contrast_loss(undone, undone.flip(0))) < 0.5 < math.log(10)
 
 
-def test_normalised_alignment_does_not_reward_shrinking():
-    ours, theirs = (torch.randn(2, 8, 21, 2, generator=generator(k)) for k in (7, 8))
-    full, small = (float(pretrain_mim.align_loss(s * ours, s * theirs, True)) for s in (1, 0.01))
-    assert small == pytest.approx(full, rel=1e-4)
-    assert float(pretrain_mim.hinge_loss(0.01 * ours)) > 0.4 and float(pretrain_mim.hinge_loss(ours)) == 0
+def test_alignment_does_not_reward_shrinking():
+    """Two teachers and students that agree perfectly: with the spread fixed, the smaller set has the larger loss; without, none has."""
+    points = torch.randn(1, 8, 21, 2, generator=generator(7)).repeat(2, 1, 1, 1)
+    points = pretrain_mim.SPREAD * points / next(pretrain_mim.spreads(points))
+    losses = [float(pretrain_mim.align_loss(s * points, s * points, True)) for s in (1, 0.5, 0.1)]
+    assert losses == pytest.approx([0, 0.25, 0.81], abs=1e-4)          # (1 - s)^2
+    assert float(pretrain_mim.align_loss(0.1 * points, 0.1 * points, False)) == 0
+    assert float(pretrain_mim.hinge_loss(0.01 * points)) > 0.4 and float(pretrain_mim.hinge_loss(9 * points)) == 0
 
 
 def test_centers_follow_the_mean_of_the_teacher_and_stand_still_without_patches():
