@@ -2,6 +2,7 @@
 
 Two threads, rivals in one process and in turn, so that a busy machine slows both alike.
 """
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,11 +170,11 @@ def pretraining():
 
 def peak(arch, size, batch, name):
     """Prints the largest resident memory of three steps, in MB."""
-    import resource
     step = pretraining_step(arch, int(size), int(batch), name == "public")
     for _ in range(3):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1024 ** 2))
+    status = Path("/proc/self/status")                                 # Linux: getrusage would count the parent's memory too
+    print(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)[:-3] if status.exists() else "?")
 
 
 SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining}
