@@ -36,6 +36,7 @@ from runtime import (
     Log,
     adamw,
     add_training_flags,
+    check_ranges,
     cosine,
     ema_update,
     finish,
@@ -258,9 +259,7 @@ def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     ranges = {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99), "lr": (0, 1e3), "ema": (0, 1), "warmup": (0, 1),
               "weight_decay": (0, 10), "box_scale": (0.5, CONTEXT), "rotation": (0, 180), "zoom": (0, 4), "shift": (0, 1), "color": (0, 1)}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must lie in {low} .. {high}")
+    check_ranges(args, ranges)
     if args.head_width < 32 or args.head_width % 32:
         raise ValueError(f"--head-width {args.head_width}: must be a multiple of 32")
 

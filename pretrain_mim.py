@@ -44,6 +44,7 @@ from runtime import (
     Log,
     adamw,
     add_training_flags,
+    check_ranges,
     cosine,
     ema_update,
     finish,
@@ -202,7 +203,7 @@ def block_mask(batch, grid, ratio, generator):
     (bytedance/ibot loader.py). grid: patches a side, or (rows, columns). ratio: a number or (B,), one for each image."""
     H, W = (grid, grid) if isinstance(grid, int) else grid
     wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * H * W
-    least, aspect = max(1, min(H, W) // 3) ** 2, math.log(0.3)
+    least, aspect = least_block(H, W), math.log(0.3)
     mask, tries = torch.zeros(batch, H, W, dtype=torch.bool), torch.zeros(batch)
     while True:
         room = wanted - mask.sum((1, 2))
@@ -220,6 +221,11 @@ def block_mask(batch, grid, ratio, generator):
         fits = open_ & (height < H) & (width < W) & (added > 0) & (added <= room)
         mask |= block & fits[:, None, None]
         tries = torch.where(fits, 0, tries + 1)
+
+
+def least_block(H, W):
+    """Patches of the smallest rectangle that block_mask starts with."""
+    return max(1, min(H, W) // 3) ** 2
 
 
 def random_mask(batch, grid, ratio, generator):
@@ -470,10 +476,7 @@ def check_flags(args):
               "pose_prototypes": (2, 1e6), "mask_ratio": (0, 1), "mask_share": (0, 1),
               "rotation": (0, 180), "zoom": (0.1, CONTEXT / 1.5), "shift": (0, 1), "color": (0, 2), "lr": (0, 1e3), "weight_decay": (0, 10),
               "warmup": (0, 1), "ema": (0, 1), "temperature": (1e-3, 10), "clip": (1e-6, 1e6)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if not all(low <= x <= high for x in (value if isinstance(value, (tuple, list)) else (value,))):
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} .. {high}")
+    check_ranges(args, ranges)
     for name in ("mask_ratio", "zoom"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
@@ -507,7 +510,7 @@ def main(argv=None):
     else:
         encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
     side, patch = args.image_size // encoder.patch, encoder.patch
-    least = max(1, side // 3) ** 2 if args.mask == "block" else 1
+    least = least_block(side, side) if args.mask == "block" else 1
     if args.mask_share and (args.mask_ratio[1] * side * side < least or (side == 1 and args.mask == "block")):
         raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than the smallest {args.mask} mask, {least} of {side * side} patches; "
                          "raise it or --image-size, or use --mask random")
@@ -532,7 +535,6 @@ def main(argv=None):
     last_layers = [head.prototypes for head in (student.tokens, student.poses) if head is not None]
     loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
                          workers=runtime.workers, pin=runtime.device.type == "cuda")
-    prototypes = {name: center.shape[1] for name, center in centers.items()}
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("keypoint_spread", "patch_teacher_entropy"))
     lr_base, frozen = args.lr * args.batch_size / 256, min(1250, int(0.02 * steps))
 
@@ -581,7 +583,8 @@ def main(argv=None):
         centers = {name: move_center(center, sums[name], counts[name], runtime) for name, center in centers.items()}
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         if logged and step > 0.1 * steps:
-            problem = collapsed({name: float(value) for name, value in values.items()}, prototypes)
+            problem = collapsed({name: float(value) for name, value in values.items()},
+                                {name: center.shape[1] for name, center in centers.items()})
             stuck = stuck + 1 if problem else 0
             if stuck == 10 and problem[0] not in warned:           # ten logged steps in a row
                 warned.append(problem[0])

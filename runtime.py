@@ -84,6 +84,14 @@ def total_steps(args, count):
     return steps
 
 
+def check_ranges(args, ranges):
+    """ranges: name -> (low, high). ValueError that names the first flag with a value outside, before anything is written."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if not all(low <= x <= high for x in (value if isinstance(value, (tuple, list)) else (value,))):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} .. {high}")
+
+
 # -------------------------------------------------------------------------------------------------------------- machine
 @dataclass
 class Runtime:
