@@ -29,6 +29,7 @@ Coordinates of canvases and views are [-1,1], x right, y down, +-1 at the image 
 """
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -156,6 +157,16 @@ class HandIndex:
         return np.asarray(self.columns["label"]) if "label" in self.columns else np.arange(len(self))
 
 
+def fingerprint(indices):
+    """A short text that tells these indices, in this order, from others: made of their boxes and videos."""
+    digest = hashlib.sha256()
+    for index in indices:
+        for name in ("box", "video"):
+            if name in index.columns:
+                digest.update(np.ascontiguousarray(index.columns[name]))
+    return digest.hexdigest()[:16]
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 def read_image(path, smallest=None):
     """The photograph as an upright RGB PIL image, whatever its mode; (image, scale), scale < 1 where a large JPEG was
@@ -258,15 +269,15 @@ class HandDataset(torch.utils.data.Dataset):
 
     An item is a dict of tensors: canvas (3,S,S) u8, valid (4,), row (), failed () (the row whose image could not be read,
     or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), pose_mean () (1 where the pose's 45
-    numbers are offsets to the hand's mean), and of the labels asked for: joints2d (21,2) canvas coordinates, visible
-    (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
+    numbers are offsets to the hand's mean), and of the labels asked for: joints2d and keypoints (21,2) canvas coordinates,
+    visible and keypoints_score (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
     each zero where the index has none, with has_<label> () 1 or 0.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
     canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
     """
 
-    LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
+    LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas", "keypoints", "keypoints_score")
 
     def __init__(self, indices, canvas=256, context=2.0, labels=(), rows=None, substitute=True):
         self.indices, self.canvas, self.context, self.labels = list(indices), canvas, context, tuple(labels)
@@ -321,7 +332,7 @@ class HandDataset(torch.utils.data.Dataset):
             value = np.zeros(LABEL_COLUMNS[name], np.float32) if stored is None else np.array(stored[index.label(local)])
             if name == "visible" and stored is None and "joints2d" in index.columns:
                 value, stored = np.ones(21, np.float32), True
-            if name == "joints2d":
+            if name in ("joints2d", "keypoints"):
                 value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
             item[name] = mirror(name, value) if mirrored else value
             item[f"has_{name}"] = np.float32(stored is not None)
@@ -330,7 +341,7 @@ class HandDataset(torch.utils.data.Dataset):
 
 def mirror(name, value):
     """A label of a left hand as the label of the right hand in the mirrored image, and back (it is its own inverse)."""
-    if name in ("joints2d", "joints", "vertices"):
+    if name in ("joints2d", "keypoints", "joints", "vertices"):
         return value * np.float32([-1] + [1] * (value.shape[-1] - 1))
     if name == "pose":                                             # diag(-1,1,1) R diag(-1,1,1) as axis-angle
         return value * np.tile(np.float32([1, -1, -1]), 16)
@@ -361,6 +372,28 @@ class EpochSampler:
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
                 rows.append(int(order[position % self.count]))
             yield rows[self.share]
+
+
+class PairSampler:
+    """Rows of each step of an EpochSampler over `anchors` (M,): the hands, then as many neighbours from idx (N,K), -1 where there
+    are fewer. neighbour: 1 the nearest, 2 the next, where there is none the last; 0 any at random. Without idx the hands alone."""
+
+    def __init__(self, order, anchors, idx=None, neighbour=1, seed=0):
+        self.order, self.anchors, self.idx, self.neighbour, self.seed = order, anchors, idx, neighbour, seed
+
+    def __len__(self):
+        return len(self.order)
+
+    def __iter__(self):
+        for step, positions in enumerate(self.order, self.order.start):
+            rows = self.anchors[positions]
+            if self.idx is None:
+                yield rows.tolist()
+                continue
+            there = (self.idx[rows] >= 0).sum(1)
+            chance = np.random.default_rng([self.seed, step]).random(self.order.batch)[self.order.share]
+            which = np.minimum(self.neighbour, there) - 1 if self.neighbour else (chance * there).astype(int)
+            yield rows.tolist() + self.idx[rows, which].tolist()
 
 
 def make_loader(dataset, sampler=None, batch_size=None, workers=0, pin=False):
@@ -442,6 +475,28 @@ def apply_color(images, factors):
     images = (images - images.mean((1, 2, 3), keepdim=True)) * factors[:, 4:5] + images.mean((1, 2, 3), keepdim=True)
     grey = images.mean(1, keepdim=True)
     return ((images - grey) * factors[:, 5:6] + grey).clamp(0, 1)
+
+
+def random_hsv(batch, generator):
+    """(B,4) for apply_hsv: factors of hue U(.01,1), saturation U(.01,1) and value U(.5,1), and U(5,20)/255 added to the value
+    (dahiyaaneesh/peclr src/data_loader/sample_augmenter.py, which takes BGR for RGB; here the channels are in order)."""
+    low, high = torch.tensor([[0.01, 0.01, 0.5, 5 / 255], [1.0, 1.0, 1.0, 20 / 255]])
+    return low + (high - low) * torch.rand(batch, 4, generator=generator)
+
+
+def apply_hsv(images, factors):
+    """Views (B,3,H,W) in [0,1] with hue, saturation and value times the factors of random_hsv (B,4)."""
+    hue, saturation, value = (factors[:, i, None, None] for i in range(3))
+    top, channel = images.max(1)                                   # (B,H,W)
+    spread = top - images.amin(1)
+    r, g, b = images.unbind(1)
+    sector = torch.stack([(g - b) % (6 * spread).clamp(min=1e-6), b - r + 2 * spread, r - g + 4 * spread], 1)
+    h = sector.gather(1, channel[:, None])[:, 0] / spread.clamp(min=1e-6) * hue              # 0 .. 6
+    chroma, top = spread / top.clamp(min=1e-6) * saturation, top * value + factors[:, 3, None, None]
+    chroma = chroma * top
+    corner = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    k = (corner + h[:, None]) % 6
+    return (top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
 
 def random_light(batch, generator, spread):

@@ -295,6 +295,13 @@ class DistanceHead(nn.Module):
         return -torch.cdist(x, self.prototypes) ** 2 / (0.1 * x.shape[-1])
 
 
+class ProjectionHead(nn.Sequential):
+    """Features (B,D) -> latents (B,128), 64 points for PeCLR (dahiyaaneesh/peclr src/models/unsupervised/simclr_model.py)."""
+
+    def __init__(self, dim):
+        super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128, bias=False))
+
+
 class KeypointHead(nn.Module):
     """Class token (B,D) -> K pseudo keypoints (B,K,2) in coordinates of the view. The bias spreads them over the middle of
     the view, so that the set is not degenerate before anything is learned (ours)."""

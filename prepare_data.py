@@ -5,23 +5,47 @@
                   set in two parts that share no pose.
   folder ROOT     any folder of hand photographs, sub-folders included. Each sub-folder counts as one video. Without --boxes
                   the hand is taken to fill the image, up to the usual margin.
+  video ROOT      videos, and folders of frames, anywhere below ROOT: hands are found in one frame of --every and cut out, with side
+                  and keypoints, by MediaPipe (requirements-video.txt) or as --detections says. Continues where it was
+                  stopped; torchrun shares the videos among processes.
+  hand100m ROOT   the annotations of SiMHand (ROOT/annotations/*/Hand100M_*_SCALE_*.json, --scale) over frames that you have
+                  extracted below ROOT; hands are cut out likewise, and the authors' positives written as pairs.npz.
 
 Prints what was kept and what was left out and why, and writes samples.png into the index: look at it.
 """
 
+import argparse
+import contextlib
+import csv
 import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from data import LABEL_COLUMNS, HandIndex, crop_canvas, image_size, list_images, read_boxes, read_image, square, whole_box, write_index
+from data import (
+    LABEL_COLUMNS,
+    SUFFIXES,
+    HandIndex,
+    crop_canvas,
+    fingerprint,
+    image_size,
+    list_images,
+    read_boxes,
+    read_image,
+    square,
+    whole_box,
+    write_index,
+)
 from draw import draw_joints, grid, save_image
-from runtime import parser, run
+from runtime import barrier, finish, parser, read_json, run, setup, write_atomically
 
 BOX_SCALE = 1.3                                                    # the networks' view of a box: see finetune_mesh.py
+CROP, CONTEXT = 256, 2.0                                           # stored crops: longest side in pixels, and side over the box's
+VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
 # ------------------------------------------------------------------------------------------------------------- FreiHAND
@@ -176,6 +200,235 @@ def folder(root, args):
     return columns, {"name": root.name}, root, dropped
 
 
+# ---------------------------------------------------------------------------------------------------------------- video
+def video(root, args):
+    """Hands of the videos and folders of frames below ROOT, cut out."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    found = read_detections(args.detections) if args.detections else None
+    films = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
+    folders = sorted({path.parent for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and args.out not in path.parents})
+    if not films + folders:
+        raise FileNotFoundError(f"{root}: no video ({' '.join(sorted(VIDEOS))}) and no folder of frames below it")
+    detect = mediapipe_hands() if found is None else lambda name, image: found.get(name, [])
+
+    def frames(path):
+        for name, image in read_frames(path, args.every):
+            yield name, image, detect(f"{path.relative_to(root).as_posix()}/{name}".removeprefix("./"), image)
+    jobs = [(path.relative_to(root).as_posix(), lambda path=path: frames(path)) for path in films + folders]
+    return cut_out(jobs, args, {"name": root.name, "every": args.every})
+
+
+def read_frames(path, every):
+    """(name, RGB image) of one frame in `every` of a video file or a folder of frames; a frame that cannot be read is None."""
+    if path.is_dir():
+        for file in sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)[::every]:
+            image = None
+            with contextlib.suppress(ValueError, OSError):
+                image = read_image(file)[0]
+            yield file.name, image
+        return
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(f"{path}: reading a video file needs OpenCV, which requirements-video.txt brings; or extract its frames into a "
+                         "folder") from None
+    film, number = cv2.VideoCapture(str(path)), 0
+    while film.grab():
+        if number % every == 0:
+            good, pixels = film.retrieve()
+            yield f"{number:06d}", Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)) if good else None
+        number += 1
+    film.release()
+    if number == 0:
+        yield "", None
+
+
+def mediapipe_hands(least=0.5):
+    """A detector: (name, image) -> [(left, keypoints (21,2) in pixels, score (21,))], by the models inside MediaPipe's wheel. Its names
+    of the sides are those of a mirror image, and are exchanged here; it gives one score for a hand."""
+    try:
+        import mediapipe
+        hands = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=4, min_detection_confidence=least)
+    except (ImportError, AttributeError):
+        raise ValueError("video: needs MediaPipe to 0.10.21, in an environment made with `pip install -r requirements-video.txt`; or give "
+                         "another detector's keypoints with --detections") from None
+
+    def detect(name, image):
+        seen = hands.process(np.asarray(image))
+        pairs = zip(seen.multi_hand_landmarks or (), seen.multi_handedness or (), strict=True)
+        return [(side.classification[0].label == "Right",
+                 np.array([(point.x, point.y) for point in marks.landmark]) * image.size - 0.5,
+                 np.full(21, side.classification[0].score)) for marks, side in pairs]
+    return detect
+
+
+def read_detections(path):
+    """{frame: [(left, keypoints (21,2), score (21,))]} of a detector's file. A frame is VIDEO/NAME below ROOT, of a video file NAME being
+    the frame's number with six digits.
+
+    .npz: image (M,), side (M,) "right" or "left", keypoints (M,21,2) in pixels, score (M,) or (M,21).
+    .csv: the header image,side,score,x0,y0,...,x20,y20. ValueError names the file and the entry."""
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                image, side, keypoints, score = (file[name] for name in ("image", "side", "keypoints", "score"))
+            image = [os.fsdecode(bytes(name)) if image.dtype.kind == "S" else str(name) for name in image]
+        else:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+            image, side = ([row[name] for row in rows] for name in ("image", "side"))
+            score = np.array([float(row["score"]) for row in rows])
+            keypoints = np.array([[(float(row[f"x{k}"]), float(row[f"y{k}"])) for k in range(21)] for row in rows])
+        keypoints, score = keypoints.astype(np.float64), np.broadcast_to(np.asarray(score, np.float64).T, (21, len(image))).T
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--detections {path}: no such file") from None
+    except Exception as error:                                     # zipfile, csv and numpy raise a dozen types
+        raise ValueError(f"--detections {path}: not as `prepare_data.py --help` describes ({type(error).__name__}: {error})") from None
+    if keypoints.shape != (len(image), 21, 2) or len(side) != len(image):
+        raise ValueError(f"--detections {path}: keypoints have shape {keypoints.shape}, needs ({len(image)}, 21, 2)")
+    found = {}
+    for row, name in enumerate(image):
+        if str(side[row]).lower() not in ("left", "right") or not np.isfinite(keypoints[row]).all() or not np.isfinite(score[row]).all():
+            raise ValueError(f"--detections {path}: entry {row} has an unknown side or a number that is not finite")
+        found.setdefault(name, []).append((str(side[row]).lower() == "left", keypoints[row], score[row]))
+    return found
+
+
+def cut_out(jobs, args, meta):
+    """Columns, meta, folder and what was left out, of the crops of jobs [(video, function -> (name, image, hands))], which are stored
+    below --out. Each finished video leaves a file in OUT/parts, so that a second call goes on with the next; processes take turns."""
+    runtime, parts = setup(argparse.Namespace(device="cpu", precision="fp32")), args.out / "parts"
+    facts = json.loads(json.dumps(meta | {"videos": [name for name, _ in jobs]}))
+    if runtime.main:
+        parts.mkdir(parents=True, exist_ok=True)
+        if not (parts / "job.json").exists():
+            write_atomically(parts / "job.json", lambda path: path.write_text(json.dumps(facts)))
+    barrier()
+    if read_json(parts / "job.json") != facts:
+        raise ValueError(f"--out {args.out} was begun with other videos or flags: choose another folder, or delete it to start again")
+    mine = range(runtime.rank, len(jobs), runtime.world)
+    for number in tqdm(mine, desc="videos", disable=not runtime.main):
+        part = parts / f"{number:07d}.npz"
+        if not part.exists():
+            rows = cut_video(*jobs[number], args.out, number)
+            write_atomically(part, lambda path, rows=rows: save_arrays(path, rows))
+    barrier()
+    if not runtime.main:
+        finish()
+        return None
+    merged = [dict(np.load(parts / f"{number:07d}.npz")) for number in range(len(jobs))]
+    dropped = {"frame not readable": [str(name) for part in merged for name in part.pop("unread")],
+               "video without a hand": [name for (name, _), part in zip(jobs, merged, strict=True) if not len(part["box"])]}
+    columns = {name: np.concatenate([part[name] for part in merged]) for name in merged[0]}
+    if (columns["hand"] < 0).all():
+        del columns["hand"]
+    if not len(columns["box"]):
+        raise ValueError(f"no hand was found in {len(jobs)} videos and folders")
+    finish()
+    return columns, meta, args.out, dropped
+
+
+def save_arrays(path, arrays):
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def cut_video(name, frames, out, number):
+    """The crops of one video, written below `out`, as columns. A crop is a square of twice the box without what lies outside the frame,
+    made smaller where its longer side has more than CROP pixels; never distorted."""
+    rows, unread = [], []
+    folder = out / "images" / f"{number:07d}"
+    for frame, image, hands in frames():
+        if image is None:
+            unread.append(f"{name}/{frame}")
+            continue
+        for k, (left, keypoints, score, *hand) in enumerate(hands):
+            box = np.concatenate([keypoints.min(0), keypoints.max(0)]) + 0.5
+            if (box[2:] - box[:2]).max() < 8:
+                continue
+            x, y, side = square(box, CONTEXT)
+            low = np.maximum([x - side / 2, y - side / 2], 0).round()
+            high = np.minimum([x + side / 2, y + side / 2], image.size).round()
+            if ((high - low) < 8).any():
+                continue
+            scale = min(1.0, CROP / (high - low).max())
+            size = np.maximum(((high - low) * scale).round(), 1).astype(int)
+            scale = size / (high - low)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{Path(frame).stem}_{k}.jpg"
+            image.resize(tuple(map(int, size)), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=2.0).save(path, quality=92)
+            rows.append({"image": os.fsencode(path.relative_to(out)), "box": (box - np.tile(low, 2)) * np.tile(scale, 2),
+                         "size": size, "side": left, "video": number, "keypoints": (keypoints + 0.5 - low) * scale - 0.5,
+                         "keypoints_score": score, "hand": hand[0] if hand else -1})
+    shapes = {"image": ("S1", ()), "box": (float, (4,)), "size": (int, (2,)), "side": (bool, ()), "video": (int, ()),
+              "keypoints": (float, (21, 2)), "keypoints_score": (float, (21,)), "hand": (int, ())}
+    columns = {column: np.array([row[column] for row in rows]) if rows else np.zeros((0, *shape), dtype)
+               for column, (dtype, shape) in shapes.items()}
+    return columns | {"unread": np.array(unread, dtype=str)}
+
+
+# ------------------------------------------------------------------------------------------------------------- Hand100M
+def hand100m(root, args):
+    """Hands of SiMHand's own annotations, cut out of the frames, and the authors' positives as pairs. Frames are found below ROOT by the
+    end of `file_name`, whatever the authors' prefix; a video is the folder of its frames."""
+    files = sorted((root / "annotations").glob(f"*/Hand100M_*_{args.scale}_*.json"))
+    if not files:
+        raise FileNotFoundError(f"{root / 'annotations'}: no */Hand100M_*_{args.scale}_*.json below it; check ROOT and --scale")
+    videos, positives = {}, {}
+    for source, path in enumerate(files):
+        content, where = read_json(path), "images"
+        try:
+            frames = {image["id"]: image["file_name"] for image in content["images"]}
+            for entry, hand in enumerate(content["annotations"]):
+                where = f"annotation {entry}"
+                number, frame = source * 10**12 + int(hand["hand_id"]), frames[hand["image_id"]]
+                box, points = np.array(json.loads(hand["boxes"]), float), np.array(hand["keypoint_25d"], float).reshape(21, 3)[:, :2]
+                if box.shape != (4,) or not np.isfinite(points).all() or hand["left_right"] not in ("Left", "Right"):
+                    raise ValueError("box, keypoints or side")
+                videos.setdefault((source, os.path.dirname(frame)), {}).setdefault(frame, []).append(
+                    (hand["left_right"] == "Left", box, points, number))
+                if hand.get("positive_sample"):
+                    positives[number] = source * 10**12 + int(hand["positive_sample"][0]), float(hand["distance"][0])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"{path}: {where} is not as the authors' files have it ({type(error).__name__}: {error})") from None
+
+    def frames_of(hands):
+        for name, seen in sorted(hands.items()):
+            image = None
+            with contextlib.suppress(ValueError, OSError):
+                image = read_image(locate_frame(root, name))[0]
+            yield name.rpartition("/")[2], image, [] if image is None else [in_frame(*hand, image.size) for hand in seen]
+    jobs = [(f"{files[source].stem}/{name}", lambda hands=hands: frames_of(hands)) for (source, name), hands in sorted(videos.items())]
+    made = cut_out(jobs, args, {"name": f"hand100m-{args.scale}", "scale": args.scale})
+    if made is None:
+        return None
+    row = {int(number): k for k, number in enumerate(made[0]["hand"])}
+    pairs = [positives.get(int(number), (None, np.inf)) for number in made[0]["hand"]]
+    idx = np.array([[row.get(other, -1)] for other, _ in pairs], np.int32)
+    return *made, {"idx": idx, "dist": np.where(idx >= 0, [[far] for _, far in pairs], np.inf).astype(np.float32)}
+
+
+def in_frame(left, box, points, number, size):
+    """A hand of Hand100M in pixels of its frame: its keypoints are in [0,1] of the square 1.3 times the box, clipped to the frame."""
+    x0, y0, x1, y1 = box.astype(int)
+    half = 1.3 * max(x1 - x0, y1 - y0) / 2
+    middle = np.array([x0 + x1, y0 + y1]) / 2
+    low, high = np.maximum(middle - half, 0), np.minimum(middle + half, size)
+    return left, low + points * (high - low) - 0.5, np.ones(21), number
+
+
+def locate_frame(root, name):
+    """The file below ROOT that the authors call `name`, with or without their leading folders."""
+    parts = Path(name).parts
+    for start in range(len(parts)):
+        path = root.joinpath(*parts[start:])
+        if ".." not in parts and not Path(*parts[start:]).is_absolute() and path.is_file():
+            return path
+    raise FileNotFoundError(f"{root / name}: no such frame")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 def contact_sheet(index, path, count=24, size=192):
     """Pictures of evenly spaced hands with their joints, to see a wrong convention at once."""
@@ -186,8 +439,9 @@ def contact_sheet(index, path, count=24, size=192):
             tile, _ = crop_canvas(read_image(index.image_path(row))[0], centre_x, centre_y, side, size)
         except (ValueError, OSError):
             continue
-        if "joints2d" in index.columns:
-            joints = np.array(index.columns["joints2d"][index.label(row)])
+        points = "joints2d" if "joints2d" in index.columns else "keypoints"
+        if points in index.columns:
+            joints = np.array(index.columns[points][index.label(row)])
             tile = draw_joints(tile, (joints + 0.5 - [centre_x - side / 2, centre_y - side / 2]) * (size / side) - 0.5)
         tiles.append(tile)
         names.append(f"{row} {'left' if index.side(row) else 'right'}")
@@ -197,7 +451,8 @@ def contact_sheet(index, path, count=24, size=192):
 
 def main(argv=None):
     cli = parser(__doc__)
-    cli.add_argument("kind", choices=["freihand", "folder"], help="what ROOT is")
+    kinds = {"freihand": freihand, "folder": folder, "video": video, "hand100m": hand100m}
+    cli.add_argument("kind", choices=list(kinds), help="what ROOT is")
     cli.add_argument("root", type=Path, metavar="ROOT", help="folder as unpacked from the download")
     cli.add_argument("--out", type=Path, required=True, help="folder of the index; must not hold one yet")
     cli.add_argument("--split", default="training", choices=["training", "evaluation", "train", "val"],
@@ -205,13 +460,25 @@ def main(argv=None):
     cli.add_argument("--skip-missing", action="store_true", help="freihand: leave out labels whose image is missing instead of refusing")
     cli.add_argument("--boxes", type=Path, help="folder: CSV image,x0,y0,x1,y1[,side], pixels, image relative to ROOT")
     cli.add_argument("--side", default="right", choices=["right", "left"], help="folder: side of all hands without --boxes")
+    cli.add_argument("--every", type=int, default=30, help="video: one frame in this many (default 30, as SiMHand)")
+    cli.add_argument("--detections", type=Path, help="video: a detector's keypoints, .npz with image (VIDEO/FRAME below ROOT), side, "
+                     "keypoints (M,21,2) in pixels in FreiHAND's order and score; or .csv image,side,score,x0,y0,...,x20,y20")
+    cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"], help="hand100m: which of the authors' files")
     args = cli.parse_args(argv)
+    if args.every < 1:
+        raise ValueError("--every must be at least 1")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
-    columns, meta, images, dropped = {"freihand": freihand, "folder": folder}[args.kind](args.root, args)
-    write_index(args.out, columns, meta, root=images.resolve())
+    made = kinds[args.kind](args.root, args)
+    if made is None:                                               # process 0 writes the index
+        return
+    columns, meta, images, dropped, *pairs = made
+    columns.pop("hand", None)
+    write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
+    if pairs:
+        save_arrays(args.out / "pairs.npz", pairs[0] | {"fingerprint": fingerprint([index])})
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     labels = f"{index.meta['labels']} labels" if set(LABEL_COLUMNS) & set(columns) else "no labels"
     print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")

@@ -7,8 +7,9 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
     canvas -> two views u, v (theta, colour)      teacher: EMA of the student, sees both views whole
            -> masks, for the student only         student: sees them masked
     class token -> K pseudo keypoints -> undone by theta -> agree with the teacher's of the OTHER view     pose loss
+    class token -> which way edges run in the whole view; every patch token -> in its patch               (sketches)
     masked patch tokens -> prototypes -> agree with the teacher's of the SAME view and place              patch loss
-    masked patch tokens -> their pixels; class token -> the whole view, small and grey                    pixel loss
+    masked patch tokens -> their pixels                                                                   pixel loss
 """
 
 import copy
@@ -61,7 +62,7 @@ from runtime import (
     update,
 )
 
-THUMBNAIL, BLUR = 16, 3.0                                          # pixels a side; widest Gaussian at 224 pixels
+CELLS, DIRECTIONS, BLUR = 8, 8, 3.0                                # of a sketch, a side; widest Gaussian at 224 pixels
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE, SPREAD = 0.1, 0.9, 0.2, 0.4              # iBOT, iBOT, ours
 
@@ -85,7 +86,8 @@ class HandMIM(nn.Module):
                           PrototypeHead(numbers * (2 if args.shape_input else 1), args.pose_prototypes, 1024))
         self.shape_input = args.shape_input
         self.pixels = nn.Linear(encoder.dim, 3 * encoder.patch ** 2) if args.pixel_loss else None
-        self.thumbnail = nn.Linear(encoder.dim, THUMBNAIL ** 2) if args.pixel_loss * args.thumbnail else None
+        self.sketch = nn.Linear(encoder.dim, DIRECTIONS * CELLS ** 2) if pose and args.sketch else None
+        self.patch_sketch = nn.Linear(encoder.dim, DIRECTIONS * 4) if pose and args.sketch else None
 
     def forward(self, views, theta, where, mask=None):
         """views (2B,3,S,S), their theta (2B,2,3), where (M,) the flat positions of the masked patches; mask (2B,N) hides
@@ -109,8 +111,9 @@ class HandMIM(nn.Module):
                 out["pose"] = self.poses(points.flatten(1))        # (2B, P)
             if self.pixels is not None and mask is not None:
                 out["pixels"] = self.pixels(patches)               # (M, 3 p p)
-            if self.thumbnail is not None and mask is not None:
-                out["thumbnail"] = self.thumbnail(cls)             # (2B, 256)
+            if self.sketch is not None and mask is not None:
+                out["sketch"] = self.sketch(cls)                   # (2B, 512)
+                out["patch_sketch"] = self.patch_sketch(tokens[:, 1:])                       # (2B, N, 32): of all patches
         return out
 
 
@@ -128,8 +131,9 @@ def pretraining_losses(student, teacher, centers, target, args, runtime):
     if args.pixel_loss:
         error = ((student["pixels"] - target["pixels"]) ** 2).mean(1)                        # (M,)
         terms["pixel"] = (error * target["pixel_weight"]).sum()
-    if "thumbnail" in student:
-        terms["thumbnail"] = F.mse_loss(student["thumbnail"], target["thumbnail"])
+    for name in ("sketch", "patch_sketch"):
+        if name in student:
+            terms[name] = F.mse_loss(student[name], target[name])
     if "pose" in student:
         terms["distribution"] = distilled("pose", other_view=True).mean()
     if "keypoints" in student:
@@ -146,9 +150,9 @@ def pretraining_losses(student, teacher, centers, target, args, runtime):
 
 def total_loss(terms, args):
     """lambda_pose L_pose + lambda_patch L_patch + lambda_pix L_pix."""
-    pose = {name: args.pose_weight * getattr(args, name) for name in ("distribution", "align", "hinge", "contrast")}
-    weights = pose | {"class": args.pose_weight * (args.class_weight if args.pose_loss == "keypoints" else 1), "patch": args.patch_loss,
-                      "pixel": args.pixel_loss, "thumbnail": args.pixel_loss * args.thumbnail}
+    pose = {name: args.pose_weight * getattr(args, name) for name in ("sketch", "distribution", "align", "hinge", "contrast")}
+    weights = pose | {"patch_sketch": pose["sketch"], "patch": args.patch_loss, "pixel": args.pixel_loss,
+                      "class": args.pose_weight * (args.class_weight if args.pose_loss == "keypoints" else 1)}
     return sum(weights[name] * term for name, term in terms.items())
 
 
@@ -297,7 +301,7 @@ def inside(theta, valid, grid):
     return F.avg_pool2d(real, 4).flatten(1) >= 0.5
 
 
-def make_target(views, mask, seen, count, patch):
+def make_target(views, mask, seen, count, patch, sketch=True):
     """What the student is asked for at the masked patches: `where` they are, their `pixels`, and the weights of means.
 
     patch_weight: mean over an image's masked patches, then over all views, those without a mask counting as 0 (iBOT).
@@ -305,15 +309,37 @@ def make_target(views, mask, seen, count, patch):
     where = mask.flatten().nonzero().squeeze(1)                    # (M,)
     share = (1 / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)).expand_as(mask)
     pixels = normalise_patches(to_patches(views, patch).flatten(0, 1)[where])[0]
-    return {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count,
-            "thumbnail": thumbnails(views)}
+    target = {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count}
+    return target | ({"sketch": whole_sketches(views), "patch_sketch": patch_sketches(views, patch)} if sketch else {})
 
 
-def thumbnails(views):
-    """Views (2B,3,S,S) -> (2B,256): small, grey, minus the mean over the deviation. Grey, because colours are drawn at random (ours:
-    pixels one level up; the class token learns where the hand's parts lie, which linear read-out and fine-tuning need)."""
-    grey = F.adaptive_avg_pool2d(views.mean(1, keepdim=True), THUMBNAIL).flatten(1)
-    return (grey - grey.mean(1, keepdim=True)) / (grey.std(1, keepdim=True) + 0.05)
+def edges(views, cells):
+    """Views (B,3,S,S) -> (B,8,cells,cells): how strongly edges run in each of 8 directions (of 180 degrees) in each cell, over what runs
+    in the 3 x 3 cells around; about unit variance. HOG (Dalal and Triggs 2005), which MaskFeat (arXiv 2112.09133) asks of masked
+    patches. Ours: asked of the class token for the whole view and of every patch token for its patch. Edges say where fingers run;
+    skin, background and light, which grey levels say, are left out."""
+    images = F.pad(views, (1, 1, 1, 1), mode="replicate")
+    across, down = images[:, :, 1:-1, 2:] - images[:, :, 1:-1, :-2], images[:, :, 2:, 1:-1] - images[:, :, :-2, 1:-1]
+    strength, steepest = (across ** 2 + down ** 2).max(1, keepdim=True)                      # over the colours
+    direction = torch.atan2(down.gather(1, steepest), across.gather(1, steepest)) / torch.pi * DIRECTIONS
+    below = direction.floor()
+    share, strength = direction - below, strength.sqrt()                                     # each (B, 1, S, S)
+    bins = views.new_zeros(len(views), DIRECTIONS, *views.shape[2:])
+    for bin_, part in ((below, 1 - share), (below + 1, share)):
+        bins.scatter_add_(1, bin_.long() % DIRECTIONS, strength * part)
+    bins = F.adaptive_avg_pool2d(bins, cells)
+    around = F.avg_pool2d((bins ** 2).sum(1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
+    return bins / (around + 0.1) / 0.16
+
+
+def whole_sketches(views):
+    """(B,3,S,S) -> (B,512): the edges of the view at 64 pixels, in 8 x 8 cells."""
+    return edges(F.adaptive_avg_pool2d(views, min(64, views.shape[-1])), CELLS).flatten(1)
+
+
+def patch_sketches(views, patch):
+    """(B,3,S,S) -> (B,N,32): the edges in the quarters of each patch."""
+    return F.unfold(edges(views, 2 * views.shape[-1] // patch), 2, stride=2).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
@@ -391,7 +417,7 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
     return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
 
 
-CURVES = {"loss": ("class", "patch", "pixel", "thumbnail", "distribution", "align", "hinge", "contrast", "loss"),
+CURVES = {"loss": ("class", "patch", "pixel", "sketch", "patch_sketch", "distribution", "align", "hinge", "contrast", "loss"),
           "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy", "patch_entropy_of_mean",
                        "pose_teacher_entropy", "pose_entropy_of_mean"),
           "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error")}
@@ -423,13 +449,13 @@ def flags():
     group.add_argument("--pose-loss", choices=["none", "class", "keypoints"], default="keypoints",
                        help="none; iBOT's distillation of the class token; pseudo keypoints aligned across the views (default)")
     group.add_argument("--pose-weight", type=float, default=1.0, help="of all pose losses together (default 1)")
-    group.add_argument("--patch-loss", type=float, default=0.3, metavar="W", help="self-distillation of masked patches (default .3)")
-    group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W", help="pixels of masked patches, and the thumbnail (default 1)")
-    group.add_argument("--thumbnail", type=float, default=3.0, metavar="W",
-                       help="in the pixel loss: the whole view, small and grey, from the class token (default 3, ours)")
-    group = cli.add_argument_group("pseudo keypoints (all ours; with --pose-loss keypoints)")
+    group.add_argument("--patch-loss", type=float, default=0.1, metavar="W", help="self-distillation of masked patches (default .1)")
+    group.add_argument("--pixel-loss", type=float, default=0.3, metavar="W", help="pixels of masked patches (default .3)")
+    group = cli.add_argument_group("pose-aware tokens (all ours; with --pose-loss keypoints)")
+    group.add_argument("--sketch", type=float, default=3.0, metavar="W",
+                       help="read off which way edges run: in the whole view (class token), in each patch (patch tokens) (default 3)")
     group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
-    group.add_argument("--align", type=float, default=1.0, metavar="W", help="distance to the teacher's undone points (default 1)")
+    group.add_argument("--align", type=float, default=0.2, metavar="W", help="distance to the teacher's undone points (default .2)")
     group.add_argument("--align-norm", action=BooleanOptionalAction, default=True,
                        help="bring the teacher's points to a fixed spread first; else smooth L1 to them as they are (default: bring)")
     group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm")
@@ -470,7 +496,7 @@ def flags():
 
 def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
-    weights = ("pose_weight", "patch_loss", "pixel_loss", "thumbnail", "align", "hinge", "contrast", "distribution", "class_weight")
+    weights = ("pose_weight", "patch_loss", "pixel_loss", "sketch", "align", "hinge", "contrast", "distribution", "class_weight")
     ranges = dict.fromkeys(weights, (0, 1e4)) | {
               "image_size": (16, 4096), "drop_path": (0, 0.99), "prototypes": (2, 1e6), "head_width": (1, 1e5), "keypoints": (2, 1024),
               "pose_prototypes": (2, 1e6), "mask_ratio": (0, 1), "mask_share": (0, 1),
@@ -484,13 +510,13 @@ def check_flags(args):
         raise ValueError("--arch resnet50: masks need a ViT")
     if args.shape_input and args.logits != "mlp":
         raise ValueError("--shape-input needs --logits mlp")
-    pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and
-                                         args.align + args.contrast + args.distribution + args.class_weight > 0)
+    parts = args.sketch + args.align + args.contrast + args.distribution + args.class_weight
+    pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and parts > 0)
     if args.pose_loss == "keypoints" and not pose:
-        raise ValueError("--pose-loss keypoints with --align, --contrast, --distribution and --class-weight 0: say --pose-loss none")
+        raise ValueError("--sketch, --align, --contrast, --distribution and --class-weight are all 0: say --pose-loss none")
     if not (args.patch_loss or args.pixel_loss or (pose and args.pose_weight)):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
-    if not (pose or args.pixel_loss * args.thumbnail) and (args.mask_share == 0 or args.mask_ratio[1] == 0):
+    if not pose and (args.mask_share == 0 or args.mask_ratio[1] == 0):
         raise ValueError("--mask-share or --mask-ratio hides nothing: --patch-loss and --pixel-loss need masks")
 
 
@@ -554,7 +580,8 @@ def main(argv=None):
         B = len(batch["row"])
         for part in torch.arange(B).chunk(args.accumulate):
             rows = torch.cat([part, part + B])
-            target = make_target(views[rows], mask[rows], seen[rows], count, patch) | {"temperature": temperature}
+            target = make_target(views[rows], mask[rows], seen[rows], count, patch, student.sketch is not None)
+            target["temperature"] = temperature
             inputs = views[rows], theta[rows], target["where"]
             with runtime.exchange(net, last=part[-1] == B - 1):
                 with runtime.autocast():

@@ -198,10 +198,16 @@ def setup(args):
                    rank, world, local_rank, args.workers if getattr(args, "workers", -1) >= 0 else min(free, 16))
 
 
-def finish():
-    """Ends the process group, so that no process outlives the run."""
+def barrier():
+    """Waits for the other processes, where there are any."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def finish():
+    """Ends the process group, so that no process outlives the run."""
+    barrier()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -243,13 +249,16 @@ def adamw(groups, device):
     return torch.optim.AdamW(groups, fused=device.type == "cuda" or (device.type == "cpu" and torch.__version__ >= (2, 4)))
 
 
-def update(optimizer, scaler, parameters, clip):
-    """One optimiser update after the backward passes; returns the gradient's norm before clipping.
+def update(optimizer, scaler, parameters, clip, adapt=None):
+    """One optimiser update after the backward passes; returns the gradient's norm before clipping. adapt(): changes the clipped
+    gradients in place, as LARS does.
     A gradient that is not finite ends the run (fp16 halves its loss scale and skips the update instead)."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if not scaler.is_enabled() and not torch.isfinite(norm):
         raise FloatingPointError("the gradient is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
+    if adapt:
+        adapt()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -114,6 +114,30 @@ def test_patch_and_pixel_losses_weigh_as_documented():
     assert float(terms["patch"]) == pytest.approx(patch, rel=1e-5) and float(terms["pixel"]) == pytest.approx(pixel, rel=1e-5)
 
 
+def test_sketches_are_the_histograms_of_a_double_loop():
+    """And a patch's sketch is the patch's; a whole view's the same cells, where it is 64 pixels wide."""
+    views = torch.rand(2, 3, 64, 64, generator=generator(14), dtype=torch.float64)
+    found, image = pretrain_mim.edges(views, 8), views[1].numpy()
+    bins = np.zeros((8, 8, 8))
+    for y in range(64):
+        for x in range(64):
+            left, right, up, down = max(x - 1, 0), min(x + 1, 63), max(y - 1, 0), min(y + 1, 63)
+            across, along = image[:, y, right] - image[:, y, left], image[:, down, x] - image[:, up, x]
+            c = np.argmax(across ** 2 + along ** 2)
+            direction = math.atan2(along[c], across[c]) % math.pi / math.pi * 8
+            low, share = math.floor(direction), direction % 1
+            for k, part in ((low, 1 - share), (low + 1, share)):
+                bins[k % 8, y // 8, x // 8] += part * math.hypot(across[c], along[c]) / 64
+    for y in range(8):
+        for x in range(8):
+            around = bins[:, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2]
+            size = math.sqrt((around ** 2).sum() / (around.shape[1] * around.shape[2]))
+            assert np.allclose(found[1, :, y, x], bins[:, y, x] / (size + 0.1) / 0.16)
+    assert torch.allclose(pretrain_mim.whole_sketches(views), found.flatten(1))
+    patches = pretrain_mim.patch_sketches(views, 16)                   # (2, 16, 8 * 2 * 2)
+    assert torch.allclose(patches[:, 6].unflatten(1, (8, 2, 2)), found[:, :, 2:4, 4:6])
+
+
 def test_points_that_follow_the_image_agree_once_undone():
     """An ideal network, whose points are fixed to the canvas, has no alignment loss whatever the views; without undoing it has."""
     theta = random_theta(20, generator(5), 0.8, (0.5, 0.9), 0.1)
@@ -211,7 +235,7 @@ def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     mim(hands, tmp_path / "run", "--steps", 3)
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert {"patch", "pixel", "thumbnail", "align", "patch_teacher_entropy", "patch_entropy_of_mean", "patch_center_norm",
+    assert {"patch", "pixel", "sketch", "patch_sketch", "align", "patch_teacher_entropy", "patch_entropy_of_mean", "patch_center_norm",
             "keypoint_spread", "keypoint_batch_spread", "equivariance_error", "masked_views", "lr", "loss", "images_per_second",
             "align_gradient"} <= set(rows[0])
     assert {"step_0000001.png", "step_0000003.png", "loss.png", "keypoints.png"} <= {p.name for p in (tmp_path / "run/samples").iterdir()}
