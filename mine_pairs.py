@@ -39,14 +39,25 @@ def normalise_pose(keypoints):
     return np.where(np.isfinite(points).all((1, 2))[:, None], points.reshape(len(points), 42), np.nan)
 
 
-def principal(x, components):
-    """PCA of x (N,42) without whitening: mean (42,), components (C,42), explained (C,) share of the variance. The largest entry of
-    each component is positive, so that the same data give the same axes."""
-    mean = x.mean(0)
-    values, vectors = np.linalg.eigh(np.cov((x - mean).T))
+def principal(keypoints, components):
+    """PCA without whitening of normalise_pose(keypoints): mean (42,), components (C,42), explained (C,) share of the variance. The
+    largest entry of each component is positive, so that the same data give the same axes."""
+    count, total, square = 0, 0, 0
+    for x in map(normalise_pose, parts(keypoints)):
+        x = x[np.isfinite(x).all(1)]
+        count, total, square = count + len(x), total + x.sum(0), square + x.T @ x
+    if count < 2:
+        raise ValueError(f"keypoints: {count} of {len(keypoints)} hands have 21 finite points: nothing to mine")
+    mean = total / count
+    values, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))
     axes = vectors.T[::-1][:components]
     axes = axes * np.sign(axes[np.arange(components), np.abs(axes).argmax(1)])[:, None]
     return mean, axes, values[::-1][:components] / max(values.sum(), 1e-30)
+
+
+def parts(array, rows=1 << 16):
+    """The array in pieces, whose float64 copies fit in memory."""
+    return (array[start:start + rows] for start in range(0, len(array), rows))
 
 
 def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, share=(0, 1), workers=None, progress=False):
@@ -55,16 +66,15 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
 
     source_ids (N,): neighbours are of the same source. share (i, n): answers only for the i-th n-th of the hands (idx and dist of
     the others stay -1 and inf), which is how several processes share the work."""
-    x, videos = normalise_pose(keypoints), np.asarray(video_ids)
-    sources = np.zeros(len(x), int) if source_ids is None else np.asarray(source_ids)
+    keypoints, videos = np.asarray(keypoints), np.asarray(video_ids)
+    sources = np.zeros(len(keypoints), int) if source_ids is None else np.asarray(source_ids)
+    mean, axes, explained = principal(keypoints, components)
+    x = np.concatenate([(normalise_pose(part) - mean) @ axes.T for part in parts(keypoints)])                # (N, C)
     good = np.isfinite(x).all(1)
-    if good.sum() < 2:
-        raise ValueError(f"keypoints: {good.sum()} of {len(x)} hands have 21 finite points: nothing to mine")
-    mean, axes, explained = principal(x[good], components)
     idx, dist = np.full((len(x), neighbours), -1, np.int32), np.full((len(x), neighbours), np.inf, np.float32)
     for source in np.unique(sources[good]):
         rows = np.flatnonzero(good & (sources == source))
-        found, distance = nearest_others((x[rows] - mean) @ axes.T, videos[rows], neighbours, share, workers, progress)
+        found, distance = nearest_others(x[rows], videos[rows], neighbours, share, workers, progress)
         idx[rows], dist[rows] = np.where(found >= 0, rows[found], -1), distance
     return {"idx": idx, "dist": dist, "mean": mean, "components": axes, "explained": explained}
 
@@ -169,7 +179,7 @@ def read_poses(index, labelled, least):
         raise ValueError(f"{index.path} has no column {name}: " + ("leave out --labelled" if labelled else
                          "detect them with prepare_data.py video, or use its labels with --labelled"))
     rows = index.pose_ids()
-    points = np.array(index.columns[name], np.float64)[rows]
+    points = np.array(index.columns[name])[rows]
     score = np.ones((len(rows), 21))
     if not labelled and "keypoints_score" in index.columns:
         score = np.asarray(index.columns["keypoints_score"])[rows]

@@ -173,15 +173,85 @@ def peak(arch, size, batch, name):
     step = pretraining_step(arch, int(size), int(batch), name == "public")
     for _ in range(3):
         step()
+    print(resident())
+
+
+def resident():
+    """Largest resident memory of this process in MB."""
     status = Path("/proc/self/status")                                 # Linux: getrusage would count the parent's memory too
-    print(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)[:-3] if status.exists() else "?")
+    return re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)[:-3] if status.exists() else "?"
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining}
+def detected_poses(count, videos, seed=0):
+    """(count,21,2) keypoints and (count,) videos: hands whose pose and view change smoothly from key pose to key pose, as
+    make_synthetic.py draws them, seen from anywhere by a camera and a detector with its noise."""
+    from scipy.spatial.transform import Rotation
+
+    from mano import MANO_TO_FREIHAND, synthetic_mano
+
+    hand, rng, frames, made = synthetic_mano(), np.random.default_rng(seed), count // videos, []
+    rest, parent = hand["J"], hand["kintree_table"][0].astype(int)
+    tips, last = hand["v_template"][[744, 320, 443, 555, 672]], [15, 3, 6, 12, 9]
+    at = np.arange(frames) / 5
+    key, share = at.astype(int), (at % 1)[None, :, None]
+    share = share * share * (3 - 2 * share)
+    for start in range(0, videos, 500):
+        many, keys = min(500, videos - start), frames // 5 + 2
+        pose = hand["hands_coeffs"][rng.integers(len(hand["hands_coeffs"]), size=(many, keys))]
+        pose = pose + 0.2 * rng.standard_normal(pose.shape)
+        pose[..., 8:] *= 0.25
+        turn = 0.3 * rng.standard_normal((many, keys, 3))
+        pose, turn = (x[:, key] * (1 - share) + x[:, key + 1] * share for x in (pose, turn))
+        view = np.repeat(rng.standard_normal((many, 4)), frames, 0)
+        angles = (pose @ hand["hands_components"] + hand["hands_mean"]).reshape(-1, 3)
+        local = Rotation.from_rotvec(angles).as_matrix().reshape(-1, 15, 3, 3)
+        world = np.empty((len(local), 16, 3, 3))
+        world[:, 0] = (Rotation.from_rotvec(turn.reshape(-1, 3)) * Rotation.from_quat(view)).as_matrix()
+        joints = np.zeros((len(local), 21, 3))
+        for k in range(1, 16):
+            world[:, k] = world[:, parent[k]] @ local[:, k - 1]
+            joints[:, k] = joints[:, parent[k]] + world[:, parent[k]] @ (rest[k] - rest[parent[k]])
+        for k, bone in enumerate(last):
+            joints[:, 16 + k] = joints[:, bone] + world[:, bone] @ (tips[k] - rest[bone])
+        image = joints[:, MANO_TO_FREIHAND, :2] / (joints[:, MANO_TO_FREIHAND, 2:] + 0.5)
+        extent = np.ptp(image, axis=1).max(1)[:, None, None]
+        noise = 0.016 * extent * rng.uniform(0.6, 1.6, (len(image), 1, 1)) * rng.standard_normal(image.shape)
+        made.append((image + noise).astype(np.float32))
+    return np.concatenate(made), np.repeat(np.arange(videos), frames)
+
+
+def mining(*counts):
+    """mine_pairs.mine on detected poses, 100 frames a video, K = 10; each size in a process of its own, for its peak memory."""
+    print("mining, 10 neighbours       hands   seconds   peak MB   exponent   median distance: nearest, random")
+    before = None
+    for count in counts or (125_000, 500_000, 2_000_000):
+        done = subprocess.run([sys.executable, __file__, "--mine", str(count)], capture_output=True, text=True, check=True).stdout.split()
+        seconds, memory = float(done[0]), done[1]
+        exponent = f"{np.log(seconds / before[1]) / np.log(count / before[0]):.2f}" if before else ""
+        print(f"{count:>33,}{seconds:>10.1f}{memory:>10}{exponent:>11}   {done[2]}, {done[3]}", flush=True)
+        before = count, seconds
+
+
+def mine_once(count):
+    """Prints seconds, peak memory in MB and median distances of mining `count` detected poses."""
+    from mine_pairs import mine, normalise_pose
+
+    keypoints, videos = detected_poses(int(count), int(count) // 100)
+    start = time.perf_counter()
+    found = mine(keypoints, videos, 10)
+    seconds = time.perf_counter() - start
+    some = np.random.default_rng(0).integers(len(keypoints), size=(2, 10000))
+    x, y = ((normalise_pose(keypoints[rows]) - found["mean"]) @ found["components"].T for rows in some)
+    print(f"{seconds} {resident()} {np.median(found['dist'][:, 0]):.3f} {np.median(np.linalg.norm(x - y, axis=1)):.3f}")
+
+
+SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining, "mining": mining}
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
     if sys.argv[1:2] == ["--peak"]:
         sys.exit(peak(*sys.argv[2:]))
+    if sys.argv[1:2] == ["--mine"]:
+        sys.exit(mine_once(sys.argv[2]))
     for section in sys.argv[1:] or SECTIONS:
         SECTIONS[section]()

@@ -72,7 +72,7 @@ def test_unusable_hands_are_none_and_equal_ones_come_by_number():
 
 def test_components_are_those_of_the_svd():
     x = normalise_pose(poses(400))
-    mean, axes, explained = mine_pairs.principal(x, 14)
+    mean, axes, explained = mine_pairs.principal(poses(400), 14)
     _, values, rows = np.linalg.svd(x - x.mean(0), full_matrices=False)
     assert np.allclose(np.abs((axes * rows[:14]).sum(1)), 1, atol=1e-6) and np.allclose(axes @ axes.T, np.eye(14), atol=1e-9)
     assert np.allclose(explained, values[:14] ** 2 / (values ** 2).sum())
