@@ -176,6 +176,22 @@ def draw_points(image, points, rings=(), radius=None):
     return np.asarray(large.resize(small.size, Image.Resampling.BOX))
 
 
+def draw_edges(cells, size, strongest=3.0):
+    """Histograms of edge directions as strokes along the edges, white on black.
+
+    cells (D, C, C): strength of the edges whose gradient points k x 180 / D degrees from x towards y, in C x C cells; `strongest`
+    is drawn white. Returns (size, size, 3) uint8."""
+    directions, count = len(cells), cells.shape[1]
+    page = Image.new("L", (3 * size, 3 * size))
+    pen, cell = ImageDraw.Draw(page), 3 * size / count
+    shade = (255 * np.clip(np.asarray(cells, np.float64) / strongest, 0, 1)).astype(int)
+    for k, y, x in sorted(np.ndindex(shade.shape), key=lambda at: shade[at]):              # the strongest last, on top
+        angle = np.pi * k / directions + np.pi / 2                                           # an edge lies across its gradient
+        middle, half = np.array([x + 0.5, y + 0.5]) * cell, 0.45 * cell * np.array([np.cos(angle), np.sin(angle)])
+        pen.line([*(middle - half), *(middle + half)], fill=int(shade[k, y, x]), width=3)
+    return np.asarray(page.reduce(3).convert("RGB"))
+
+
 def grid(images, columns, labels=None, cell=None, gap=4):
     """Several pictures in one, row by row, on white.
 

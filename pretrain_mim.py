@@ -39,7 +39,7 @@ from data import (
     to_rgb,
     warp,
 )
-from draw import curve, draw_points, grid, save_image
+from draw import curve, draw_edges, draw_points, grid, save_image
 from model import ARCHS, DistanceHead, KeypointHead, PrototypeHead, build_encoder, load_encoder
 from runtime import (
     Log,
@@ -392,8 +392,8 @@ def collapsed(values, prototypes):
 @torch.no_grad()
 def picture(student, teacher, views, theta, mask, patch, hands=8):
     """A row for each hand: for either view the view with the teacher's pseudo keypoints (dots) and those it finds in the other view,
-    brought here (rings; a keypoint has one colour); the masked input; and, where pixels are learned, their reconstruction,
-    visible patches pasted."""
+    brought here (rings; a keypoint has one colour); the masked input; where pixels are learned, their reconstruction, visible patches
+    pasted; and where sketches are, the view's and what the class token makes of the masked input."""
     B, size, N = len(mask) // 2, views.shape[-1], mask.shape[1]
     rows = torch.cat([torch.arange(min(B, hands)) + start for start in (0, B)])
     views, theta, mask, B = views[rows], theta[rows], mask[rows], min(B, hands)
@@ -413,6 +413,10 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
         pixels = [((at + 1) * size / 2 - 0.5).cpu().numpy() for at in (points["view_keypoints"], others)]
         shown[0] = [draw_points(image, *both) for image, *both in zip(shown[0], *pixels, strict=True)]
     names = ["view", "masked", "reconstruction"][:len(shown)]
+    if "sketch" in made:
+        for name, cells in (("edges", whole_sketches(views)), ("edges read", made["sketch"])):
+            cells = cells.float().unflatten(1, (DIRECTIONS, CELLS, CELLS)).cpu().numpy()
+            shown, names = [*shown, [draw_edges(each, size) for each in cells]], [*names, name]
     tiles = [images[row] for hand in range(B) for row in (hand, hand + B) for images in shown]
     return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
 
