@@ -108,8 +108,8 @@ def test_edges_run_across_their_gradients():
     cells[0, 0, 0], cells[4, 0, 1], cells[2, 1, 0] = 3, 3, 1.5                                 # gradients along x, y and down to the right
     page = draw.draw_edges(cells, 40)[..., 0].astype(int)
     upright, level, slanted, empty = page[:20, :20], page[:20, 20:], page[20:, :20], page[20:, 20:]
-    assert upright[4:16, 9:11].min() > 100 and upright[:, :7].max() == 0 and (level == upright.T).mean() > 0.95
-    assert empty.max() == 0 and 100 < slanted.max() < 140
+    assert upright[4:16, 9:11].min() > 80 and upright[:, :7].max() == 0 and np.abs(level - upright.T).mean() < 5
+    assert empty.max() == 0 < slanted.max() < 140
     y, x = np.nonzero(slanted)
     assert np.corrcoef(x, y)[0, 1] < -0.9                                                      # up to the right
 
