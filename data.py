@@ -61,8 +61,7 @@ def write_index(path, columns, meta, root="."):
     path = Path(path)
     if (path / "index.json").exists():
         raise ValueError(f"{path} already holds an index: choose another folder or delete it first")
-    columns = {name: np.asarray(value, dtype=None if name == "image" else DTYPES.get(name, np.float32))
-               for name, value in columns.items()}
+    columns = {name: as_stored(name, value) for name, value in columns.items()}
     if "image" in columns and columns["image"].dtype.kind == "U":
         columns["image"] = np.char.encode(columns["image"], "utf-8")
     count, labels = check_columns(columns)
@@ -157,14 +156,18 @@ class HandIndex:
         return np.asarray(self.columns["label"]) if "label" in self.columns else np.arange(len(self))
 
 
-def fingerprint(indices):
-    """A short text that tells these indices, in this order, from others: made of their boxes and videos."""
-    digest = hashlib.sha256()
-    for index in indices:
-        for name in ("box", "video"):
-            if name in index.columns:
-                digest.update(np.ascontiguousarray(index.columns[name]))
+def fingerprint(tables, points):
+    """A short text that tells these tables of columns, in this order, from others: made of boxes, videos and the column `points`."""
+    digest = hashlib.sha256(points.encode())
+    for columns in tables:
+        for name in ("box", "video", "label", points):
+            if name in columns:
+                digest.update(np.ascontiguousarray(as_stored(name, columns[name])))
     return digest.hexdigest()[:16]
+
+
+def as_stored(name, value):
+    return np.asarray(value, dtype=None if name == "image" else DTYPES.get(name, np.float32))
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -276,8 +279,6 @@ class HandDataset(torch.utils.data.Dataset):
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
     canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
     """
-
-    LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas", "keypoints", "keypoints_score")
 
     def __init__(self, indices, canvas=256, context=2.0, labels=(), rows=None, substitute=True):
         self.indices, self.canvas, self.context, self.labels = list(indices), canvas, context, tuple(labels)

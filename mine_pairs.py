@@ -7,7 +7,7 @@ hands of OTHER videos. Writes pairs.npz and beside it pairs.png (random hands wi
   idx         (N,K) int32    rows of the neighbours, nearest first, in the indices one after the other; -1: there is none
   dist        (N,K) float32  their distances; inf: there is none
   mean (42,), components (14,42), explained (14,)     the PCA
-  fingerprint                of the indices: pretrain_contrastive.py refuses the pairs of others
+  fingerprint                of indices and keypoints: pretrain_contrastive.py refuses the pairs of others
 """
 
 import argparse
@@ -52,6 +52,7 @@ def principal(keypoints, components):
     values, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))
     axes = vectors.T[::-1][:components]
     axes = axes * np.sign(axes[np.arange(components), np.abs(axes).argmax(1)])[:, None]
+    values = np.maximum(values, 0)
     return mean, axes, values[::-1][:components] / max(values.sum(), 1e-30)
 
 
@@ -122,7 +123,8 @@ class Search:
     def __init__(self, points, groups, order, starts, low, high, found, distance):
         self.points, self.groups, self.order, self.starts = points, groups, order, starts
         self.low, self.high, self.found, self.distance = low, high, found, distance
-        self.single = torch.from_numpy(points.astype(np.float32))
+        which, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+        self.others = len(points) - sizes[which]                   # of another group than a point's
 
     def cell(self, cell):
         """Fills found and distance (squared) for the points of one cell."""
@@ -130,22 +132,23 @@ class Search:
         gap = np.maximum(np.maximum(self.low - self.high[cell], self.low[cell] - self.high), 0)
         reach = (gap ** 2).sum(1)                                  # (M,) squared distance of the cells
         nearby = np.argsort(reach, kind="stable")
-        centre = self.single[a:b].mean(0)                          # products around the cell's own centre: less rounding
-        queries = self.single[a:b] - centre
+        centre = self.points[a:b].mean(0)                          # products around the cell's own centre: less rounding
+        queries = torch.from_numpy((self.points[a:b] - centre).astype(np.float32))
         size = (queries ** 2).sum(1, keepdim=True)
         left = torch.cat([-2 * queries, size, torch.ones_like(size)], 1)                     # (Q, C + 2)
         row, near, apart = np.empty(0, int), np.empty(0, int), np.empty(0)                   # answers so far: of whom, who, squared
-        bound, at, step = np.full(b - a, np.inf), 0, 4
+        need = np.minimum(count, self.others[a:b])                 # how many answers a point can have
+        bound, at, step = np.where(need > 0, np.inf, -np.inf), 0, 4
         while at < len(nearby) and reach[nearby[at]] <= bound.max():
             chosen = nearby[at:at + step]
             chosen = chosen[reach[chosen] <= bound.max()]
             spans = [np.arange(self.starts[c], self.starts[c + 1]) for c in chosen]
             at, step, others = at + step, min(32, 2 * step), np.concatenate(spans)
-            right = self.single[others] - centre
+            right = torch.from_numpy((self.points[others] - centre).astype(np.float32))
             far = (right ** 2).sum(1, keepdim=True)
             square = left @ torch.cat([right, torch.ones_like(far), far], 1).T               # (Q, R)
             margin = 1e-5 * (size.max() + far.max()).item()
-            if np.isinf(bound).any():
+            if (bound == np.inf).any():
                 same = torch.from_numpy(self.groups[a:b, None] == self.groups[others])
                 square[same] = torch.inf
                 k = min(count, len(others))
@@ -163,7 +166,7 @@ class Search:
             rank = np.arange(len(row)) - np.searchsorted(row, row)
             keep = rank < count
             row, near, apart, rank = row[keep], near[keep], apart[keep], rank[keep]
-            last = rank == count - 1
+            last = rank == need[row] - 1
             bound[row[last]] = apart[last]
         self.found[a + row, rank] = self.order[near]
         self.distance[a + row, rank] = apart
@@ -178,19 +181,18 @@ def read_poses(index, labelled, least):
     if name not in index.columns:
         raise ValueError(f"{index.path} has no column {name}: " + ("leave out --labelled" if labelled else
                          "detect them with prepare_data.py video, or use its labels with --labelled"))
-    rows = index.pose_ids()
-    points = np.array(index.columns[name])[rows]
-    score = np.ones((len(rows), 21))
+    rows, none = index.pose_ids(), np.zeros(len(index), bool)
+    points, missing, unsure = np.asarray(index.columns[name])[rows], none, none
     if not labelled and "keypoints_score" in index.columns:
         score = np.asarray(index.columns["keypoints_score"])[rows]
+        missing, unsure = (score <= 0).any(1), score.mean(1) < least
     if "side" in index.columns:
         points[np.asarray(index.columns["side"]) == 1, :, 0] *= -1
-    missing = (score <= 0).any(1) | ~np.isfinite(points).all((1, 2))
-    unsure = ~missing & (score.mean(1) < least)
-    flat = ~missing & ~unsure & np.isnan(normalise_pose(points)[:, 0])
-    points[missing | unsure | flat] = np.nan
-    return points, {"with missing keypoints": int(missing.sum()), f"with a mean score below {least}": int(unsure.sum()),
-                    "whose keypoints coincide": int(flat.sum())}
+    unknown = np.asarray(index.columns["video"]) < 0 if "video" in index.columns else none
+    flat = np.concatenate([np.isnan(normalise_pose(part)[:, 0]) for part in parts(points)])
+    points[missing | unsure | flat | unknown] = np.nan
+    return points, {"with missing keypoints": int(missing.sum()), f"with a mean score below {least}": int((unsure & ~missing).sum()),
+                    "whose keypoints coincide": int((flat & ~missing & ~unsure).sum()), "of unknown videos": int(unknown.sum())}
 
 
 def video_ids(index):
@@ -268,12 +270,15 @@ def main(argv=None):
     if runtime.world > 1:                                          # what a process has not answered is -1 and inf
         for name, how in (("idx", dist.ReduceOp.MAX), ("dist", dist.ReduceOp.MIN)):
             dist.all_reduce(torch.from_numpy(found[name]), how)
+    if (found["idx"] < 0).all():
+        raise ValueError("--data: all comparable hands are of one video: nothing to pair")
     if runtime.main:
         args.out.parent.mkdir(parents=True, exist_ok=True)
+        made_of = fingerprint([index.columns for index in indices], "joints2d" if args.labelled else "keypoints")
 
         def write(part):
             with open(part, "wb") as file:
-                np.savez(file, **found, fingerprint=fingerprint(indices))
+                np.savez(file, **found, fingerprint=made_of)
         write_atomically(args.out, write)
         report(indices, points, found, [reasons for _, reasons in poses], args)
     finish()
@@ -282,9 +287,9 @@ def main(argv=None):
 def report(indices, points, found, reasons, args):
     """Prints what was mined and draws the pictures."""
     used, paired = np.isfinite(points).all((1, 2)), found["idx"][:, 0] >= 0
-    x = (normalise_pose(points[used]) - found["mean"]) @ found["components"].T
-    rng = np.random.default_rng(args.seed)
-    chance = np.linalg.norm(x[rng.integers(len(x), size=20000)] - x[rng.integers(len(x), size=20000)], axis=1)
+    some = np.random.default_rng(args.seed).choice(np.flatnonzero(used), (2, 20000))
+    x, y = (normalise_pose(points[rows]) @ found["components"].T for rows in some)
+    chance = np.linalg.norm(x - y, axis=1)
     first, last = (found["dist"][:, k][np.isfinite(found["dist"][:, k])] for k in (0, -1))
     bins = np.linspace(0, np.quantile(chance, 0.99), 60)
     series = {"nearest": histogram(first, bins), f"neighbour {args.neighbours}": histogram(last, bins), "random": histogram(chance, bins)}

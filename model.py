@@ -187,9 +187,12 @@ class ResNet50(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def features(self, images):
+    def forward(self, images):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 2048, S/32, S/32)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))                         # (B, 2048, S/32, S/32)
+
+    def features(self, images):
+        x = self(images)
         return x.mean((2, 3)), x
 
 

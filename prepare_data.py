@@ -8,8 +8,8 @@
   video ROOT      videos, and folders of frames, anywhere below ROOT: hands are found in one frame of --every and cut out, with side
                   and keypoints, by MediaPipe (requirements-video.txt) or as --detections says. Continues where it was
                   stopped; torchrun shares the videos among processes.
-  hand100m ROOT   the annotations of SiMHand (ROOT/annotations/*/Hand100M_*_SCALE_*.json, --scale) over frames that you have
-                  extracted below ROOT; hands are cut out likewise, and the authors' positives written as pairs.npz.
+  hand100m ROOT   the annotations of SiMHand (ROOT/annotations/SOURCE/Hand100M_*_SCALE_*.json; --source, --scale) over frames that
+                  you have extracted below ROOT; hands are cut out likewise, and the authors' positives written as pairs.npz.
 
 Prints what was kept and what was left out and why, and writes samples.png into the index: look at it.
 """
@@ -17,6 +17,7 @@ Prints what was kept and what was left out and why, and writes samples.png into 
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import re
@@ -206,8 +207,10 @@ def video(root, args):
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     found = read_detections(args.detections) if args.detections else None
-    films = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEOS and path.is_file())
-    folders = sorted({path.parent for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and args.out not in path.parents})
+    root, out = root.resolve(), args.out.resolve()
+    files = [path for path in root.rglob("*") if out not in path.parents and path.is_file()]
+    films = sorted(path for path in files if path.suffix.lower() in VIDEOS)
+    folders = sorted({path.parent for path in files if path.suffix.lower() in SUFFIXES})
     if not films + folders:
         raise FileNotFoundError(f"{root}: no video ({' '.join(sorted(VIDEOS))}) and no folder of frames below it")
     detect = mediapipe_hands() if found is None else lambda name, image: found.get(name, [])
@@ -216,7 +219,7 @@ def video(root, args):
         for name, image in read_frames(path, args.every):
             yield name, image, detect(f"{path.relative_to(root).as_posix()}/{name}".removeprefix("./"), image)
     jobs = [(path.relative_to(root).as_posix(), lambda path=path: frames(path)) for path in films + folders]
-    return cut_out(jobs, args, {"name": root.name, "every": args.every})
+    return cut_out(jobs, args, {"name": root.name}, [root, args.every, digest([args.detections] if args.detections else [])])
 
 
 def read_frames(path, every):
@@ -241,7 +244,7 @@ def read_frames(path, every):
         number += 1
     film.release()
     if number == 0:
-        yield "", None
+        yield "no frame", None
 
 
 def mediapipe_hands(least=0.5):
@@ -274,13 +277,13 @@ def read_detections(path):
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 image, side, keypoints, score = (file[name] for name in ("image", "side", "keypoints", "score"))
-            image = [os.fsdecode(bytes(name)) if image.dtype.kind == "S" else str(name) for name in image]
+            image, side = (list(map(os.fsdecode, texts.tolist())) for texts in (image, side))
         else:
+            numbers = ["score", *(f"{axis}{k}" for k in range(21) for axis in "xy")]
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-            image, side = ([row[name] for row in rows] for name in ("image", "side"))
-            score = np.array([float(row["score"]) for row in rows])
-            keypoints = np.array([[(float(row[f"x{k}"]), float(row[f"y{k}"])) for k in range(21)] for row in rows])
+                rows = [(row["image"], row["side"], np.array([row[name] for name in numbers], np.float32)) for row in csv.DictReader(file)]
+            image, side, numbers = zip(*rows, strict=True)
+            score, keypoints = np.stack(numbers)[:, 0], np.stack(numbers)[:, 1:].reshape(-1, 21, 2)
         keypoints, score = keypoints.astype(np.float64), np.broadcast_to(np.asarray(score, np.float64).T, (21, len(image))).T
     except FileNotFoundError:
         raise FileNotFoundError(f"--detections {path}: no such file") from None
@@ -290,24 +293,30 @@ def read_detections(path):
         raise ValueError(f"--detections {path}: keypoints have shape {keypoints.shape}, needs ({len(image)}, 21, 2)")
     found = {}
     for row, name in enumerate(image):
-        if str(side[row]).lower() not in ("left", "right") or not np.isfinite(keypoints[row]).all() or not np.isfinite(score[row]).all():
-            raise ValueError(f"--detections {path}: entry {row} has an unknown side or a number that is not finite")
-        found.setdefault(name, []).append((str(side[row]).lower() == "left", keypoints[row], score[row]))
+        if side[row].lower() not in ("left", "right") or not (np.abs(keypoints[row]) < 1e6).all() or not np.isfinite(score[row]).all():
+            raise ValueError(f"--detections {path}: entry {row} has an unknown side or a number that is none")
+        found.setdefault(name, []).append((side[row].lower() == "left", keypoints[row], score[row]))
     return found
 
 
-def cut_out(jobs, args, meta):
+def digest(paths):
+    """A text that changes with the content of the files."""
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
+
+
+def cut_out(jobs, args, meta, made_of):
     """Columns, meta, folder and what was left out, of the crops of jobs [(video, function -> (name, image, hands))], which are stored
-    below --out. Each finished video leaves a file in OUT/parts, so that a second call goes on with the next; processes take turns."""
+    below --out. Each finished video leaves a file in OUT/parts, so that a second call goes on with the next, if it is `made_of` the
+    same; processes take turns."""
     runtime, parts = setup(argparse.Namespace(device="cpu", precision="fp32")), args.out / "parts"
-    facts = json.loads(json.dumps(meta | {"videos": [name for name, _ in jobs]}))
+    facts = [str(fact) for fact in made_of] + [name for name, _ in jobs]
     if runtime.main:
         parts.mkdir(parents=True, exist_ok=True)
         if not (parts / "job.json").exists():
             write_atomically(parts / "job.json", lambda path: path.write_text(json.dumps(facts)))
     barrier()
     if read_json(parts / "job.json") != facts:
-        raise ValueError(f"--out {args.out} was begun with other videos or flags: choose another folder, or delete it to start again")
+        raise ValueError(f"--out {args.out} was begun with other videos, detections or flags: choose another folder, or delete it")
     mine = range(runtime.rank, len(jobs), runtime.world)
     for number in tqdm(mine, desc="videos", disable=not runtime.main):
         part = parts / f"{number:07d}.npz"
@@ -322,10 +331,9 @@ def cut_out(jobs, args, meta):
     dropped = {"frame not readable": [str(name) for part in merged for name in part.pop("unread")],
                "video without a hand": [name for (name, _), part in zip(jobs, merged, strict=True) if not len(part["box"])]}
     columns = {name: np.concatenate([part[name] for part in merged]) for name in merged[0]}
-    if (columns["hand"] < 0).all():
-        del columns["hand"]
     if not len(columns["box"]):
-        raise ValueError(f"no hand was found in {len(jobs)} videos and folders")
+        raise ValueError(f"no hand was found in {len(jobs)} videos and folders; are the images of --detections named as below ROOT "
+                         f"({jobs[0][0]}/...)? Delete --out before the next try")
     finish()
     return columns, meta, args.out, dropped
 
@@ -340,14 +348,15 @@ def cut_video(name, frames, out, number):
     made smaller where its longer side has more than CROP pixels; never distorted."""
     rows, unread = [], []
     folder = out / "images" / f"{number:07d}"
-    for frame, image, hands in frames():
+    for count, (frame, image, hands) in enumerate(frames()):
         if image is None:
             unread.append(f"{name}/{frame}")
             continue
         for k, (left, keypoints, score, *hand) in enumerate(hands):
-            box = np.concatenate([keypoints.min(0), keypoints.max(0)]) + 0.5
-            if (box[2:] - box[:2]).max() < 8:
+            there = keypoints[score > 0]
+            if len(there) < 2 or np.ptp(there, axis=0).max() < 8:
                 continue
+            box = np.concatenate([there.min(0), there.max(0)]) + 0.5
             x, y, side = square(box, CONTEXT)
             low = np.maximum([x - side / 2, y - side / 2], 0).round()
             high = np.minimum([x + side / 2, y + side / 2], image.size).round()
@@ -357,14 +366,14 @@ def cut_video(name, frames, out, number):
             size = np.maximum(((high - low) * scale).round(), 1).astype(int)
             scale = size / (high - low)
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{Path(frame).stem}_{k}.jpg"
+            path = folder / f"{count:06d}_{k}.jpg"
             image.resize(tuple(map(int, size)), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=2.0).save(path, quality=92)
             rows.append({"image": os.fsencode(path.relative_to(out)), "box": (box - np.tile(low, 2)) * np.tile(scale, 2),
                          "size": size, "side": left, "video": number, "keypoints": (keypoints + 0.5 - low) * scale - 0.5,
                          "keypoints_score": score, "hand": hand[0] if hand else -1})
     shapes = {"image": ("S1", ()), "box": (float, (4,)), "size": (int, (2,)), "side": (bool, ()), "video": (int, ()),
               "keypoints": (float, (21, 2)), "keypoints_score": (float, (21,)), "hand": (int, ())}
-    columns = {column: np.array([row[column] for row in rows]) if rows else np.zeros((0, *shape), dtype)
+    columns = {column: np.array([row[column] for row in rows] or np.zeros((0, *shape)), None if column == "image" and rows else dtype)
                for column, (dtype, shape) in shapes.items()}
     return columns | {"unread": np.array(unread, dtype=str)}
 
@@ -373,26 +382,27 @@ def cut_video(name, frames, out, number):
 def hand100m(root, args):
     """Hands of SiMHand's own annotations, cut out of the frames, and the authors' positives as pairs. Frames are found below ROOT by the
     end of `file_name`, whatever the authors' prefix; a video is the folder of its frames."""
-    files = sorted((root / "annotations").glob(f"*/Hand100M_*_{args.scale}_*.json"))
-    if not files:
-        raise FileNotFoundError(f"{root / 'annotations'}: no */Hand100M_*_{args.scale}_*.json below it; check ROOT and --scale")
-    videos, positives = {}, {}
-    for source, path in enumerate(files):
-        content, where = read_json(path), "images"
-        try:
-            frames = {image["id"]: image["file_name"] for image in content["images"]}
-            for entry, hand in enumerate(content["annotations"]):
-                where = f"annotation {entry}"
-                number, frame = source * 10**12 + int(hand["hand_id"]), frames[hand["image_id"]]
-                box, points = np.array(json.loads(hand["boxes"]), float), np.array(hand["keypoint_25d"], float).reshape(21, 3)[:, :2]
-                if box.shape != (4,) or not np.isfinite(points).all() or hand["left_right"] not in ("Left", "Right"):
-                    raise ValueError("box, keypoints or side")
-                videos.setdefault((source, os.path.dirname(frame)), {}).setdefault(frame, []).append(
-                    (hand["left_right"] == "Left", box, points, number))
-                if hand.get("positive_sample"):
-                    positives[number] = source * 10**12 + int(hand["positive_sample"][0]), float(hand["distance"][0])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{path}: {where} is not as the authors' files have it ({type(error).__name__}: {error})") from None
+    files = sorted((root / "annotations" / args.source).glob(f"Hand100M_*_{args.scale}_*.json"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{root / 'annotations' / args.source}: {len(files)} files Hand100M_*_{args.scale}_*.json instead of one; "
+                                "check ROOT, --source and --scale")
+    content, videos, positives, where = read_json(files[0]), {}, {}, "images"
+    try:
+        frames = {image["id"]: image["file_name"] for image in content["images"]}
+        for entry, hand in enumerate(content["annotations"]):
+            where = f"annotation {entry}"
+            number, frame = int(hand["hand_id"]), frames[hand["image_id"]]
+            box = np.array(json.loads(hand["boxes"]), float)
+            points = np.array(hand["keypoint_25d"], np.float32).reshape(21, 3)[:, :2].copy()
+            if box.shape != (4,) or not (np.abs(box) < 1e6).all() or not (box[2:] > box[:2]).all() or not (np.abs(points) < 100).all() or (
+                    hand["left_right"] not in ("Left", "Right") or not 0 <= number < 2**62):
+                raise ValueError("box, keypoints, side or hand_id")
+            videos.setdefault(os.path.dirname(frame), {}).setdefault(frame, []).append((hand["left_right"] == "Left", box, points, number))
+            if hand.get("positive_sample"):
+                positives[number] = int(hand["positive_sample"][0]), float(hand["distance"][0])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{files[0]}: {where} is not as the authors' files have it ({type(error).__name__}: {error})") from None
+    del content
 
     def frames_of(hands):
         for name, seen in sorted(hands.items()):
@@ -400,12 +410,12 @@ def hand100m(root, args):
             with contextlib.suppress(ValueError, OSError):
                 image = read_image(locate_frame(root, name))[0]
             yield name.rpartition("/")[2], image, [] if image is None else [in_frame(*hand, image.size) for hand in seen]
-    jobs = [(f"{files[source].stem}/{name}", lambda hands=hands: frames_of(hands)) for (source, name), hands in sorted(videos.items())]
-    made = cut_out(jobs, args, {"name": f"hand100m-{args.scale}", "scale": args.scale})
+    jobs = [(name, lambda hands=hands: frames_of(hands)) for name, hands in sorted(videos.items())]
+    made = cut_out(jobs, args, {"name": f"hand100m-{args.source}-{args.scale}"}, [root.resolve(), *digest(files)])
     if made is None:
         return None
     row = {int(number): k for k, number in enumerate(made[0]["hand"])}
-    pairs = [positives.get(int(number), (None, np.inf)) for number in made[0]["hand"]]
+    pairs = [positives.get(number, (None, np.inf)) for number in row]
     idx = np.array([[row.get(other, -1)] for other, _ in pairs], np.int32)
     return *made, {"idx": idx, "dist": np.where(idx >= 0, [[far] for _, far in pairs], np.inf).astype(np.float32)}
 
@@ -463,6 +473,7 @@ def main(argv=None):
     cli.add_argument("--every", type=int, default=30, help="video: one frame in this many (default 30, as SiMHand)")
     cli.add_argument("--detections", type=Path, help="video: a detector's keypoints, .npz with image (VIDEO/FRAME below ROOT), side, "
                      "keypoints (M,21,2) in pixels in FreiHAND's order and score; or .csv image,side,score,x0,y0,...,x20,y20")
+    cli.add_argument("--source", default="Ego4D", choices=["Ego4D", "100DOH"], help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"], help="hand100m: which of the authors' files")
     args = cli.parse_args(argv)
     if args.every < 1:
@@ -474,11 +485,12 @@ def main(argv=None):
         return
     columns, meta, images, dropped, *pairs = made
     columns.pop("hand", None)
+    if pairs:                                                      # before the index, which closes the job
+        made_of = fingerprint([columns], "keypoints")
+        write_atomically(args.out / "pairs.npz", lambda path: save_arrays(path, pairs[0] | {"fingerprint": made_of}))
     write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
-    if pairs:
-        save_arrays(args.out / "pairs.npz", pairs[0] | {"fingerprint": fingerprint([index])})
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     labels = f"{index.meta['labels']} labels" if set(LABEL_COLUMNS) & set(columns) else "no labels"
     print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")

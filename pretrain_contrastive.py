@@ -161,8 +161,8 @@ def lars(parameters, lr, weight_decay, eta=0.02):
         decay = weight_decay if parameter.ndim > 1 else 0.0
         size, slope = parameter.detach().norm(), parameter.grad.norm()
         rate = (eta * size / (slope + decay * size + 1e-8) / lr).clamp(max=1)
-        rate = torch.where((size > 0) & (slope > 0), rate, 1.0)
-        parameter.grad.add_(parameter.detach(), alpha=decay).mul_(rate)
+        moves = (size > 0) & (slope > 0)
+        parameter.grad.add_(parameter.detach() * (decay * moves)).mul_(torch.where(moves, rate, 1.0))
 
 
 # --------------------------------------------------------------------------------------------------------------- views
@@ -173,7 +173,7 @@ def draw_views(args, runtime, step, joints, known):
     largest distance to it; a hand without them takes the middle of its box and half its side. Ranges: the public code's, for
     simclr no rotation, a fixed margin and a shift; shifts go both ways, unless --undo official asks for the public ones (ours)."""
     middle = torch.where(known[:, None], joints.mean(1), 0.0)
-    radius = torch.where(known, (joints - middle[:, None]).norm(dim=2).amax(1), 1 / CONTEXT)
+    radius = torch.where(known, (joints - middle[:, None]).norm(dim=2).amax(1), 1 / CONTEXT).clamp(0.1, 2)
     draws = []
     for view in (0, 1):
         g = generator(args.seed, step, 2, view)
@@ -182,10 +182,16 @@ def draw_views(args, runtime, step, joints, known):
     turning = args.method != "simclr"
     phi = (2 * unit[:, 0] - 1) * math.radians(args.rotation) * turning
     scale = radius * (args.zoom[0] + unit[:, 1] * (args.zoom[1] - args.zoom[0]) if turning else 1.25)
-    shift = unit[:, 2:] if args.undo == "official" else 2 * unit[:, 2:] - 1
+    shift = unit[:, 2:] if turning and args.undo == "official" else 2 * unit[:, 2:] - 1
     turn = torch.stack([phi.cos(), -phi.sin(), phi.sin(), phi.cos()], 1).unflatten(1, (2, 2))                 # (2B, 2, 2)
     shift = (turn @ (shift * args.shift / PIXELS * CROP / CONTEXT)[:, :, None])[:, :, 0]
     return torch.cat([scale[:, None, None] * turn, (middle + shift)[:, :, None]], 2), factors, middle
+
+
+def instead_of_failed(failed):
+    """Rows (2B,) to take in place of 0 .. 2B: where an image could not be read, the pair's other one, twice."""
+    rows, other = torch.arange(len(failed)), torch.arange(len(failed)).roll(len(failed) // 2)
+    return torch.where(failed >= 0, other, rows)
 
 
 def make_views(canvas, theta, factors, size):
@@ -250,21 +256,23 @@ def draw_curves(out, h):
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def read_pairs(path, indices):
-    """(idx (N,K), dist (N,K)) of mine_pairs.py for these indices; ValueError where the file is none or belongs to others."""
+def read_pairs(path, indices, points):
+    """idx (N,K) of mine_pairs.py for these indices and points; ValueError where the file is none or belongs to others."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            idx, dist, made_for = file["idx"], file["dist"], str(file["fingerprint"])
+            idx, made_for = file["idx"], str(file["fingerprint"])
     except FileNotFoundError:
         raise FileNotFoundError(f"--pairs {path}: no such file; make it with mine_pairs.py") from None
     except Exception as error:                                     # zipfile and numpy raise a dozen types
         raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({type(error).__name__}: {error})") from None
     count = sum(len(index) for index in indices)
-    if made_for != fingerprint(indices) or idx.shape[0] != count:
-        raise ValueError(f"--pairs {path}: mined from other indices, or in another order; mine these with mine_pairs.py")
-    if idx.ndim != 2 or dist.shape != idx.shape or idx.dtype.kind != "i" or idx.max() >= count or not (idx[:, 0] >= 0).any():
+    if made_for != fingerprint([index.columns for index in indices], points):
+        raise ValueError(f"--pairs {path}: mined from other indices, in another order, or from other points than {points}; mine these "
+                         "with mine_pairs.py")
+    if idx.ndim != 2 or idx.shape[0] != count or not idx.shape[1] or idx.dtype.kind != "i" or idx.max() >= count or idx.min() < -1 or (
+            (idx[:, :-1] < 0) & (idx[:, 1:] >= 0)).any() or not (idx[:, 0] >= 0).any():
         raise ValueError(f"--pairs {path}: damaged, or no hand has a neighbour")
-    return idx, dist
+    return idx
 
 
 def has_points(index, name):
@@ -306,7 +314,7 @@ def flags():
     group.add_argument("--optimizer", choices=["lars_adam", "adamw"], default="lars_adam",
                        help="Adam behind LARS (default, the public code's) or AdamW, for a ViT")
     group.add_argument("--lr", type=float, default=1e-4, help="times the root of the pairs per loss (default 1e-4, PeCLR)")
-    group.add_argument("--weight-decay", type=float, default=1e-6, help="not on 1-D tensors (default 1e-6, PeCLR; .04 with adamw)")
+    group.add_argument("--weight-decay", type=float, default=1e-6, help="not on 1-D tensors (default 1e-6, PeCLR; with adamw try .04)")
     group.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises (default .1, PeCLR)")
     group.add_argument("--clip", type=float, default=1e6, help="largest norm of the gradient (default: none)")
     group.add_argument("--compile", action="store_true", help="torch.compile of the encoder: slower to start, faster after")
@@ -329,8 +337,8 @@ def check_flags(args):
         raise ValueError("--rotation 0: --method peclr is SimCLR without it; use --method simclr")
     if args.batch_size < 2:
         raise ValueError("--batch-size must be at least 2: a pair is told from others")
-    if args.accumulate > 1:
-        raise ValueError("--accumulate: parts of a batch are no negatives of each other; use more processes with --gather instead")
+    if args.batch_size // args.accumulate < 2:
+        raise ValueError("--accumulate: fewer than two pairs in a part; each part is a loss of its own")
     args.weights = args.weights or ("both" if args.method == "simhand" else "none")
 
 
@@ -348,7 +356,7 @@ def main(argv=None):
                          + ("" if args.labelled else ", or --labelled where there are labels"))
     dataset = HandDataset(indices, args.image_size * 2, CONTEXT, (points,))
     known = np.concatenate([has_points(index, points) for index in indices])                 # (N,)
-    idx = read_pairs(args.pairs, indices)[0] if args.pairs else None
+    idx = read_pairs(args.pairs, indices, points) if args.pairs else None
     anchors = np.flatnonzero(idx[:, 0] >= 0) if args.pairs else np.flatnonzero(known | (args.weights == "none"))
     if len(anchors) == 0:
         raise ValueError(f"--data: no hand has all its {points}, which --weights needs; use --weights none")
@@ -382,38 +390,44 @@ def main(argv=None):
     loader = make_loader(dataset, PairSampler(order, anchors, idx, args.neighbour, args.seed), workers=runtime.workers,
                          pin=runtime.device.type == "cuda")
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("positive_similarity",))
-    lr_base = args.lr * math.sqrt(args.batch_size / (1 if args.gather else runtime.world))   # of the pairs in one loss
+    losses = args.accumulate * (1 if args.gather else runtime.world)                         # in an update, each over its own pairs
+    lr_base, B = args.lr * math.sqrt(args.batch_size / losses), args.batch_size // runtime.world
 
     for step, batch in enumerate(loader, start):
         failed |= set(batch["failed"][batch["failed"] >= 0].tolist())
         canvas, joints = (batch[name].to(runtime.device, non_blocking=True) for name in ("canvas", points))
-        if args.method != "simhand":
-            canvas, joints = canvas.repeat(2, 1, 1, 1), joints.repeat(2, 1, 1)
-        seen = torch.from_numpy(known[batch["row"]]).to(runtime.device).repeat(1 if args.method == "simhand" else 2)
+        rows = torch.arange(B).repeat(2) if args.method != "simhand" else instead_of_failed(batch["failed"])
+        canvas, joints, seen = canvas[rows], joints[rows], torch.from_numpy(known[batch["row"]])[rows].to(runtime.device)
         theta, factors, middle = draw_views(args, runtime, step, joints, seen)
         views = make_views(canvas, theta, factors, args.image_size)
         joints = apply_theta(invert_theta(theta), joints)          # in the view
-        with runtime.autocast():
-            latent = net(views)                                    # (2B, 128), with --gather those of all processes
-        h = embed(latent, gather(theta), gather(middle), args)
-        a, b = h.chunk(2)
-        w = weights(*gather(joints).chunk(2)) if args.weights != "none" else None
-        loss = nt_xent(a, b, args.temperature, w[0] if args.weights in ("positive", "both") else None,
-                       w[1] if args.weights in ("negative", "both") else None)
-        if not torch.isfinite(loss):
-            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
         last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
-        values = {"loss": loss.detach()} | (diagnose(h, latent, gather(theta), w) if logged else {})
+        values = {"loss": 0.0}
+        for part in torch.arange(B).chunk(args.accumulate):
+            rows = torch.cat([part, part + B])
+            with runtime.exchange(net, last=part[-1] == B - 1):
+                with runtime.autocast():
+                    latent = net(views[rows])                      # (2B, 128), with --gather those of all processes
+                h = embed(latent, gather(theta[rows]), gather(middle[rows]), args)
+                a, b = h.chunk(2)
+                w = weights(*gather(joints[rows]).chunk(2)) if args.weights != "none" else None
+                loss = nt_xent(a, b, args.temperature, w[0] if args.weights in ("positive", "both") else None,
+                               w[1] if args.weights in ("negative", "both") else None)
+                scaler.scale(loss / args.accumulate).backward()
+            values["loss"] += loss.detach() / args.accumulate
+        if not torch.isfinite(values["loss"]):
+            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
+        if logged:                                                 # accumulated parts: of the last one
+            values |= diagnose(h.detach(), latent.detach(), gather(theta[rows]), w)
         lr = cosine(step, steps, lr_base, final=1e-3 * lr_base, warmup=int(args.warmup * steps))
         adapt = partial(lars, parameters, lr, args.weight_decay) if args.optimizer == "lars_adam" else None
-        scaler.scale(loss).backward()
         set_lr(optimizer, lr)
         norm = update(optimizer, scaler, parameters, args.clip, adapt)
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         if logged and step > 0.2 * steps and abs(float(values["loss"]) - math.log(len(h) - 1)) < 0.01 and args.weights == "none":
             log.warn(step + 1, f"the loss is glued to ln {len(h) - 1}: all hands look the same; lower --lr or --temperature")
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(views, theta, joints, own(latent), args))
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(views[rows], theta[rows], joints[rows], own(latent), args))
         if runtime.main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out, h.detach())
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,

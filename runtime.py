@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,8 @@ def run(main):
             raise
         text = str(error).strip()
         text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text      # from a loader's process
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))                      # a mistake in the flags is every process's, a full disk one's
+        print(f"error{f' (process {rank})' if rank else ''}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -187,11 +188,12 @@ def setup(args):
         raise ValueError(f"--batch-size {batch} must be a multiple of processes x --accumulate = {world * accumulate}")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"    # products outside the encoder stay exact: views, losses
     bf16 = name == "cuda" and torch.cuda.is_bf16_supported()
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        patience = timedelta(minutes=30) if name == "cuda" else timedelta(days=7)            # a process may wait for another's last video
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=patience)
     free = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if name == "cuda" else 1
     return Runtime(torch.device(name, local_rank) if name == "cuda" else torch.device(name),
                    {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],

@@ -79,13 +79,13 @@ def test_cutting_goes_on_where_it_was_stopped(frames, tmp_path):
     assert "frame not readable: 1: film0/frame_000030.png" in done.stdout and len(HandIndex(tmp_path / "out")) == 5
     (tmp_path / "out" / "index.json").unlink()                             # as if killed before the second video was done
     (tmp_path / "out" / "parts" / "0000001.npz").unlink()
-    before = (tmp_path / "out" / "images" / "0000000" / "frame_000000_0.jpg").stat().st_mtime_ns
+    before = (tmp_path / "out" / "images" / "0000000" / "000000_0.jpg").stat().st_mtime_ns
     call(*command)
     assert len(HandIndex(tmp_path / "out")) == 5
-    assert (tmp_path / "out" / "images" / "0000000" / "frame_000000_0.jpg").stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "images" / "0000000" / "000000_0.jpg").stat().st_mtime_ns == before
     (tmp_path / "out" / "index.json").unlink()
     done = call(*command[:-3], 2, *command[-2:], check=False)
-    assert done.returncode == 2 and "other videos or flags" in done.stderr
+    assert done.returncode == 2 and "other videos, detections or flags" in done.stderr
 
 
 def test_refusals_name_the_file(frames, tmp_path):
