@@ -29,8 +29,8 @@ DEMO  := out/demo
 EASY  := --tilt 12 --anywhere 0
 SMALL := --image-size 64 --head-width 64 --iterations 2
 VIEWS := --rotation 5 --zoom 0.1 --shift 0.05 --color 0.15
-TRAIN := --batch-size 32 --lr 4e-3 --drop-path 0 --dropout 0 --ema 0.995 --steps 1300 --eval-every 650 --save-every 650
-MIM   := --arch vit_micro --image-size 64 --prototypes 512 --head-width 512 --batch-size 32 --lr 4e-3 --ema 0.99 --steps 1100
+TRAIN := --batch-size 32 --lr 4e-3 --drop-path 0 --dropout 0 --ema 0.995 --steps 1200 --eval-every 600 --save-every 600
+MIM   := --arch vit_micro --image-size 64 --prototypes 512 --head-width 512 --batch-size 32 --lr 4e-3 --ema 0.99 --steps 900
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
