@@ -223,7 +223,7 @@ def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["simclr", "peclr", "simhand"])
 def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, tmp_path):
-    flags = ("--data", hands / "train", "--method", method, "--labelled", *(("--pairs", pairs) if method == "simhand" else ()),
+    flags = ("--data", hands / "train", "--method", method, "--labelled", *(("--pairs", pairs) if method == "simhand" else ("--accumulate", 2)),
              *TINY, "--steps", 4)
     whole, part = tmp_path / "whole", tmp_path / "part"
     call("pretrain_contrastive.py", *flags, "--out", whole, "--save-every", 2)
@@ -269,7 +269,7 @@ def test_refusals_say_what_to_do(hands, pairs, tmp_path):
             (train, ("--data", hands / "train", "--method", "simhand", "--pairs", tmp_path / "broken.npz"), "no pairs of mine_pairs.py"),
             (train, ("--data", hands / "train", "--method", "simhand", "--pairs", tmp_path / "none.npz"), "no such file"),
             (train, ("--data", tmp_path / "bare", "--method", "peclr", "--weights", "both"), "--weights none"),
-            (train, ("--data", hands / "train", "--method", "peclr", "--accumulate", 2), "--gather"),
+            (train, ("--data", hands / "train", "--method", "peclr", "--batch-size", 8, "--accumulate", 8), "--accumulate"),
             (mining, ("--data", tmp_path / "lone", "--labelled"), "one video"),
             (mining, ("--data", tmp_path / "bare"), "no column keypoints")):
         out = tmp_path / "out.npz" if command == mining else tmp_path / "out"
