@@ -323,7 +323,7 @@ def test_collapse_is_told_from_health():
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio"), (["--arch", "resnet50"], "--arch resnet50"), (["--color", "5"], "--color"),
     (["--pose-loss", "none", "--patch-loss", "0", "--pixel-loss", "0"], "nothing to learn"), (["--image-size", "33"], "--image-size"),
     (["--mask-ratio", "0.01", "0.02"], "--mask random"), (["--distribution", "1", "--shape-input"], "--logits mlp"),
-    (["--align", "0"], "--pose-loss none"), (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
+    (["--align", "0", "--sketch", "0"], "--pose-loss none"), (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):
     done = mim(hands, tmp_path / "run", "--steps", 1, *flags, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
