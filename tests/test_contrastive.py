@@ -223,8 +223,8 @@ def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["simclr", "peclr", "simhand"])
 def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, tmp_path):
-    flags = ("--data", hands / "train", "--method", method, "--labelled", *(("--pairs", pairs) if method == "simhand" else ("--accumulate", 2)),
-             *TINY, "--steps", 4)
+    flags = ("--data", hands / "train", "--method", method, "--labelled", *TINY, "--steps", 4,
+             *(("--pairs", pairs) if method == "simhand" else ("--accumulate", 2)))
     whole, part = tmp_path / "whole", tmp_path / "part"
     call("pretrain_contrastive.py", *flags, "--out", whole, "--save-every", 2)
     rows = log(whole)
