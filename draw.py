@@ -288,6 +288,11 @@ def curve(series, size=(480, 320), title="", x_label="", y_label=""):
     return np.asarray(page)
 
 
+def histogram(values, bins):
+    """A line for `curve`: share of the values (N,) between the edges `bins` (B+1,), at the middles of the bins."""
+    return (bins[1:] + bins[:-1]) / 2, np.histogram(values, bins)[0] / max(1, len(values))
+
+
 def save_image(path, array):
     """Writes (H, W, 3) uint8 to path; the ending decides the format. Missing folders are made."""
     path = Path(path)

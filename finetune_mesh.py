@@ -31,7 +31,7 @@ from data import (
 from draw import curve, draw_joints, grid, overlay, save_image
 from mano import Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
 from metrics import procrustes
-from model import ARCHS, HandMesh, MeshHead, build_encoder, load_encoder
+from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
     Log,
     adamw,
@@ -266,12 +266,7 @@ def check_flags(args):
 
 def build(args, hand):
     """HandMesh from the flags: a fresh or pre-trained encoder under a fresh head."""
-    if args.init:
-        encoder = load_encoder(args.init, args.image_size, args.drop_path)
-        if args.arch and args.arch != encoder.arch:
-            raise ValueError(f"--arch {args.arch}, but --init {args.init} holds {encoder.arch}: leave --arch out")
-    else:
-        encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
+    encoder = choose_encoder(args, "vit_small", args.drop_path)
     return HandMesh(encoder, MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50", iterations=args.iterations,
                                       width=args.head_width, dropout=args.dropout))
 

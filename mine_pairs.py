@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import HandIndex, crop_canvas, fingerprint, read_image, square
-from draw import curve, draw_joints, grid, save_image
-from runtime import check_ranges, finish, parser, run, setup, write_atomically
+from data import HandDataset, HandIndex, fingerprint
+from draw import curve, draw_joints, grid, histogram, save_image
+from runtime import check_ranges, finish, parser, run, save_arrays, setup
 
 LEAF = 256                                                         # points of a cell; measured, 128 to 512 are as fast
 SMALLEST = 1e-3                                                    # a hand whose points lie closer than this has no shape
@@ -61,12 +61,12 @@ def parts(array, rows=1 << 16):
     return (array[start:start + rows] for start in range(0, len(array), rows))
 
 
-def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, share=(0, 1), workers=None, progress=False):
+def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, share=(0, 1), workers=0, progress=False):
     """The nearest hands of other videos: dict of idx (N,K) int32, dist (N,K) float32 = Euclidean distance of (normalise_pose(x) - mean)
     @ components.T, mean, components, explained. keypoints (N,21,2): right hands, any unit; a row with NaN has no neighbours and is none.
 
     source_ids (N,): neighbours are of the same source. share (i, n): answers only for the i-th n-th of the hands (idx and dist of
-    the others stay -1 and inf), which is how several processes share the work."""
+    the others stay -1 and inf), which is how several processes share the work. workers: threads, 0 this process's cores."""
     keypoints, videos = np.asarray(keypoints), np.asarray(video_ids)
     sources = np.zeros(len(keypoints), int) if source_ids is None else np.asarray(source_ids)
     mean, axes, explained = principal(keypoints, components)
@@ -80,25 +80,21 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
     return {"idx": idx, "dist": dist, "mean": mean, "components": axes, "explained": explained}
 
 
-def nearest_others(points, groups, count, share=(0, 1), workers=None, progress=False):
+def nearest_others(points, groups, count, share=(0, 1), workers=0, progress=False):
     """Exact: for each of points (N,C) the `count` nearest of another group (N,): indices (N,count), -1 where there is none, and
     distances (N,count), inf there; nearest first, equal distances by index. share, workers, progress: as mine's.
 
     The points are cut into cells of neighbours. All points of a cell search together: matrix products with the cells around, nearest
     first, until the next cell is farther than every point's worst neighbour. Products are float32 with a margin for their rounding;
     whatever passes is measured again in float64 (ours; a k-d tree would have to return a video's own frames, thousands, first)."""
-    order, starts = cells(points)
-    points, groups = points[order], groups[order]
-    low, high = (np.stack([f(points[a:b], axis=0) for a, b in zip(starts, starts[1:], strict=False)]) for f in (np.min, np.max))
-    found = np.full((len(points), count), -1, np.int64)
-    distance = np.full((len(points), count), np.inf)
-    search = Search(points, groups, order, starts, low, high, found, distance)
-    mine_ = range(len(low) * share[0] // share[1], len(low) * (share[0] + 1) // share[1])
-    threads = workers or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    search = Search(points, groups, count)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    todo = range(len(search.low) * share[0] // share[1], len(search.low) * (share[0] + 1) // share[1])
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(tqdm(pool.map(search.cell, mine_), total=len(mine_), unit="cell", disable=not progress, desc="neighbours"))
-    idx, dist = np.empty_like(found), np.empty((len(points), count), np.float32)
-    idx[order], dist[order] = found, np.sqrt(distance)
+        list(tqdm(pool.map(search.cell, todo), total=len(todo), unit="cell", disable=not progress, desc="neighbours"))
+    idx, dist = np.empty_like(search.found), np.empty((len(points), count), np.float32)
+    idx[search.order], dist[search.order] = search.found, np.sqrt(search.distance)
     return idx, dist
 
 
@@ -118,13 +114,15 @@ def cells(points):
 
 
 class Search:
-    """What the threads share: sorted points, and the answers that each fills for its own cells."""
+    """What the threads share: the points sorted by cells, the cells' boxes, and the answers, of which each fills its own cells'."""
 
-    def __init__(self, points, groups, order, starts, low, high, found, distance):
-        self.points, self.groups, self.order, self.starts = points, groups, order, starts
-        self.low, self.high, self.found, self.distance = low, high, found, distance
-        which, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    def __init__(self, points, groups, count):
+        self.order, self.starts = cells(points)
+        self.points, self.groups = points[self.order], groups[self.order]
+        self.low, self.high = (f.reduceat(self.points, self.starts[:-1]) for f in (np.minimum, np.maximum))  # (M, C)
+        which, sizes = np.unique(self.groups, return_inverse=True, return_counts=True)[1:]
         self.others = len(points) - sizes[which]                   # of another group than a point's
+        self.found, self.distance = np.full((len(points), count), -1, np.int64), np.full((len(points), count), np.inf)
 
     def cell(self, cell):
         """Fills found and distance (squared) for the points of one cell."""
@@ -201,41 +199,22 @@ def video_ids(index):
     return np.asarray(index.columns["video"])
 
 
-def locate(indices, row):
-    """(index, its row) of a row of the indices one after the other."""
-    for index in indices:
-        if row < len(index):
-            return index, int(row)
-        row -= len(index)
-
-
 def draw_pairs(indices, points, found, seed, hands=8, neighbours=5, side=144):
-    """Random hands, each in a row with its nearest neighbours, with the keypoints that were compared, videos and distances."""
-    rows = np.flatnonzero(found["idx"][:, 0] >= 0)
+    """Random hands, each in a row with its nearest neighbours, all as right hands, with the `points` that were compared, videos and
+    distances."""
+    dataset = HandDataset(indices, side, 1.5, (points,), substitute=False)
     tiles, names = [], []
-    for row in np.random.default_rng(seed).choice(rows, min(hands, len(rows)), replace=False):
+    for row in np.random.default_rng(seed).permutation(np.flatnonzero(found["idx"][:, 0] >= 0))[:hands]:
         for k, other in enumerate([row, *found["idx"][row, :neighbours]]):
-            tile = np.full((side, side, 3), 255, np.uint8)
-            if other >= 0:
-                index, local = locate(indices, other)
-                x, y, width = square(index.columns["box"][local], 1.5)
-                try:
-                    tile = crop_canvas(read_image(index.image_path(local))[0], x, y, width, side)[0]
-                except (ValueError, OSError):
-                    tile = np.full((side, side, 3), 200, np.uint8)
-                left, at = index.side(local), points[other] * [-1 if index.side(local) else 1, 1]
-                tile = draw_joints(tile, (at + 0.5 - [x - width / 2, y - width / 2]) * (side / width) - 0.5)
-                tile = tile[:, ::-1] if left else tile
-            tiles.append(np.ascontiguousarray(tile))
-            video = f"video {video_ids(index)[local]}" if other >= 0 else "none"
+            if other < 0:
+                tiles.append(np.full((side, side, 3), 255, np.uint8))
+                names.append("none")
+                continue
+            item, (index, local) = dataset[other], dataset.locate(other)
+            tiles.append(draw_joints(item["canvas"].permute(1, 2, 0).numpy(), (item[points] + 1) * side / 2 - 0.5))
+            video = f"video {index.columns['video'][local]}"
             names.append(f"{video}, {found['dist'][row, k - 1]:.2f}" if k else f"{other}, {video}")
     return grid(tiles, neighbours + 1, names)
-
-
-def histogram(values, bins):
-    """Share of the values in each bin, as a curve."""
-    counts = np.histogram(values, bins)[0] / max(1, len(values))
-    return (bins[1:] + bins[:-1]) / 2, counts
 
 
 def main(argv=None):
@@ -263,10 +242,8 @@ def main(argv=None):
     source = np.repeat(np.arange(len(indices)), sizes)
     videos = np.concatenate([np.unique(video_ids(index), return_inverse=True)[1] for index in indices])
     videos = videos.astype(np.int64) * len(indices) + source      # the same number in two indices is not the same video
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     found = mine(points, videos, args.neighbours, args.components, None if args.mix else source, (runtime.rank, runtime.world),
-                 workers, progress=runtime.main)
+                 args.workers, progress=runtime.main)
     if runtime.world > 1:                                          # what a process has not answered is -1 and inf
         for name, how in (("idx", dist.ReduceOp.MAX), ("dist", dist.ReduceOp.MIN)):
             dist.all_reduce(torch.from_numpy(found[name]), how)
@@ -274,12 +251,8 @@ def main(argv=None):
         raise ValueError("--data: all comparable hands are of one video: nothing to pair")
     if runtime.main:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        made_of = fingerprint([index.columns for index in indices], "joints2d" if args.labelled else "keypoints")
-
-        def write(part):
-            with open(part, "wb") as file:
-                np.savez(file, **found, fingerprint=made_of)
-        write_atomically(args.out, write)
+        name = "joints2d" if args.labelled else "keypoints"
+        save_arrays(args.out, **found, fingerprint=fingerprint([index.columns for index in indices], name))
         report(indices, points, found, [reasons for _, reasons in poses], args)
     finish()
 
@@ -294,8 +267,8 @@ def report(indices, points, found, reasons, args):
     bins = np.linspace(0, np.quantile(chance, 0.99), 60)
     series = {"nearest": histogram(first, bins), f"neighbour {args.neighbours}": histogram(last, bins), "random": histogram(chance, bins)}
     save_image(args.out.with_name("distances.png"), curve(series, title="share of the pairs", x_label="distance"))
-    if paired.any():
-        save_image(args.out.with_name("pairs.png"), draw_pairs(indices, points, found, args.seed))
+    compared = "joints2d" if args.labelled else "keypoints"
+    save_image(args.out.with_name("pairs.png"), draw_pairs(indices, compared, found, args.seed))
     for name in reasons[0]:
         if count := sum(each[name] for each in reasons):
             print(f"left out: {count} hands {name}")

@@ -204,6 +204,16 @@ def build_encoder(arch, image_size, drop_path=0.0, **config):
     return ViT(arch, image_size, drop_path=drop_path, **config)
 
 
+def choose_encoder(args, default, drop_path=0.0):
+    """The encoder that a training script's --init, --arch and --image-size ask for: from a file, or fresh, `default` without --arch."""
+    if not args.init:
+        return build_encoder(args.arch or default, args.image_size, drop_path)
+    encoder = load_encoder(args.init, args.image_size, drop_path)
+    if args.arch and args.arch != encoder.arch:
+        raise ValueError(f"--arch {args.arch}, but --init {args.init} holds {encoder.arch}: leave --arch out")
+    return encoder
+
+
 def load_encoder(path, image_size=None, drop_path=0.0):
     """The encoder in a file: our encoder.pt, ViT weights of timm, MAE, DINO or iBOT, or ResNet-50 weights under torchvision's
     names (also as PeCLR and SiMHand publish them). Prefixes and heads are dropped; every weight of the trunk must be there.

@@ -42,7 +42,7 @@ from data import (
     write_index,
 )
 from draw import draw_joints, grid, save_image
-from runtime import barrier, finish, parser, read_json, run, setup, write_atomically
+from runtime import barrier, finish, parser, read_json, run, save_arrays, setup, write_atomically
 
 BOX_SCALE = 1.3                                                    # the networks' view of a box: see finetune_mesh.py
 CROP, CONTEXT = 256, 2.0                                           # stored crops: longest side in pixels, and side over the box's
@@ -321,8 +321,7 @@ def cut_out(jobs, args, meta, made_of):
     for number in tqdm(mine, desc="videos", disable=not runtime.main):
         part = parts / f"{number:07d}.npz"
         if not part.exists():
-            rows = cut_video(*jobs[number], args.out, number)
-            write_atomically(part, lambda path, rows=rows: save_arrays(path, rows))
+            save_arrays(part, **cut_video(*jobs[number], args.out, number))
     barrier()
     if not runtime.main:
         finish()
@@ -336,11 +335,6 @@ def cut_out(jobs, args, meta, made_of):
                          f"({jobs[0][0]}/...)? Delete --out before the next try")
     finish()
     return columns, meta, args.out, dropped
-
-
-def save_arrays(path, arrays):
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def cut_video(name, frames, out, number):
@@ -486,8 +480,7 @@ def main(argv=None):
     columns, meta, images, dropped, *pairs = made
     columns.pop("hand", None)
     if pairs:                                                      # before the index, which closes the job
-        made_of = fingerprint([columns], "keypoints")
-        write_atomically(args.out / "pairs.npz", lambda path: save_arrays(path, pairs[0] | {"fingerprint": made_of}))
+        save_arrays(args.out / "pairs.npz", **pairs[0], fingerprint=fingerprint([columns], "keypoints"))
     write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")

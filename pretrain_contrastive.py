@@ -33,8 +33,8 @@ from data import (
     to_rgb,
     warp,
 )
-from draw import curve, draw_joints, draw_points, grid, save_image
-from model import ARCHS, ProjectionHead, build_encoder, load_encoder
+from draw import curve, draw_joints, draw_points, grid, histogram, save_image
+from model import ARCHS, ProjectionHead, choose_encoder
 from runtime import (
     Log,
     adamw,
@@ -250,8 +250,8 @@ def draw_curves(out, h):
         save_image(out / "samples" / f"{name}.png", curve(series, title=name, x_label="step"))
     a, b = h.chunk(2)
     bins = np.linspace(-1, 1, 61)
-    middle, kinds = (bins[1:] + bins[:-1]) / 2, {"pairs": (a * b).sum(1), "others": (a[:CHUNK] @ b.T).flatten()}
-    series = {name: (middle, np.histogram(value.cpu().numpy(), bins)[0] / value.numel()) for name, value in kinds.items()}
+    kinds = {"pairs": (a * b).sum(1), "others": (a[:CHUNK] @ b.T).flatten()}
+    series = {name: histogram(value.cpu().numpy(), bins) for name, value in kinds.items()}
     save_image(out / "samples" / "similarity.png", curve(series, title="share of the pairs", x_label="cosine"))
 
 
@@ -362,12 +362,7 @@ def main(argv=None):
         raise ValueError(f"--data: no hand has all its {points}, which --weights needs; use --weights none")
     steps = total_steps(args, len(anchors))
     torch.manual_seed(args.seed)
-    if args.init:
-        encoder = load_encoder(args.init, args.image_size)
-        if args.arch and args.arch != encoder.arch:
-            raise ValueError(f"--init {args.init} holds {encoder.arch}: leave --arch out")
-    else:
-        encoder = build_encoder(args.arch or "resnet50", args.image_size)
+    encoder = choose_encoder(args, "resnet50")
     out, state = start_run(args, runtime)
 
     def gather(x):                                                 # (2B,...), a's and b's -> those of all processes

@@ -40,7 +40,7 @@ from data import (
     warp,
 )
 from draw import curve, draw_edges, draw_points, grid, save_image
-from model import ARCHS, DistanceHead, KeypointHead, PrototypeHead, build_encoder, load_encoder
+from model import ARCHS, DistanceHead, KeypointHead, PrototypeHead, choose_encoder
 from runtime import (
     Log,
     adamw,
@@ -533,12 +533,9 @@ def main(argv=None):
     dataset = HandDataset(indices, canvas, CONTEXT)
     steps = total_steps(args, len(dataset))
     torch.manual_seed(args.seed)
-    if args.init:
-        encoder = load_encoder(args.init, args.image_size, args.drop_path)
-        if encoder.arch == "resnet50" or (args.arch and args.arch != encoder.arch):
-            raise ValueError(f"--init {args.init} holds {encoder.arch}: it must be a ViT, and --arch is left out")
-    else:
-        encoder = build_encoder(args.arch or "vit_small", args.image_size, args.drop_path)
+    encoder = choose_encoder(args, "vit_small", args.drop_path)
+    if encoder.arch == "resnet50":
+        raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     side, patch = args.image_size // encoder.patch, encoder.patch
     least = least_block(side, side) if args.mask == "block" else 1
     if args.mask_share and (args.mask_ratio[1] * side * side < least or (side == 1 and args.mask == "block")):

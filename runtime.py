@@ -345,6 +345,14 @@ def write_atomically(path, write):
     os.replace(part, path)
 
 
+def save_arrays(path, **arrays):
+    """A .npz of plain arrays, whole or not at all."""
+    def write(part):
+        with open(part, "wb") as file:                             # a name would get .npz appended
+            np.savez(file, **arrays)
+    write_atomically(Path(path), write)
+
+
 def save_checkpoint(path, **state):
     """Tensors and plain values only, so that it loads with weights_only=True; must hold `kind` and `step`."""
     write_atomically(Path(path), lambda part: torch.save(state, part))
