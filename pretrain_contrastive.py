@@ -57,7 +57,7 @@ from runtime import (
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 CROP, PIXELS, OUTPUT = 1.3, 112, 128                               # the public code's: crop over box, half its side, view's side
-CHUNK = 1024                                                       # rows of the similarity matrix that exist at a time
+CHUNK = 256                                                        # rows of the similarity matrix that exist at a time
 
 
 # ------------------------------------------------------------------------------------------------------------- network
@@ -127,11 +127,9 @@ def nt_xent(a, b, temperature, positive_weights=None, negative_weights=None):
 
 
 def distances(joints_a, joints_b):
-    """(R,21,2), (M,21,2) -> (R,M): mean over the joints of their distance. Joint by joint and by differences, not by products."""
-    total = torch.zeros(len(joints_a), len(joints_b), dtype=joints_a.dtype, device=joints_a.device)
-    for k in range(joints_a.shape[1]):
-        total += torch.hypot(*(joints_a[:, None, k, i] - joints_b[None, :, k, i] for i in (0, 1)))
-    return total / joints_a.shape[1]
+    """(R,21,2), (M,21,2) -> (R,M): mean over the joints of their distance; by differences, products would lose the near ones."""
+    a, b = (joints.transpose(0, 1).contiguous() for joints in (joints_a, joints_b))
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").mean(0)            # of (21, R, M)
 
 
 def pair_weights(joints_a, joints_b):

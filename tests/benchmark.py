@@ -245,12 +245,35 @@ def mine_once(count):
     print(f"{seconds} {resident()} {np.median(found['dist'][:, 0]):.3f} {np.median(np.linalg.norm(x - y, axis=1)):.3f}")
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining, "mining": mining}
+def contrast(pairs=8192):
+    """The weighted loss of 8,192 pairs of 64 latent points, forward and backward, with and without chunks; each in a process of its own."""
+    print(f"NT-Xent, {pairs:,} weighted pairs    seconds   peak MB   loss         gradient's norm")
+    for name in ("in chunks", "whole"):
+        print(f"  {name:28}" + subprocess.run([sys.executable, __file__, "--contrast", str(pairs), name], capture_output=True, text=True,
+                                              check=True).stdout.rstrip(), flush=True)
+
+
+def contrast_once(pairs, name):
+    """Prints seconds, peak memory in MB, loss and gradient of one such loss."""
+    import pretrain_contrastive as pc
+
+    g, pc.CHUNK = torch.Generator().manual_seed(0), pc.CHUNK if name == "in chunks" else 2 * int(pairs)
+    latent = torch.randn(2, int(pairs), 128, generator=g, requires_grad=True)
+    joints = torch.rand(2, int(pairs), 21, 2, generator=g)
+    start = time.perf_counter()
+    loss = pc.nt_xent(*torch.nn.functional.normalize(latent, dim=2), 0.5, *pc.weights(*joints))
+    loss.backward()
+    print(f"{time.perf_counter() - start:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
+
+
+SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "pretraining": pretraining, "mining": mining, "contrast": contrast}
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
     if sys.argv[1:2] == ["--peak"]:
         sys.exit(peak(*sys.argv[2:]))
+    if sys.argv[1:2] == ["--contrast"]:
+        sys.exit(contrast_once(*sys.argv[2:]))
     if sys.argv[1:2] == ["--mine"]:
         sys.exit(mine_once(sys.argv[2]))
     for section in sys.argv[1:] or SECTIONS:
