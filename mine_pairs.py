@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data import HandDataset, HandIndex, fingerprint
 from draw import curve, draw_joints, grid, histogram, save_image
+from metrics import procrustes
 from runtime import check_ranges, finish, parser, run, save_arrays, setup
 
 LEAF = 256                                                         # points of a cell; measured, 128 to 512 are as fast
@@ -257,6 +258,29 @@ def main(argv=None):
     finish()
 
 
+def true_joints(indices):
+    """Labelled joints (N,21,3) of right hands, NaN where there are none; None without any: what is mined can then be checked."""
+    if not any("joints" in index.columns for index in indices):
+        return None
+    found = []
+    for index in indices:
+        joints = np.full((len(index), 21, 3), np.nan)
+        if "joints" in index.columns:
+            joints[:] = np.asarray(index.columns["joints"])[index.pose_ids()]
+        if "side" in index.columns:
+            joints[np.asarray(index.columns["side"]) == 1, :, 0] *= -1
+        found.append(joints)
+    return np.concatenate(found)
+
+
+def pose_error(joints, rows, others):
+    """Median PA-MPJPE in mm between the labelled hands of two lists of rows."""
+    a, b = joints[rows], joints[others]
+    known = np.isfinite(a).all((1, 2)) & np.isfinite(b).all((1, 2))
+    errors = [np.linalg.norm(procrustes(b, a) - a, axis=2).mean(1) for a, b in zip(parts(a[known]), parts(b[known]), strict=True)]
+    return 1e3 * np.median(np.concatenate([*errors, []])) if known.any() else np.nan
+
+
 def report(indices, points, found, reasons, args):
     """Prints what was mined and draws the pictures."""
     used, paired = np.isfinite(points).all((1, 2)), found["idx"][:, 0] >= 0
@@ -280,6 +304,12 @@ def report(indices, points, found, reasons, args):
           f"{found['explained'].sum():.1%} of the variance; median distance {near:.3f} of the nearest, {far:.3f} of neighbour "
           f"{args.neighbours}, {np.median(chance):.3f} of random pairs; the most frequent neighbour serves {hub} hands; "
           f"look at {args.out.with_name('pairs.png')}")
+    joints, rows = true_joints(indices), some[0][found["idx"][some[0], 0] >= 0]
+    if joints is not None:
+        last = rows[found["idx"][rows, -1] >= 0]
+        print(f"labelled pose, median PA-MPJPE in mm: {pose_error(joints, rows, found['idx'][rows, 0]):.2f} of the nearest, "
+              f"{pose_error(joints, last, found['idx'][last, -1]):.2f} of neighbour {args.neighbours}, "
+              f"{pose_error(joints, *some):.2f} of random pairs")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Mining and contrastive pre-training: brute force, double loops in float64, gradcheck, ideal latents, one process against two."""
 import colorsys
 import math
+import re
 import subprocess
 import sys
 
@@ -215,7 +216,9 @@ def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
     index = HandIndex(hands / "train")
     video = np.asarray(index.columns["video"])
     assert (video[found["idx"]] != video[:, None]).all() and pairs.with_name("pairs.png").is_file()
-    call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "two.npz", "--neighbours", 3, "--labelled", processes=2)
+    done = call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "two.npz", "--neighbours", 3, "--labelled", processes=2)
+    near, _, random = map(float, re.search(r"PA-MPJPE in mm: (\S+) of .*, (\S+) of .*, (\S+) of", done.stdout).groups())
+    assert near < random
     with np.load(tmp_path / "two.npz") as file:
         assert all(np.array_equal(file[name], found[name]) for name in found)
     for flags, message in ((("--out", pairs), "exists"), (("--out", tmp_path / "x.txt"), "npz"), (("--components", 43), "--components")):
