@@ -8,6 +8,7 @@ The file stands alone: the hand comes as a callable, so nothing of MANO is store
 import argparse
 import contextlib
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -205,12 +206,15 @@ def build_encoder(arch, image_size, drop_path=0.0, **config):
 
 
 def choose_encoder(args, default, drop_path=0.0):
-    """The encoder that a training script's --init, --arch and --image-size ask for: from a file, or fresh, `default` without --arch."""
-    if not args.init:
+    """The encoder that a training script's --init, --arch and --image-size ask for: from a file, or fresh, `default` without --arch.
+    With --resume that of the run, whose --init may be gone."""
+    own = Path(args.out) / "encoder.pt"
+    source = own if args.resume and own.exists() else args.init
+    if not source:
         return build_encoder(args.arch or default, args.image_size, drop_path)
-    encoder = load_encoder(args.init, args.image_size, drop_path)
+    encoder = load_encoder(source, args.image_size, drop_path)
     if args.arch and args.arch != encoder.arch:
-        raise ValueError(f"--arch {args.arch}, but --init {args.init} holds {encoder.arch}: leave --arch out")
+        raise ValueError(f"--arch {args.arch}, but {source} holds {encoder.arch}: leave --arch out")
     return encoder
 
 

@@ -409,7 +409,7 @@ def main(argv=None):
                 scaler.scale(loss / args.accumulate).backward()
             values["loss"] += loss.detach() / args.accumulate
         if not torch.isfinite(values["loss"]):
-            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
+            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; --resume continues from the last save")
         if logged:                                                 # accumulated parts: of the last one
             values |= diagnose(h.detach(), latent.detach(), gather(theta[rows]), w)
         lr = cosine(step, steps, lr_base, final=1e-3 * lr_base, warmup=int(args.warmup * steps))

@@ -77,8 +77,8 @@ class HandMIM(nn.Module):
         points = pose and args.align + args.hinge + args.contrast + args.distribution > 0
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.dim))
-        self.classify = args.pose_loss == "class" or (pose and args.class_weight > 0)
-        self.tokens = PrototypeHead(encoder.dim, args.prototypes, args.head_width) if self.classify or args.patch_loss else None
+        self.classify, self.distil_patches = args.pose_loss == "class" or (pose and args.class_weight > 0), args.patch_loss > 0
+        self.tokens = PrototypeHead(encoder.dim, args.prototypes, args.head_width) if self.classify or self.distil_patches else None
         self.keypoints = KeypointHead(encoder.dim, args.keypoints) if points else None
         self.poses = None
         if pose and args.distribution:
@@ -91,14 +91,14 @@ class HandMIM(nn.Module):
 
     def forward(self, views, theta, where, mask=None):
         """views (2B,3,S,S), their theta (2B,2,3), where (M,) the flat positions of the masked patches; mask (2B,N) hides
-        them (student), None shows them (teacher). The heads run on class tokens and masked patches alone."""
+        them (student), None shows them (teacher). The heads run on class tokens and masked patches alone, but for patch_sketch."""
         tokens = self.encoder(views, mask, self.mask_token).float()
         out = {"tokens": tokens}
         cls, patches = tokens[:, 0], tokens[:, 1:].flatten(0, 1)[where]                      # (2B, D), (M, D)
         with torch.autocast("cuda" if views.is_cuda else "cpu", enabled=False):
             if self.classify:
                 out["class"] = self.tokens(cls)                    # (2B, P)
-            if self.tokens is not None:
+            if self.distil_patches:
                 out["patch"] = self.tokens(patches)                # (M, P)
             if self.keypoints is not None:
                 out["view_keypoints"] = self.keypoints(cls)        # (2B, K, 2) in the view
@@ -158,8 +158,11 @@ def total_loss(terms, args):
 
 def distill(teacher, center, student, temperature):
     """H(P_t, P_s) of logits (R,P), by rows: the teacher centred and sharpened (DINO, iBOT)."""
-    target = ((teacher - center) / temperature).softmax(-1)
-    return -(target * (student / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
+    return -(sharpened(teacher, center, temperature) * (student / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
+
+
+def sharpened(teacher, center, temperature):
+    return ((teacher - center) / temperature).softmax(-1)
 
 
 def align_loss(ours, theirs, norm):
@@ -210,21 +213,21 @@ def block_mask(batch, grid, ratio, generator):
     least, aspect = least_block(H, W), math.log(0.3)
     mask, tries = torch.zeros(batch, H, W, dtype=torch.bool), torch.zeros(batch)
     while True:
-        room = wanted - mask.sum((1, 2))
-        open_ = (room >= 1) & (tries < 10)
-        if not open_.any():
+        open_ = ((wanted - mask.sum((1, 2)) >= 1) & (tries < 10)).nonzero().squeeze(1)
+        if not len(open_):
             return mask.flatten(1)
-        area, shape, top, left = torch.rand(4, batch, generator=generator)
+        area, shape, top, left = torch.rand(4, batch, generator=generator)[:, open_]
+        room = wanted[open_] - mask[open_].sum((1, 2))
         area, shape = least + area * (room - least), torch.exp(aspect - 2 * aspect * shape)
         height, width = (area.clamp(min=0) * shape).sqrt().round(), (area.clamp(min=0) / shape).sqrt().round()
         top, left = (top * (H - height + 1)).floor(), (left * (W - width + 1)).floor()
         rows = (torch.arange(H) >= top[:, None]) & (torch.arange(H) < (top + height)[:, None])
         columns = (torch.arange(W) >= left[:, None]) & (torch.arange(W) < (left + width)[:, None])
-        block = rows[:, :, None] & columns[:, None]                # (B, H, W)
-        added = (block & ~mask).sum((1, 2))
-        fits = open_ & (height < H) & (width < W) & (added > 0) & (added <= room)
-        mask |= block & fits[:, None, None]
-        tries = torch.where(fits, 0, tries + 1)
+        block = rows[:, :, None] & columns[:, None]                # (R, H, W)
+        added = (block & ~mask[open_]).sum((1, 2))
+        fits = (height < H) & (width < W) & (added > 0) & (added <= room)
+        mask[open_] |= block & fits[:, None, None]
+        tries[open_] = torch.where(fits, 0, tries[open_] + 1)
 
 
 def least_block(H, W):
@@ -288,7 +291,8 @@ def to_patches(images, patch):
 
 def normalise_patches(patches):
     """Each patch minus its mean, over its deviation; and both (MAE; its 1e-6 would blow up the noise of flat patches)."""
-    mean, deviation = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-2).sqrt()
+    mean = patches.mean(-1, keepdim=True)
+    deviation = (((patches - mean) ** 2).sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-2).sqrt()
     return (patches - mean) / deviation, mean, deviation
 
 
@@ -310,7 +314,7 @@ def make_target(views, mask, seen, count, patch, sketch=True):
     share = (1 / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)).expand_as(mask)
     pixels = normalise_patches(to_patches(views, patch).flatten(0, 1)[where])[0]
     target = {"where": where, "pixels": pixels, "patch_weight": share.flatten()[where], "pixel_weight": seen.flatten()[where] / count}
-    return target | ({"sketch": whole_sketches(views), "patch_sketch": patch_sketches(views, patch)} if sketch else {})
+    return target | (dict(zip(("sketch", "patch_sketch"), sketches(views, patch), strict=True)) if sketch else {})
 
 
 def edges(views, cells):
@@ -321,25 +325,22 @@ def edges(views, cells):
     images = F.pad(views, (1, 1, 1, 1), mode="replicate")
     across, down = images[:, :, 1:-1, 2:] - images[:, :, 1:-1, :-2], images[:, :, 2:, 1:-1] - images[:, :, :-2, 1:-1]
     strength, steepest = (across ** 2 + down ** 2).max(1, keepdim=True)                      # over the colours
-    direction = torch.atan2(down.gather(1, steepest), across.gather(1, steepest)) / torch.pi * DIRECTIONS
-    below = direction.floor()
-    share, strength = direction - below, strength.sqrt()                                     # each (B, 1, S, S)
-    bins = views.new_zeros(len(views), DIRECTIONS, *views.shape[2:])
-    for bin_, part in ((below, 1 - share), (below + 1, share)):
-        bins.scatter_add_(1, bin_.long() % DIRECTIONS, strength * part)
+    direction = torch.atan2(down.gather(1, steepest), across.gather(1, steepest)) / torch.pi * DIRECTIONS    # (B, 1, S, S)
+    bins = torch.arange(DIRECTIONS, device=views.device)[:, None, None]
+    away = ((direction - bins + DIRECTIONS / 2) % DIRECTIONS - DIRECTIONS / 2).abs()         # (B, 8, S, S), between two bins
+    bins = strength.sqrt() * (1 - away).clamp(min=0)
     bins = F.adaptive_avg_pool2d(bins, cells)
     around = F.avg_pool2d((bins ** 2).sum(1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
     return bins / (around + 0.1) / 0.16
 
 
-def whole_sketches(views):
-    """(B,3,S,S) -> (B,512): the edges of the view at 64 pixels, in 8 x 8 cells."""
-    return edges(F.adaptive_avg_pool2d(views, min(64, views.shape[-1])), CELLS).flatten(1)
-
-
-def patch_sketches(views, patch):
-    """(B,3,S,S) -> (B,N,32): the edges in the quarters of each patch."""
-    return F.unfold(edges(views, 2 * views.shape[-1] // patch), 2, stride=2).transpose(1, 2)
+def sketches(views, patch):
+    """(B,3,S,S) -> (B,512), the edges of the view at 64 pixels, in 8 x 8 cells; and (B,N,32), those in the quarters of each patch."""
+    size, cells = views.shape[-1], 2 * views.shape[-1] // patch
+    quarters = edges(views, cells)
+    same = size <= 64 and cells == CELLS                           # of 64 pixels in patches of 16 the two are one
+    whole = quarters if same else edges(F.adaptive_avg_pool2d(views, min(64, size)), CELLS)
+    return whole.flatten(1), F.unfold(quarters, 2, stride=2).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
@@ -348,7 +349,7 @@ def diagnose(student, teacher, centers, temperature, runtime):
     """Numbers that show a collapse coming (README, "What the log says")."""
     found = {}
     for name, center in centers.items():
-        target = ((teacher[name] - center) / temperature).softmax(-1)                        # (R, P)
+        target = sharpened(teacher[name], center, temperature)     # (R, P)
         count = runtime.mean(torch.tensor(float(len(target)), device=center.device)).clamp(min=1e-6)
         found[f"{name}_teacher_entropy"] = runtime.mean(entropy(target).sum()) / count
         found[f"{name}_entropy_of_mean"] = entropy(runtime.mean(target.sum(0)) / count)
@@ -375,50 +376,48 @@ def gradient_sizes(terms, tokens, parts, runtime):
 
 
 def collapsed(values, prototypes):
-    """What has collapsed in a logged step, as (name, what to do), or None. prototypes: {name: D}."""
+    """What looks collapsed in a logged step: {name: what to do}. prototypes: {name: D}."""
+    found = {}
     losses = {name: values[loss] for name, loss in (("class", "class"), ("patch", "patch"), ("pose", "distribution")) if name in prototypes}
     if "patch" in losses:
         losses["patch"] /= max(values["masked_views"], 1e-9)       # views without a mask count as 0 in its mean
     for name, loss in losses.items():
         if abs(loss - math.log(prototypes[name])) < 0.02:
-            return name, (f"the {name} loss is glued to ln {prototypes[name]} = {math.log(prototypes[name]):.3f}: the teacher says the "
-                          "same of every input; lower --temperature (.02 .04), lower --ema, or raise --lr")
+            found[name] = (f"the {name} loss is glued to ln {prototypes[name]} = {math.log(prototypes[name]):.3f}: the student says the "
+                           "same of every input; lower --temperature (.02 .04), lower --ema, or raise --lr")
     if values.get("keypoint_spread", 1) < 0.05 or values.get("keypoint_batch_spread", 1) < 0.02:
-        return "keypoints", "the pseudo keypoints coincide or never move: use --align-norm, raise --hinge, or lower --lr"
-    return None
+        found["keypoints"] = "the pseudo keypoints coincide or never move: use --align-norm, raise --hinge, or lower --lr"
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 @torch.no_grad()
 def picture(student, teacher, views, theta, mask, patch, hands=8):
-    """A row for each hand: for either view the view with the teacher's pseudo keypoints (dots) and those it finds in the other view,
-    brought here (rings; a keypoint has one colour); the masked input; where pixels are learned, their reconstruction, visible patches
-    pasted; and where sketches are, the view's and what the class token makes of the masked input."""
+    """From HandMIM's outputs for views (2B,3,S,S), a row for each hand: for either view the view with the teacher's pseudo keypoints (dots)
+    and those it finds in the other view, brought here (rings; a keypoint has one colour); the masked input; where pixels are learned, their
+    reconstruction, visible patches pasted; and where sketches are, the view's and what the class token makes of the masked input."""
     B, size, N = len(mask) // 2, views.shape[-1], mask.shape[1]
-    rows = torch.cat([torch.arange(min(B, hands)) + start for start in (0, B)])
-    views, theta, mask, B = views[rows], theta[rows], mask[rows], min(B, hands)
     where = mask.flatten().nonzero().squeeze(1)
-    points = teacher(views, theta, where)
-    made = student(views, theta, where, mask)
     patches = to_patches(views, patch).flatten(0, 1)               # (2B N, 3pp)
     hidden, filled = patches.clone(), patches.clone()
     hidden[where] = 0
     _, mean, deviation = normalise_patches(patches[where])
-    if "pixels" in made:
-        filled[where] = made["pixels"] * deviation + mean
+    if "pixels" in student:
+        filled[where] = student["pixels"] * deviation + mean
     shown = [views, *(F.fold(p.unflatten(0, (-1, N)).transpose(1, 2), size, patch, stride=patch) for p in (hidden, filled))]
-    shown = [to_rgb(images) for images in (shown if "pixels" in made else shown[:2])]
-    if "view_keypoints" in points:
-        others = apply_theta(invert_theta(theta), points["keypoints"].roll(B, 0))            # the other view's, seen from this one
-        pixels = [((at + 1) * size / 2 - 0.5).cpu().numpy() for at in (points["view_keypoints"], others)]
+    shown = [to_rgb(images) for images in (shown if "pixels" in student else shown[:2])]
+    if "view_keypoints" in teacher:
+        others = apply_theta(invert_theta(theta), teacher["keypoints"].roll(B, 0))           # the other view's, seen from this one
+        pixels = [((at + 1) * size / 2 - 0.5).cpu().numpy() for at in (teacher["view_keypoints"], others)]
         shown[0] = [draw_points(image, *both) for image, *both in zip(shown[0], *pixels, strict=True)]
     names = ["view", "masked", "reconstruction"][:len(shown)]
-    if "sketch" in made:
-        for name, cells in (("edges", whole_sketches(views)), ("edges read", made["sketch"])):
+    if "sketch" in student:
+        for name, cells in (("edges", sketches(views, patch)[0]), ("edges read", student["sketch"])):
             cells = cells.float().unflatten(1, (DIRECTIONS, CELLS, CELLS)).cpu().numpy()
             shown, names = [*shown, [draw_edges(each, size) for each in cells]], [*names, name]
-    tiles = [images[row] for hand in range(B) for row in (hand, hand + B) for images in shown]
-    return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in range(B) for view in "uv" for name in names], cell=128)
+    hands = range(min(B, hands))
+    tiles = [images[row] for hand in hands for row in (hand, hand + B) for images in shown]
+    return grid(tiles, 2 * len(shown), [f"{name} {view}" for _ in hands for view in "uv" for name in names], cell=128)
 
 
 CURVES = {"loss": ("class", "patch", "pixel", "sketch", "patch_sketch", "distribution", "align", "hinge", "contrast", "loss"),
@@ -489,7 +488,7 @@ def flags():
     group.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.4), metavar=("FIRST", "LAST"), help="cosine (DINO)")
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     group.add_argument("--ema", type=float, default=0.996,
-                       help="the teacher's momentum at the start, cosine to 1; .98 for some hundred steps")
+                       help="the teacher's momentum at the start, cosine to 1 (iBOT .996); .99 for some hundred steps")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
                        help="of the teacher (iBOT); rises over 15 %% of the steps (ours); lower where a loss stays at ln D")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (iBOT 3, but for each tensor)")
@@ -512,13 +511,19 @@ def check_flags(args):
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
     if args.arch == "resnet50":
         raise ValueError("--arch resnet50: masks need a ViT")
-    if args.shape_input and args.logits != "mlp":
-        raise ValueError("--shape-input needs --logits mlp")
+    if args.shape_input and (args.logits != "mlp" or not args.distribution):
+        raise ValueError("--shape-input needs --distribution and --logits mlp")
+    for name in ("distribution", "hinge", "contrast", "class_weight"):
+        if getattr(args, name) and args.pose_loss != "keypoints":
+            raise ValueError(f"--{name.replace('_', '-')} needs --pose-loss keypoints")
+    if args.contrast and args.batch_size // args.accumulate < 2:
+        raise ValueError("--contrast tells the hands of a part of the batch apart: lower --accumulate or raise --batch-size")
     parts = args.sketch + args.align + args.contrast + args.distribution + args.class_weight
     pose = args.pose_loss == "class" or (args.pose_loss == "keypoints" and parts > 0)
     if args.pose_loss == "keypoints" and not pose:
         raise ValueError("--sketch, --align, --contrast, --distribution and --class-weight are all 0: say --pose-loss none")
-    if not (args.patch_loss or args.pixel_loss or (pose and args.pose_weight)):
+    pose = pose and args.pose_weight > 0
+    if not (args.patch_loss or args.pixel_loss or pose):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
     if not pose and (args.mask_share == 0 or args.mask_ratio[1] == 0):
         raise ValueError("--mask-share or --mask-ratio hides nothing: --patch-loss and --pixel-loss need masks")
@@ -538,7 +543,9 @@ def main(argv=None):
         raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     side, patch = args.image_size // encoder.patch, encoder.patch
     least = least_block(side, side) if args.mask == "block" else 1
-    if args.mask_share and (args.mask_ratio[1] * side * side < least or (side == 1 and args.mask == "block")):
+    if args.mask_share and args.mask == "block" and side == 1:
+        raise ValueError(f"--image-size {args.image_size} is one patch: raise it, or use --mask random or --mask-share 0")
+    if args.mask_share and args.mask_ratio[1] * side * side < least:
         raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than the smallest {args.mask} mask, {least} of {side * side} patches; "
                          "raise it or --image-size, or use --mask random")
     out, state = start_run(args, runtime)
@@ -549,7 +556,7 @@ def main(argv=None):
                (("class", student.tokens if student.classify else None), ("patch", student.tokens if args.patch_loss else None),
                 ("pose", student.poses)) if head is not None}
     optimizer = adamw(param_groups(student.named_parameters(), args.weight_decay[0]), runtime.device)
-    scaler, start, stuck, warned = runtime.scaler(), 0, 0, []      # how many logged steps have looked collapsed, what was said
+    scaler, start, stuck, warned = runtime.scaler(), 0, {}, []     # for how many logged steps what has looked collapsed; what was said
     if state:
         for part, name in ((student, "student"), (teacher, "teacher"), (optimizer, "optimizer"), (scaler, "scaler")):
             part.load_state_dict(state[name])
@@ -600,7 +607,7 @@ def main(argv=None):
             for name, value in (terms | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + value.detach() / args.accumulate
         if not torch.isfinite(values["loss"]):
-            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
+            raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; --resume continues from the last save")
         if step < frozen:
             for layer in last_layers:
                 layer.grad = None
@@ -611,14 +618,15 @@ def main(argv=None):
         centers = {name: move_center(center, sums[name], counts[name], runtime) for name, center in centers.items()}
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         if logged and step > 0.1 * steps:
-            problem = collapsed({name: float(value) for name, value in values.items()},
-                                {name: center.shape[1] for name, center in centers.items()})
-            stuck = stuck + 1 if problem else 0
-            if stuck == 10 and problem[0] not in warned:           # ten logged steps in a row
-                warned.append(problem[0])
-                log.warn(step + 1, problem[1])
+            problems = collapsed({name: float(value) for name, value in values.items()},
+                                 {name: center.shape[1] for name, center in centers.items()})
+            stuck = {name: stuck.get(name, 0) + 1 for name in problems}
+            for name in problems:
+                if stuck[name] >= 10 and name not in warned:       # ten logged steps in a row
+                    warned.append(name)
+                    log.warn(step + 1, problems[name])
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(student, teacher, views, theta, mask, patch))
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(masked, whole, views[rows], theta[rows], mask[rows], patch))
         if runtime.main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out)
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,

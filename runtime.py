@@ -258,7 +258,7 @@ def update(optimizer, scaler, parameters, clip, adapt=None):
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     if not scaler.is_enabled() and not torch.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite: lower --lr or use --precision fp32; last.pt holds the last good state")
+        raise FloatingPointError("the gradient is not finite: lower --lr or use --precision fp32; --resume continues from the last save")
     if adapt:
         adapt()
     scaler.step(optimizer)

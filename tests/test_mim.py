@@ -18,9 +18,9 @@ from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
 import pretrain_mim
-from data import apply_theta, blur, invert_theta, random_theta
+from data import apply_theta, blur, invert_theta, normalise, random_theta, warp
 from model import DistanceHead, KeypointHead, PrototypeHead, build_encoder, load_encoder
-from runtime import generator
+from runtime import Runtime, ema_update, generator
 
 TINY = ["--arch", "vit_tiny", "--image-size", "64", "--batch-size", "8", "--prototypes", "64", "--head-width", "32", "--log-every", "1",
         "--workers", "0"]
@@ -114,6 +114,36 @@ def test_patch_and_pixel_losses_weigh_as_documented():
     assert float(terms["patch"]) == pytest.approx(patch, rel=1e-5) and float(terms["pixel"]) == pytest.approx(pixel, rel=1e-5)
 
 
+def test_class_token_losses_cross_the_views_and_patch_losses_do_not():
+    """Every loss against a loop over rows: which row of the teacher a row of the student is asked for, and with what weight."""
+    g, B, P = generator(8), 3, 7
+    args = args_of("--no-align-norm", "--align", 0.7, "--distribution", 2, "--class-weight", 5, "--pose-weight", 0.5, "--sketch", 0)
+    shapes = {"class": (2 * B, P), "pose": (2 * B, P), "patch": (4, P), "keypoints": (2 * B, 5, 2), "pixels": (4, 6)}
+    student, teacher = ({name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for _ in range(2))
+    centers = {name: torch.randn(1, P, generator=g) for name in ("class", "pose", "patch")}
+    target = {"temperature": 0.06, "patch_weight": torch.rand(4, generator=g), "pixel_weight": torch.rand(4, generator=g),
+              "pixels": torch.randn(4, 6, generator=g)}
+    terms = pretrain_mim.pretraining_losses(student, teacher, centers, target, args, One())
+
+    def cross(name, row, other):
+        aim = ((teacher[name][other] - centers[name][0]) / 0.06).softmax(0)
+        return -float((aim * (student[name][row] / 0.1).log_softmax(0)).sum())
+    wanted = {name: np.mean([cross(key, row, (row + B) % (2 * B)) for row in range(2 * B)])
+              for name, key in (("class", "class"), ("distribution", "pose"))}
+    wanted["patch"] = sum(cross("patch", row, row) * float(target["patch_weight"][row]) for row in range(4))
+    apart = student["keypoints"] - teacher["keypoints"][[3, 4, 5, 0, 1, 2]]
+    wanted["align"] = float(torch.where(apart.abs() < 0.1, apart ** 2 / 0.2, apart.abs() - 0.05).mean())
+    wanted["pixel"] = float((((student["pixels"] - target["pixels"]) ** 2).mean(1) * target["pixel_weight"]).sum())
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(wanted, rel=1e-5)
+    weights = {"class": 0.5 * 5, "distribution": 0.5 * 2, "align": 0.5 * 0.7, "patch": 0.1, "pixel": 0.3}
+    total = float(pretrain_mim.total_loss(terms, args))
+    assert total == pytest.approx(sum(weights[name] * wanted[name] for name in wanted), rel=1e-5)
+    sketched = {"sketch": torch.tensor(1.0), "patch_sketch": torch.tensor(10.0)}
+    assert float(pretrain_mim.total_loss(sketched, args_of("--sketch", 3))) == pytest.approx(33)
+    tokens = torch.randn(2, 3, generator=g, requires_grad=True)
+    assert float(pretrain_mim.gradient_sizes({"a": 3 * tokens.sum()}, tokens, 1, One())["a_gradient"]) == pytest.approx(3 * 6 ** 0.5)
+
+
 def test_sketches_are_the_histograms_of_a_double_loop():
     """And a patch's sketch is the patch's; a whole view's the same cells, where it is 64 pixels wide."""
     views = torch.rand(2, 3, 64, 64, generator=generator(14), dtype=torch.float64)
@@ -133,8 +163,8 @@ def test_sketches_are_the_histograms_of_a_double_loop():
             around = bins[:, max(y - 1, 0):y + 2, max(x - 1, 0):x + 2]
             size = math.sqrt((around ** 2).sum() / (around.shape[1] * around.shape[2]))
             assert np.allclose(found[1, :, y, x], bins[:, y, x] / (size + 0.1) / 0.16)
-    assert torch.allclose(pretrain_mim.whole_sketches(views), found.flatten(1))
-    patches = pretrain_mim.patch_sketches(views, 16)                   # (2, 16, 8 * 2 * 2)
+    whole, patches = pretrain_mim.sketches(views, 16)                  # (2, 512), (2, 16, 8 * 2 * 2)
+    assert torch.allclose(whole, found.flatten(1))
     assert torch.allclose(patches[:, 6].unflatten(1, (8, 2, 2)), found[:, :, 2:4, 4:6])
 
 
@@ -166,6 +196,23 @@ def test_centers_follow_the_mean_of_the_teacher_and_stand_still_without_patches(
     moved = pretrain_mim.move_center(center, logits.sum(0, keepdim=True), 7, One())
     assert torch.allclose(moved, 0.9 * center + 0.1 * logits.mean(0, keepdim=True))
     assert torch.equal(pretrain_mim.move_center(center, torch.zeros(1, 5), 0, One()), center)
+
+
+def test_views_keep_the_box_and_colour_can_be_switched_off():
+    """An upright window of half side s around t holds the box [-1/2, 1/2] of the canvas; --color 0 leaves the colours as they are."""
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    canvas = torch.randint(0, 256, (64, 3, 72, 72), generator=generator(9), dtype=torch.uint8)
+    for strength in (0, 1):
+        args = args_of("--batch-size", 64, "--color", strength, "--shift", 1)
+        theta, *color = pretrain_mim.draw_views(args, runtime, 5)
+        scale = theta[:, :, 0].norm(dim=1)
+        assert (theta[:, :, 2].abs() <= scale[:, None] - 0.5 + 1e-6).all() and theta[:, :, 2].abs().max() > 0.1
+        assert 0.75 * 0.75 <= scale.min() < scale.max() <= 0.75 * 1.1 + 1e-6
+        turned = torch.atan2(theta[:, 1, 0], theta[:, 0, 0]).rad2deg()
+        assert turned.min() < -35 and turned.max() > 35 and turned.abs().max() <= 45 + 1e-3
+        views = pretrain_mim.make_views(canvas, theta, *color, 64)
+        same = (views - normalise(warp(canvas.repeat(2, 1, 1, 1), theta, 64))).abs().amax((1, 2, 3)) < 1e-5
+        assert same.all() if strength == 0 else not same.any()
 
 
 def test_padding_is_not_a_patch_to_paint():
@@ -229,6 +276,42 @@ def weights(run):
 
 def mim(hands, out, *more, **options):
     return call("pretrain_mim.py", "--data", hands / "train", "--out", out, *TINY, *more, **options)
+
+
+def test_schedules_and_the_frozen_last_layer(hands, tmp_path, monkeypatch):
+    """The first steps of a run of 150: rate, decay and temperature by their formulas; prototypes move only from the fourth on; teacher and
+    centres follow."""
+    seen, losses, step = [], pretrain_mim.pretraining_losses, pretrain_mim.update
+
+    class Enough(Exception):
+        pass
+
+    def spy_losses(student, teacher, centers, target, *rest):
+        seen.append({"temperature": target["temperature"], "centers": centers["patch"].clone()})
+        return losses(student, teacher, centers, target, *rest)
+
+    def spy_update(optimizer, scaler, parameters, clip):
+        seen[-1] |= {"rate": optimizer.param_groups[0]["lr"], "decay": max(group["weight_decay"] for group in optimizer.param_groups),
+                     "frozen": sum(p.grad is None for p in parameters)}
+        return step(optimizer, scaler, parameters, clip)
+
+    def spy_ema(teacher, student, momentum):
+        before = next(teacher.parameters()).clone()
+        ema_update(teacher, student, momentum)
+        seen[-1] |= {"momentum": momentum, "moved": not torch.equal(before, next(teacher.parameters()))}
+        if len(seen) == 5:
+            raise Enough
+    for name, spy in (("pretraining_losses", spy_losses), ("update", spy_update), ("ema_update", spy_ema)):
+        monkeypatch.setattr(pretrain_mim, name, spy)
+    with pytest.raises(Enough):
+        pretrain_mim.main(["--data", str(hands / "train"), "--out", str(tmp_path / "run"), *TINY, "--steps", "150", "--ema", "0.9"])
+    assert [row["frozen"] for row in seen] == [1, 1, 1, 0, 0] and all(row["moved"] for row in seen)
+    assert not seen[0]["centers"].any() and all(row["centers"].any() for row in seen[1:])
+    for k, row in enumerate(seen):
+        fall = (1 + math.cos(math.pi * k / 150)) / 2
+        assert row["rate"] == pytest.approx(5e-4 * 8 / 256 * (k + 1) / 7)
+        assert row["decay"] == pytest.approx(0.4 - 0.36 * fall) and row["momentum"] == pytest.approx(1 - 0.1 * fall)
+        assert row["temperature"] == pytest.approx(0.04 + 0.03 * k / 22.5)
 
 
 def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
@@ -312,18 +395,20 @@ def test_collapse_is_said_once(hands, tmp_path):
 
 def test_collapse_is_told_from_health():
     healthy = {"class": 3.0, "patch": 1.0, "masked_views": 0.5, "keypoint_spread": 0.4, "keypoint_batch_spread": 0.2}
+    sick = {"class": math.log(64) + 0.01, "patch": math.log(64) / 2, "keypoint_spread": 0.01}       # half of the views have no mask
     sizes = {"class": 64, "patch": 64}
-    assert pretrain_mim.collapsed(healthy, sizes) is None
-    assert pretrain_mim.collapsed(healthy | {"class": math.log(64) + 0.01}, sizes)[0] == "class"
-    assert pretrain_mim.collapsed(healthy | {"patch": math.log(64) / 2}, sizes)[0] == "patch"       # half of the views have no mask
-    assert pretrain_mim.collapsed(healthy | {"keypoint_spread": 0.01}, sizes)[0] == "keypoints"
+    for names in ((), ("class",), ("patch",), ("keypoint_spread",), ("class", "patch", "keypoint_spread")):
+        found = pretrain_mim.collapsed(healthy | {name: sick[name] for name in names}, sizes)
+        assert set(found) == {name.replace("keypoint_spread", "keypoints") for name in names}
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio"), (["--arch", "resnet50"], "--arch resnet50"), (["--color", "5"], "--color"),
     (["--pose-loss", "none", "--patch-loss", "0", "--pixel-loss", "0"], "nothing to learn"), (["--image-size", "33"], "--image-size"),
     (["--mask-ratio", "0.01", "0.02"], "--mask random"), (["--distribution", "1", "--shape-input"], "--logits mlp"),
-    (["--align", "0", "--sketch", "0"], "--pose-loss none"), (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
+    (["--align", "0", "--sketch", "0"], "--pose-loss none"), (["--pose-loss", "class", "--contrast", "1"], "--pose-loss keypoints"),
+    (["--pose-weight", "0", "--mask-share", "0"], "--mask-share"), (["--image-size", "16"], "one patch"),
+    (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):
     done = mim(hands, tmp_path / "run", "--steps", 1, *flags, check=False)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
