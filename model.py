@@ -86,7 +86,7 @@ class ViT(nn.Module):
         super().__init__()
         size = {name: given or ARCHS.get(arch, {}).get(name) for name, given in (("dim", dim), ("depth", depth), ("heads", heads))}
         if image_size % patch or None in size.values():
-            raise ValueError(f"ViT {arch}: --image-size {image_size} must be a multiple of the patch, {patch}, and the size known")
+            raise ValueError(f"ViT {arch}: --image-size {image_size} must be a multiple of the patch, {patch}")
         self.arch, self.config = arch, {"image_size": image_size, "patch": patch, **size}
         self.dim, self.patch, depth = size["dim"], patch, size["depth"]
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim))
@@ -224,6 +224,8 @@ def load_encoder(path, image_size=None, drop_path=0.0):
     image_size: interpolates the position embedding to another input size. Returns the module, on the CPU, in eval mode.
     ValueError says what does not fit; nothing in the file is executed."""
     state = read_weights(path)
+    if isinstance(state, dict) and state.get("kind") in ("mim", "contrastive", "mesh"):
+        raise ValueError(f"{path} holds a whole run: give the encoder.pt beside it")
     ours = isinstance(state, dict) and {"arch", "config", "state_dict"} <= set(state)
     weights = trunk_weights(state)
     if ours:

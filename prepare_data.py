@@ -254,8 +254,8 @@ def mediapipe_hands(least=0.5):
         import mediapipe
         hands = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=4, min_detection_confidence=least)
     except (ImportError, AttributeError):
-        raise ValueError("video: needs MediaPipe to 0.10.21, in an environment made with `pip install -r requirements-video.txt`; or give "
-                         "another detector's keypoints with --detections") from None
+        raise ValueError("video: needs MediaPipe up to 0.10.21, in an environment made with `pip install -r requirements-video.txt`; or "
+                         "give another detector's keypoints with --detections") from None
 
     def detect(name, image):
         seen = hands.process(np.asarray(image))
@@ -271,7 +271,8 @@ def read_detections(path):
     the frame's number with six digits.
 
     .npz: image (M,), side (M,) "right" or "left", keypoints (M,21,2) in pixels, score (M,) or (M,21).
-    .csv: the header image,side,score,x0,y0,...,x20,y20. ValueError names the file and the entry."""
+    .csv: the header image,side,score,x0,y0,...,x20,y20. NaN or an empty cell: a point that was not seen.
+    ValueError names the file and the entry."""
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -279,9 +280,10 @@ def read_detections(path):
                 image, side, keypoints, score = (file[name] for name in ("image", "side", "keypoints", "score"))
             image, side = (list(map(os.fsdecode, texts.tolist())) for texts in (image, side))
         else:
-            numbers = ["score", *(f"{axis}{k}" for k in range(21) for axis in "xy")]
+            names = ["score", *(f"{axis}{k}" for k in range(21) for axis in "xy")]
             with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = [(row["image"], row["side"], np.array([row[name] for name in numbers], np.float32)) for row in csv.DictReader(file)]
+                rows = [(row["image"], row["side"], np.array([row[name] or "nan" for name in names], np.float32))
+                        for row in csv.DictReader(file)]
             image, side, numbers = zip(*rows, strict=True)
             score, keypoints = np.stack(numbers)[:, 0], np.stack(numbers)[:, 1:].reshape(-1, 21, 2)
         keypoints, score = keypoints.astype(np.float64), np.broadcast_to(np.asarray(score, np.float64).T, (21, len(image))).T
@@ -291,6 +293,8 @@ def read_detections(path):
         raise ValueError(f"--detections {path}: not as `prepare_data.py --help` describes ({type(error).__name__}: {error})") from None
     if keypoints.shape != (len(image), 21, 2) or len(side) != len(image):
         raise ValueError(f"--detections {path}: keypoints have shape {keypoints.shape}, needs ({len(image)}, 21, 2)")
+    missing = np.isnan(keypoints).any(2)
+    keypoints, score = np.where(missing[..., None], 0, keypoints), np.where(missing, 0, score)
     found = {}
     for row, name in enumerate(image):
         if side[row].lower() not in ("left", "right") or not (np.abs(keypoints[row]) < 1e6).all() or not np.isfinite(score[row]).all():
@@ -328,6 +332,7 @@ def cut_out(jobs, args, meta, made_of):
         return None
     merged = [dict(np.load(parts / f"{number:07d}.npz")) for number in range(len(jobs))]
     dropped = {"frame not readable": [str(name) for part in merged for name in part.pop("unread")],
+               "hand below 8 pixels": [str(name) for part in merged for name in part.pop("small")],
                "video without a hand": [name for (name, _), part in zip(jobs, merged, strict=True) if not len(part["box"])]}
     columns = {name: np.concatenate([part[name] for part in merged]) for name in merged[0]}
     if not len(columns["box"]):
@@ -340,7 +345,7 @@ def cut_out(jobs, args, meta, made_of):
 def cut_video(name, frames, out, number):
     """The crops of one video, written below `out`, as columns. A crop is a square of twice the box without what lies outside the frame,
     made smaller where its longer side has more than CROP pixels; never distorted."""
-    rows, unread = [], []
+    rows, unread, small = [], [], []
     folder = out / "images" / f"{number:07d}"
     for count, (frame, image, hands) in enumerate(frames()):
         if image is None:
@@ -349,12 +354,14 @@ def cut_video(name, frames, out, number):
         for k, (left, keypoints, score, *hand) in enumerate(hands):
             there = keypoints[score > 0]
             if len(there) < 2 or np.ptp(there, axis=0).max() < 8:
+                small.append(f"{name}/{frame}")
                 continue
             box = np.concatenate([there.min(0), there.max(0)]) + 0.5
             x, y, side = square(box, CONTEXT)
             low = np.maximum([x - side / 2, y - side / 2], 0).round()
             high = np.minimum([x + side / 2, y + side / 2], image.size).round()
             if ((high - low) < 8).any():
+                small.append(f"{name}/{frame}")
                 continue
             scale = min(1.0, CROP / (high - low).max())
             size = np.maximum(((high - low) * scale).round(), 1).astype(int)
@@ -369,7 +376,7 @@ def cut_video(name, frames, out, number):
               "keypoints": (float, (21, 2)), "keypoints_score": (float, (21,)), "hand": (int, ())}
     columns = {column: np.array([row[column] for row in rows] or np.zeros((0, *shape)), None if column == "image" and rows else dtype)
                for column, (dtype, shape) in shapes.items()}
-    return columns | {"unread": np.array(unread, dtype=str)}
+    return columns | {"unread": np.array(unread, dtype=str), "small": np.array(small, dtype=str)}
 
 
 # ------------------------------------------------------------------------------------------------------------- Hand100M
@@ -466,7 +473,9 @@ def main(argv=None):
     cli.add_argument("--side", default="right", choices=["right", "left"], help="folder: side of all hands without --boxes")
     cli.add_argument("--every", type=int, default=30, help="video: one frame in this many (default 30, as SiMHand)")
     cli.add_argument("--detections", type=Path, help="video: a detector's keypoints, .npz with image (VIDEO/FRAME below ROOT), side, "
-                     "keypoints (M,21,2) in pixels in FreiHAND's order and score; or .csv image,side,score,x0,y0,...,x20,y20")
+                     "keypoints (M,21,2) in pixels in FreiHAND's order and score, (M,) or (M,21); or .csv "
+                     "image,side,score,x0,y0,...,x20,y20; an empty cell is a point that was not seen; a frame of a video file is its "
+                     "number with six digits")
     cli.add_argument("--source", default="Ego4D", choices=["Ego4D", "100DOH"], help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"], help="hand100m: which of the authors' files")
     args = cli.parse_args(argv)
@@ -485,7 +494,7 @@ def main(argv=None):
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
-    labels = f"{index.meta['labels']} labels" if set(LABEL_COLUMNS) & set(columns) else "no labels"
+    labels = f"{index.meta['labels']} labels" if (set(LABEL_COLUMNS) - {"keypoints", "keypoints_score"}) & set(columns) else "no labels"
     print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")
     for reason, names in dropped.items():
         if names:

@@ -382,6 +382,8 @@ def main(argv=None):
     order = EpochSampler(len(anchors), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
     loader = make_loader(dataset, PairSampler(order, anchors, idx, args.neighbour, args.seed), workers=runtime.workers,
                          pin=runtime.device.type == "cuda")
+    if runtime.main:
+        print(f"{len(anchors)} of {len(known)} hands " + ("have a neighbour" if args.pairs else "are drawn from"))
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("positive_similarity",))
     losses = args.accumulate * (1 if args.gather else runtime.world)                         # in an update, each over its own pairs
     lr_base, B = args.lr * math.sqrt(args.batch_size / losses), args.batch_size // runtime.world

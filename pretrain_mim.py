@@ -455,10 +455,10 @@ def flags():
     group.add_argument("--patch-loss", type=float, default=0.1, metavar="W", help="self-distillation of masked patches (default .1)")
     group.add_argument("--pixel-loss", type=float, default=0.3, metavar="W", help="pixels of masked patches (default .3)")
     group = cli.add_argument_group("pose-aware tokens (all ours; with --pose-loss keypoints)")
-    group.add_argument("--sketch", type=float, default=3.0, metavar="W",
+    group.add_argument("--sketch", type=float, metavar="W",
                        help="read off which way edges run: in the whole view (class token), in each patch (patch tokens) (default 3)")
-    group.add_argument("--keypoints", type=int, default=21, help="how many, 16 to 64 (default 21)")
-    group.add_argument("--align", type=float, default=0.2, metavar="W", help="distance to the teacher's undone points (default .2)")
+    group.add_argument("--keypoints", type=int, default=21, help="how many; 16 to 64 are reasonable (default 21)")
+    group.add_argument("--align", type=float, metavar="W", help="distance to the teacher's undone points (default .2)")
     group.add_argument("--align-norm", action=BooleanOptionalAction, default=True,
                        help="bring the teacher's points to a fixed spread first; else smooth L1 to them as they are (default: bring)")
     group.add_argument("--hinge", type=float, default=0.0, metavar="W", help="keeps the points apart; .25 with --no-align-norm")
@@ -466,39 +466,45 @@ def flags():
                        help="tell the hand from the batch's others by its undone points (default 0)")
     group.add_argument("--distribution", type=float, default=0.0, metavar="W",
                        help="centred and sharpened cross-entropy on the undone points")
-    group.add_argument("--logits", choices=["mlp", "distance"], default="distance", help="what --distribution reads from the points")
+    group.add_argument("--logits", choices=["mlp", "distance"], default="distance",
+                       help="what --distribution reads from the points (default distance)")
     group.add_argument("--shape-input", action="store_true", help="--logits mlp also sees the points without place and size")
-    group.add_argument("--pose-prototypes", type=int, default=4096, help="of --distribution, 1024 to 4096")
+    group.add_argument("--pose-prototypes", type=int, default=4096, help="of --distribution, 1024 to 4096 (default)")
     group.add_argument("--class-weight", type=float, default=0.0, metavar="W", help="iBOT's class loss beside the keypoints (default 0)")
     group = cli.add_argument_group("masks")
-    group.add_argument("--mask", choices=["block", "random"], default="block", help="rectangles (iBOT) or single patches")
+    group.add_argument("--mask", choices=["block", "random"], default="block", help="rectangles (default, iBOT) or single patches")
     group.add_argument("--mask-ratio", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"),
-                       help="share of a masked view's patches")
+                       help="share of a masked view's patches (default .1 .5, iBOT)")
     group.add_argument("--mask-share", type=float, default=0.5, help="share of the views that are masked (default .5, iBOT)")
     group = cli.add_argument_group("views: each is drawn alone")
     group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
     group.add_argument("--zoom", type=float, nargs=2, default=(0.75, 1.1), metavar=("LOW", "HIGH"),
-                       help="side of a view over 1.5 x the box")
+                       help="side of a view over 1.5 x the box (default .75 1.1)")
     group.add_argument("--shift", type=float, default=0.12,
-                       help="of its centre, in units of .75 x the box, less where an upright view would lose the box")
+                       help="of its centre, in units of .75 x the box, less where an upright view would lose the box (default .12)")
     group.add_argument("--color", type=float, default=1.0,
-                       help="strength of gains, jitter, tinted light, grey and blur; 0 none, 2 the most")
+                       help="strength of gains, jitter, tinted light, grey and blur; 0 none, 1 default, 2 the most")
     group = cli.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, default=5e-4, help="AdamW rate at batch 256, scaled linearly with the batch (iBOT); up to 4e-3")
-    group.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.4), metavar=("FIRST", "LAST"), help="cosine (DINO)")
-    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
+    group.add_argument("--lr", type=float, default=5e-4,
+                       help="AdamW rate at batch 256; the log shows it times batch / 256 (default 5e-4, iBOT; up to 4e-3)")
+    group.add_argument("--weight-decay", type=float, nargs=2, default=(0.04, 0.4), metavar=("FIRST", "LAST"),
+                       help="cosine (default .04 .4, DINO)")
+    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (default .05)")
     group.add_argument("--ema", type=float, default=0.996,
-                       help="the teacher's momentum at the start, cosine to 1 (iBOT .996); .99 for some hundred steps")
+                       help="the teacher's momentum at the start, cosine to 1 (default .996, iBOT); .99 for some hundred steps")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
-                       help="of the teacher (iBOT); rises over 15 %% of the steps (ours); lower where a loss stays at ln D")
-    group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (iBOT 3, but for each tensor)")
+                       help="of the teacher (default .04 .07, iBOT); rises over 15 %% of the steps (ours); lower if a loss stays at ln D")
+    group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (default 3; iBOT 3 for each tensor)")
     group.add_argument("--compile", action="store_true", help="torch.compile of the encoder: slower to start, faster after")
     add_training_flags(cli, batch_size=256, epochs=100)
     return cli
 
 
 def check_flags(args):
-    """ValueError that names the first flag out of its range, before anything is written."""
+    """ValueError that names the first flag out of its range or at odds with another, before anything is written."""
+    for name, default in (("sketch", 3.0), ("align", 0.2)):
+        if getattr(args, name) is None:
+            setattr(args, name, default if args.pose_loss == "keypoints" else 0.0)
     weights = ("pose_weight", "patch_loss", "pixel_loss", "sketch", "align", "hinge", "contrast", "distribution", "class_weight")
     ranges = dict.fromkeys(weights, (0, 1e4)) | {
               "image_size": (16, 4096), "drop_path": (0, 0.99), "prototypes": (2, 1e6), "head_width": (1, 1e5), "keypoints": (2, 1024),
@@ -513,7 +519,7 @@ def check_flags(args):
         raise ValueError("--arch resnet50: masks need a ViT")
     if args.shape_input and (args.logits != "mlp" or not args.distribution):
         raise ValueError("--shape-input needs --distribution and --logits mlp")
-    for name in ("distribution", "hinge", "contrast", "class_weight"):
+    for name in ("sketch", "align", "distribution", "hinge", "contrast", "class_weight"):
         if getattr(args, name) and args.pose_loss != "keypoints":
             raise ValueError(f"--{name.replace('_', '-')} needs --pose-loss keypoints")
     if args.contrast and args.batch_size // args.accumulate < 2:

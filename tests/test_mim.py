@@ -41,7 +41,9 @@ class One:
 
 
 def args_of(*more):
-    return pretrain_mim.flags().parse_args(["--data", "x", "--out", "y", *TINY, *map(str, more)])
+    args = pretrain_mim.flags().parse_args(["--data", "x", "--out", "y", *TINY, *map(str, more)])
+    pretrain_mim.check_flags(args)
+    return args
 
 
 # --------------------------------------------------------------------------------------------------------------- masks
@@ -406,7 +408,7 @@ def test_collapse_is_told_from_health():
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio"), (["--arch", "resnet50"], "--arch resnet50"), (["--color", "5"], "--color"),
     (["--pose-loss", "none", "--patch-loss", "0", "--pixel-loss", "0"], "nothing to learn"), (["--image-size", "33"], "--image-size"),
     (["--mask-ratio", "0.01", "0.02"], "--mask random"), (["--distribution", "1", "--shape-input"], "--logits mlp"),
-    (["--align", "0", "--sketch", "0"], "--pose-loss none"), (["--pose-loss", "class", "--contrast", "1"], "--pose-loss keypoints"),
+    (["--align", "0", "--sketch", "0"], "--pose-loss none"), (["--pose-loss", "class", "--sketch", "1"], "--pose-loss keypoints"),
     (["--pose-weight", "0", "--mask-share", "0"], "--mask-share"), (["--image-size", "16"], "one patch"),
     (["--batch-size", "0"], "--batch-size"), (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):
