@@ -10,6 +10,7 @@ open in milliseconds and workers share the pages.
                      video     i4           hands of one video share identity and background; -1 unknown
                      label     i4           row of the label columns (absent: the row itself); images that share a pose
                                             (FreiHAND's four backgrounds) share a label and never part in a split
+                     number    i4           place in the data set's official list, where that also holds what has no row here
   one row a label    joints2d  (21,2) f4    pixels, pixel-CENTRE coordinates (what K projects to)
   (all optional)     visible   (21,) f4     confidence of joints2d, 0 .. 1
                      joints    (21,3) f4    metres, camera frame x right, y down, z forward, FreiHAND order
@@ -21,7 +22,9 @@ open in milliseconds and workers share the pages.
                      keypoints (21,2) f4, keypoints_score (21,) f4     what a detector saw (score 0: nothing)
 
 `index.json`: format, name, count, labels, root, and `joints` (definition of the 21 joints: "freihand" = regressed from the
-posed mesh), `pose_mean` (true: the 45 numbers are offsets to the hand's mean pose), `protocol` (how it is scored).
+posed mesh; "ho3d", "manopth" = the layer's own with these tips; others are nobody's mesh), `pose_mean` (true: the 45 numbers are
+offsets to the hand's mean pose), `protocol` (how it is scored), `partial` (true: a label that is not known is NaN: a joint, or all
+numbers of an entry).
 Left hands are stored as the image shows them; HandDataset mirrors them, because the right hand is canonical in the networks.
 
 Coordinates of canvases and views are [-1,1], x right, y down, +-1 at the image edges (align_corners=False). A view is one
@@ -41,10 +44,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 FORMAT = "hand-index-1"
-HAND_COLUMNS = {"image": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": ()}
+HAND_COLUMNS = {"image": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": (), "number": ()}
 LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3), "pose": (48,),
                  "betas": (10,), "K": (3, 3), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
-DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32}   # all others float32
+DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32}     # others float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MAX_PIXELS = 2**28                                            # a larger image is a mistake or an attack; checked before
@@ -64,7 +67,7 @@ def write_index(path, columns, meta, root="."):
     columns = {name: as_stored(name, value) for name, value in columns.items()}
     if "image" in columns and columns["image"].dtype.kind == "U":
         columns["image"] = np.char.encode(columns["image"], "utf-8")
-    count, labels = check_columns(columns)
+    count, labels = check_columns(columns, meta.get("partial", False))
     path.mkdir(parents=True, exist_ok=True)
     for name, value in columns.items():
         np.save(path / f"{name}.npy", value)
@@ -73,8 +76,9 @@ def write_index(path, columns, meta, root="."):
     os.replace(path / "index.json.part", path / "index.json")
 
 
-def check_columns(columns):
-    """(hands, labels) of a dict of columns; ValueError names the column and row that contradicts the format."""
+def check_columns(columns, partial=False):
+    """(hands, labels) of a dict of columns; ValueError names the column and row that contradicts the format. partial: labels may be NaN,
+    a joint with all its coordinates, of other columns all of an entry."""
     unknown = set(columns) - set(HAND_COLUMNS) - set(LABEL_COLUMNS)
     if unknown or "image" not in columns or "box" not in columns:
         raise ValueError(f"columns: unknown {sorted(unknown)}, or `image` or `box` is missing")
@@ -89,7 +93,9 @@ def check_columns(columns):
         if len(value) != rows or (shape is not None and value.shape[1:] != shape):
             raise ValueError(f"column {name}: shape {value.shape}, needs ({rows}, {shape})")
         if value.dtype.kind == "f":
-            report(name, ~np.isfinite(value).reshape(rows, -1).all(1), "is not finite")
+            unknown = np.isnan(value).reshape(rows, *((21, -1) if shape and shape[0] == 21 else (1, -1)))
+            allowed = unknown.all(2, keepdims=True) if partial and name in LABEL_COLUMNS else False
+            report(name, (np.isinf(value).reshape(unknown.shape) | (unknown & ~allowed)).any((1, 2)), "is not finite")
     box = columns["box"]
     report("box", (box[:, 2] - box[:, 0] < 1) | (box[:, 3] - box[:, 1] < 1), "is thinner than a pixel")
     if "label" in columns:
@@ -274,7 +280,8 @@ class HandDataset(torch.utils.data.Dataset):
     or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), pose_mean () (1 where the pose's 45
     numbers are offsets to the hand's mean), and of the labels asked for: joints2d and keypoints (21,2) canvas coordinates,
     visible and keypoints_score (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
-    each zero where the index has none, with has_<label> () 1 or 0.
+    each zero where the index or this hand has none, with has_<label> () 1 or 0; of 21 joints some may be unknown: known_<label> (21,), and
+    has_joints asks for the wrist. source (): which index.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
     canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
@@ -327,7 +334,7 @@ class HandDataset(torch.utils.data.Dataset):
             canvas, valid = canvas[:, ::-1], valid[[2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
         item = {"canvas": torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))), "valid": valid, "row": row,
                 "failed": failed, "crop": np.float32([centre_x, centre_y, side]), "mirrored": np.float32(mirrored),
-                "pose_mean": np.float32(index.meta.get("pose_mean", True))}
+                "pose_mean": np.float32(index.meta.get("pose_mean", True)), "source": self.indices.index(index)}
         for name in self.labels:
             stored = index.columns.get(name)
             value = np.zeros(LABEL_COLUMNS[name], np.float32) if stored is None else np.array(stored[index.label(local)])
@@ -335,8 +342,15 @@ class HandDataset(torch.utils.data.Dataset):
                 value, stored = np.ones(21, np.float32), True
             if name in ("joints2d", "keypoints"):
                 value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
+            finite, has = np.isfinite(value), stored is not None
+            if LABEL_COLUMNS[name][:1] == (21,):
+                item[f"known_{name}"] = finite.reshape(21, -1).all(1).astype(np.float32) * has
+                has = has and (finite[0].all() if name == "joints" else finite.any())
+            else:
+                has = has and finite.all()
+            value = np.where(finite, value, np.float32(0))
             item[name] = mirror(name, value) if mirrored else value
-            item[f"has_{name}"] = np.float32(stored is not None)
+            item[f"has_{name}"] = np.float32(has)
         return item
 
 
@@ -373,6 +387,33 @@ class EpochSampler:
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
                 rows.append(int(order[position % self.count]))
             yield rows[self.share]
+
+
+class MixSampler(EpochSampler):
+    """Rows drawn with replacement from sources of `sizes` (S,), which lie one after the other, in proportion to `shares` (S,)."""
+
+    def __init__(self, sizes, shares, batch, seed, start, stop, rank=0, world=1):
+        super().__init__(int(np.sum(sizes)), batch, seed, start, stop, rank, world)
+        self.sizes, self.shares = np.asarray(sizes), np.asarray(shares, float)
+
+    def __iter__(self):
+        ends, starts = np.cumsum(self.shares) / self.shares.sum(), np.cumsum(self.sizes) - self.sizes
+        for step in range(self.start, self.stop):
+            source, place = np.random.default_rng([self.seed, step, 9]).random((2, self.batch))
+            source = np.searchsorted(ends[:-1], source, side="right")
+            yield (starts[source] + (place * self.sizes[source]).astype(int))[self.share].tolist()
+
+
+def make_sampler(rows, starts, mix, batch, seed, start, stop, rank=0, world=1):
+    """Positions in `rows` (M,), ascending rows of concatenated indices that begin at `starts`: an EpochSampler, or with `mix`, a number for
+    each index, a MixSampler. ValueError where they do not fit."""
+    if mix is None:
+        return EpochSampler(len(rows), batch, seed, start, stop, rank, world)
+    sizes = np.diff(np.searchsorted(rows, starts))
+    if len(mix) != len(sizes) or min(mix) < 0 or not any(mix) or any(share and not size for share, size in zip(mix, sizes, strict=True)):
+        raise ValueError(f"--mix {' '.join(map(str, mix))}: needs a number from 0 on for each of the {len(sizes)} --data, and hands where "
+                         "it is above 0")
+    return MixSampler(sizes, mix, batch, seed, start, stop, rank, world)
 
 
 class PairSampler:

@@ -58,11 +58,10 @@ from mano import (
     FREIHAND_TO_MANO,
     JOINT_NAMES,
     MANO_TO_FREIHAND,
-    TIPS,
     Mano,
     crop_to_full_camera,
     fingerprint,
-    joints_from_vertices,
+    labelled_joints,
     load_hand,
     rotmat_from_axis_angle,
 )
@@ -159,15 +158,6 @@ def read_labels(index, protocol):
     return labels
 
 
-def labelled_joints(vertices, joints, arrays, definition):
-    """(B,21,3) as the labels define them: regressed from the mesh (FreiHAND), or the layer's with the named tips."""
-    if definition == "freihand" or definition not in TIPS:
-        return joints_from_vertices(vertices, arrays, "freihand")
-    joints = joints.clone()
-    joints[:, [4, 8, 12, 16, 20]] = vertices[:, list(TIPS[definition])]
-    return joints
-
-
 def mean_hand(arrays, definition):
     """Joints (1,21,3) and vertices (1,778,3) of the hand at its mean pose with zero betas: what guessing scores."""
     hand = Mano(arrays)
@@ -202,7 +192,7 @@ def predict_index(args, index, arrays, definition):
         with runtime.autocast():
             hand = {key: value.float().cpu() for key, value in net(normalise(views))[-1].items()}
         sign = 1 - 2 * batch["mirrored"].float()                             # -1: mirror a left hand back
-        points = torch.cat([labelled_joints(hand["vertices"], hand["joints"], arrays, definition), hand["vertices"]], 1)
+        points = torch.cat([labelled_joints(hand["vertices"], hand["joints"], arrays, definition, sign < 0), hand["vertices"]], 1)
         points[..., 0] *= sign[:, None]
         rows = batch["row"].numpy()
         if "K" in index.columns:

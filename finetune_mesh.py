@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from data import (
-    EpochSampler,
     HandDataset,
     HandIndex,
     apply_color,
@@ -20,6 +19,7 @@ from data import (
     centre_theta,
     invert_theta,
     make_loader,
+    make_sampler,
     normalise,
     random_color,
     random_theta,
@@ -29,7 +29,7 @@ from data import (
     warp,
 )
 from draw import curve, draw_joints, grid, overlay, save_image
-from mano import Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle, weak_perspective
+from mano import Mano, fingerprint, labelled_joints, load_hand, rotmat_from_axis_angle, weak_perspective
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
@@ -67,18 +67,19 @@ WEIGHTS = {                # rotations: HongwenZhang/PyMAF-X core/trainer.py, ha
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-def mesh_losses(outputs, target, joints_of):
-    """Named losses, each the mean over the iterations, the labelled samples and all entries.
+def mesh_losses(outputs, target, arrays, definitions=("freihand",)):
+    """Named losses, each the mean over the iterations, and of the samples over what is labelled.
 
-    outputs: MeshHead's list. target: make_target's dict. joints_of(output) -> (B,21,3), the label's definition of joints."""
+    outputs: MeshHead's list. target: make_target's dict. arrays: the hand's. definitions: of the joints, of each source."""
     terms = dict.fromkeys(WEIGHTS, 0.0)
+    known = target["known_joints"] * target["has_joints"][:, None]                           # (B, 21)
     root, has_mesh = target["joints"][:, :1], target["has_vertices"] * target["has_joints"]
     for output in outputs:
-        joints = joints_of(output)                                 # (B, 21, 3) m, relative to the kinematic wrist
-        seen = target["visible"][..., None]
+        joints = defined_joints(output, target, arrays, definitions)                         # (B, 21, 3) m
+        seen = target["visible"][..., None] * target["known_joints2d"][..., None]
         # The camera learns from the true joints; the pose then moves under a fixed camera, so it cannot shrink it.
-        known = target["has_joints"][:, None] > 0
-        fixed = torch.where(known, output["camera"].detach(), output["camera"])
+        labelled = target["has_joints"][:, None] > 0
+        fixed = torch.where(labelled, output["camera"].detach(), output["camera"])
         by_camera = weak_perspective(target["joints"] - root, output["camera"]) - target["joints2d"]       # (B, 21, 2)
         by_both = weak_perspective(joints, fixed) - target["joints2d"]
         rotation = (output["rotmats"] - target["rotmats"]) ** 2
@@ -86,17 +87,31 @@ def mesh_losses(outputs, target, joints_of):
         step = {"rotations": masked_mean(rotation, target["has_pose"]),
                 "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
                 "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
-                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"] * target["has_joints"]),
+                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"][:, None] * known),
                 "joints2d": masked_mean(by_both.abs() * seen, target["has_joints2d"]),
-                "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), target["has_joints"]),
+                "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), known),
                 "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(), has_mesh)}
         terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
     return terms
 
 
 def masked_mean(values, has):
-    """Mean over all entries of the samples (B,...) where has (B,) is 1; 0 where there are none."""
-    return (values.flatten(1).mean(1) * has).sum() / has.sum().clamp(min=1)
+    """Mean over the entries of values (B,...) or (B,P,...) where has (B,) or (B,P) is 1; 0 where there are none."""
+    return (values.flatten(has.ndim).mean(has.ndim) * has).sum() / has.sum().clamp(min=1)
+
+
+def defined_joints(output, batch, arrays, definitions):
+    """Joints (B,21,3) of a prediction as the labels of each sample's source define them."""
+    left, found = batch["mirrored"] > 0, None
+    for name in dict.fromkeys(definitions):
+        joints = labelled_joints(output["vertices"], output["joints"], arrays, name, left)
+        own = torch.tensor([other == name for other in definitions], device=left.device)[batch["source"]]
+        found = joints if found is None else torch.where(own[:, None, None], joints, found)
+    return found
+
+
+def definition_of(index):
+    return index.meta.get("joints", "freihand")
 
 
 # ---------------------------------------------------------------------------------------------------------------- views
@@ -164,11 +179,9 @@ def training_mean(dataset, hand, box_scale, count=4000):
 
 
 def open_labelled(paths, flag):
-    """The indices, refused where they hold no labels or joints of another definition than joints_from_vertices'."""
+    """The indices, refused where they hold no labels."""
     indices = [HandIndex(path) for path in paths]
     for index in indices:
-        if index.meta.get("joints", "freihand") != "freihand":
-            raise ValueError(f"{flag} {index.path}: joints of definition {index.meta['joints']!r}, this script trains on \"freihand\"")
         if not {"joints", "joints2d"} & set(index.columns):
             raise ValueError(f"{flag} {index.path}: no labels in this index (images alone are for pre-training)")
     return indices
@@ -176,9 +189,9 @@ def open_labelled(paths, flag):
 
 # ----------------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
-def validate(net, loader, runtime, args, joints_of):
+def validate(net, loader, runtime, args, arrays, definition):
     """PA-MPJPE and PA-MPVPE in mm over the validation hands of all processes, upright views of box x --box-scale, and the
-    number of hands left out because their image could not be read."""
+    number of hands left out because their image could not be read or their labels are not all there."""
     net.eval()
     unread = 0
     sums = torch.zeros(4, device=runtime.device)
@@ -188,8 +201,10 @@ def validate(net, loader, runtime, args, joints_of):
         views = make_views(batch["canvas"].to(runtime.device), theta, args.image_size)
         with runtime.autocast():
             output = net(views)[-1]
-        for k, (name, predicted) in enumerate((("joints", joints_of(output)), ("vertices", output["vertices"]))):
-            has = (batch[f"has_{name}"].bool() & (batch["failed"] < 0)).numpy()
+        joints = labelled_joints(output["vertices"], output["joints"], arrays, definition, batch["mirrored"].to(runtime.device) > 0)
+        for k, (name, predicted) in enumerate((("joints", joints), ("vertices", output["vertices"]))):
+            whole = batch["known_joints"].all(1) if name == "joints" else batch["has_vertices"].bool()
+            has = (whole & (batch["failed"] < 0)).numpy()
             if has.any():
                 pred, true = predicted.float().cpu().numpy()[has], batch[name].numpy()[has]
                 errors = np.linalg.norm(procrustes(pred, true, reflect=True) - true, axis=-1)
@@ -308,11 +323,9 @@ def main(argv=None):
         start = state["step"]
     net = runtime.wrap(model)
 
-    def joints_of(output):
-        return joints_from_vertices(output["vertices"], hand_arrays)
-
-    loader = make_loader(dataset, EpochSampler(len(rows), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
-                         workers=runtime.workers, pin=runtime.device.type == "cuda")
+    order = make_sampler(rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
+    loader = make_loader(dataset, order, workers=runtime.workers, pin=runtime.device.type == "cuda")
+    definitions = [definition_of(index) for index in indices]
     val_rows = runtime.share(np.arange(len(val_index)))
     val_loader = make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, val_rows, substitute=False), batch_size=64,
                              workers=runtime.workers)
@@ -339,7 +352,7 @@ def main(argv=None):
             with runtime.exchange(net, last=part[-1] == len(views) - 1):
                 with runtime.autocast():
                     outputs = net(views[part])
-                terms = mesh_losses(outputs, {name: value[part] for name, value in target.items()}, joints_of)
+                terms = mesh_losses(outputs, {name: value[part] for name, value in target.items()}, hand_arrays, definitions)
                 loss = sum(WEIGHTS[name] * term for name, term in terms.items())
                 scaler.scale(loss / args.accumulate).backward()
             for name, term in (terms | {"loss": loss}).items():
@@ -350,7 +363,7 @@ def main(argv=None):
 
         done = step + 1 == steps
         if done or (step + 1) % args.eval_every == 0:
-            pa_joints, pa_vertices, unread = validate(ema, val_loader, runtime, args, joints_of)
+            pa_joints, pa_vertices, unread = validate(ema, val_loader, runtime, args, hand_arrays, definition_of(val_index))
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
             if runtime.main:
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, shown, runtime, args, hand_arrays["f"]))

@@ -56,6 +56,21 @@ def joints_from_vertices(vertices, arrays, tips="freihand"):
         return torch.cat([regressor @ vertices, vertices[:, ids]], dim=1)[:, list(MANO_TO_FREIHAND)]
 
 
+def labelled_joints(vertices, joints, arrays, definition, left=None):
+    """Joints (B, 21, 3) as a data set's labels define them, from a predicted mesh (B, 778, 3) and the layer's own joints (B, 21, 3).
+
+    definition: a set of TIPS means the layer's 16 with these tips (HO-3D "ho3d", DexYCB "manopth"), but "freihand", and any other
+    name (annotations that are no mesh's), `joints_from_vertices`. left: (B,) bool, hands that were left ones: DexYCB's have another tip.
+    """
+    if definition == "freihand" or definition not in TIPS:
+        return joints_from_vertices(vertices, arrays, "freihand")
+    joints = joints.clone()
+    joints[:, [4, 8, 12, 16, 20]] = vertices[:, list(TIPS[definition])]
+    if definition == "manopth" and left is not None:
+        joints[:, 12] = torch.where(left[:, None], vertices[:, TIPS["manopth445"][2]], joints[:, 12])
+    return joints
+
+
 # ---------------------------------------------------------------------------------------------- rotations
 
 

@@ -3,6 +3,10 @@
   freihand ROOT   FreiHAND v2 as unpacked; ROOT holds training/ and evaluation/, and the labels of the evaluation set lie there
                   or in FreiHAND_pub_v2_eval beside or inside it. --split training, evaluation, or train and val: the training
                   set in two parts that share no pose.
+  ho3d ROOT       HO-3D v2 or v3: --split train or evaluation. Labels of the evaluation frames: evaluation_xyz.json and
+                  evaluation_verts.json in ROOT. With --mano, training hands have meshes.
+  dexycb ROOT     DexYCB: --setup s0 to s3, --split train, val or test. With --mano, hands have poses and meshes.
+  assemblyhands ROOT, interhand ROOT   AssemblyHands (the headset's cameras), InterHand2.6M: --split train, val or test.
   folder ROOT     any folder of hand photographs, sub-folders included. Each sub-folder counts as one video. Without --boxes
                   the hand is taken to fill the image, up to the usual margin.
   video ROOT      videos, and folders of frames, anywhere below ROOT: hands are found in one frame of --every and cut out, with side
@@ -20,13 +24,14 @@ import csv
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+import layouts
 from data import (
     LABEL_COLUMNS,
     SUFFIXES,
@@ -42,6 +47,7 @@ from data import (
     write_index,
 )
 from draw import draw_joints, grid, save_image
+from mano import Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
 from runtime import barrier, finish, parser, read_json, run, save_arrays, setup, write_atomically
 
 BOX_SCALE = 1.3                                                    # the networks' view of a box: see finetune_mesh.py
@@ -49,129 +55,48 @@ CROP, CONTEXT = 256, 2.0                                           # stored crop
 VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
-# ------------------------------------------------------------------------------------------------------------- FreiHAND
-def freihand(root, args):
-    """Columns and meta of one split. Labels are metres in the camera frame, all hands right (datasets by Zimmermann et al.)."""
-    part = "evaluation" if args.split == "evaluation" else "training"
-    labels = {name: read_labels(find(root, f"{part}_{name}.json"), shape)
-              for name, shape in (("K", (3, 3)), ("xyz", (21, 3)), ("verts", (778, 3)), ("mano", (61,)), ("scale", ()))}
-    count = len(labels["K"])
-    for name, value in labels.items():
-        if len(value) != count:
-            raise ValueError(f"{find(root, f'{part}_{name}.json')}: {len(value)} entries, but {part}_K.json has {count}")
-    folder = find(root, f"{part}/rgb").parent.parent
-    names = {entry.name for entry in tqdm(os.scandir(folder / part / "rgb"), desc="images", leave=False)}
-    last = max((int(name[:-4]) for name in names if name[:-4].isdigit()), default=-1)
-    versions = min(max(1, -(-(last + 1) // count)), 4)             # image i + count * k shows label i (T8)
-    image = [f"{i:08d}.jpg" for i in range(count * versions)]
-    present = np.array([name in names for name in image])
-    if not present.all() and not args.skip_missing:
-        raise ValueError(f"{folder / part / 'rgb' / image[int(np.argmin(present))]}: missing, as are {(~present).sum() - 1} others; "
-                         "complete the download, or leave them out with --skip-missing")
-    size = image_size(folder / part / "rgb" / image[int(np.argmax(present))])
-    check_intrinsics(labels["K"], size, find(root, f"{part}_K.json"))
-    joints2d = project(labels["xyz"], labels["K"])
-    columns = {"K": labels["K"], "joints": labels["xyz"], "joints2d": joints2d, "vertices": labels["verts"],
-               "pose": labels["mano"][:, :48], "betas": labels["mano"][:, 48:58], "scale": labels["scale"]}
-    label = np.tile(np.arange(count), versions)
-    kept = present & split_rows(label, args.split)
-    if not kept.any():
-        raise ValueError(f"--split {args.split}: no hands are left in it ({count} labels; val is every 20th)")
-    columns = {name: value[np.unique(label[kept])] for name, value in columns.items()}
-    label = np.unique(label[kept], return_inverse=True)[1]
-    columns |= {"image": np.array([f"{part}/rgb/{name}" for name, keep in zip(image, kept, strict=True) if keep], dtype="S"),
-                "label": label, "box": tight_boxes(columns["joints2d"])[label],
-                "size": np.tile(np.int32(size), (len(label), 1))}
-    meta = {"name": f"freihand-{args.split}", "joints": "freihand", "pose_mean": True, "protocol": "freihand"}
-    dropped = {"image missing": [str(folder / part / "rgb" / name) for name in np.array(image)[~present]]}
-    return columns, meta, folder, dropped
+# ------------------------------------------------------------------------------------------------- labelled data sets
+def labelled(root, args):
+    """Columns of a public data set, by its reader in layouts.py."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    splits = layouts.SPLITS[args.kind]
+    split = args.split or splits[0]
+    if split not in splits:
+        raise ValueError(f"--split {split}: {args.kind} has {', '.join(splits)}")
+    hands = Hands(args.mano) if args.mano else None
+    extra = {"freihand": {"skip_missing": args.skip_missing}, "ho3d": {"hands": hands, "workers": args.workers}, "assemblyhands": {},
+             "dexycb": {"setup": args.setup, "hands": hands, "workers": args.workers}, "interhand": {"hands": hands}}[args.kind]
+    return getattr(layouts, args.kind)(root, split, **extra)
 
 
-def split_rows(label, split):
-    """Rows of --split train or val: val is every 20th block of 100 poses, because neighbours in the list may show the same
-    moment from two cameras (ours; FreiHAND has no official validation set)."""
-    held_out = label // 100 % 20 == 19 if label.max() >= 1900 else label % 20 == 19
-    return {"train": ~held_out, "val": held_out}.get(split, np.ones(len(label), bool))
+class Hands:
+    """Meshes of labels that are MANO's numbers: arrays (N,...), metres; left (N,) tells of whose model a row is (default: right ones)."""
 
+    def __init__(self, paths):
+        if len(paths) > 2:
+            raise ValueError("--mano: one file, MANO_RIGHT.pkl, or two, MANO_RIGHT.pkl MANO_LEFT.pkl")
+        right = read_mano(paths[0])
+        self.arrays = right, read_mano(paths[1]) if len(paths) > 1 else mirror_arrays(right)
 
-def find(root, name):
-    """The file or folder `name` of FreiHAND, in ROOT or in the folder that the evaluation labels unpack to."""
-    places = [root, root / "FreiHAND_pub_v2", root / "FreiHAND_pub_v2_eval", root.parent / f"{root.name}_eval",
-              root.parent / "FreiHAND_pub_v2_eval"]
-    for place in places:
-        if (place / name).exists():
-            return place / name
-    raise FileNotFoundError(f"{root / name}: not there (nor in FreiHAND_pub_v2_eval beside it): ROOT must be FreiHAND v2 as unpacked")
+    def angles(self, coefficients, left):
+        """PCA coefficients (N,45) -> axis-angles (N,45), the mean pose in them (T17)."""
+        both = [hand["hands_mean"].ravel() + coefficients @ hand["hands_components"] for hand in self.arrays]
+        return np.where(left[:, None], both[1], both[0])
 
+    def mean(self, left):
+        return np.where(left[:, None], *(hand["hands_mean"].ravel() for hand in self.arrays[::-1]))
 
-def read_labels(path, shape):
-    """A JSON list of equal nested lists -> (N, *shape) float64, read entry by entry: training_verts.json takes gigabytes as
-    Python floats. ValueError names the file and the entry that is broken, of another shape or not finite."""
-    entries = []
-    for value in tqdm(stream_json(path), desc=path.name, leave=False):
-        try:
-            entry = np.asarray(value, dtype=np.float64)
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}: entry {len(entries)} is not a list of numbers of shape {shape}") from None
-        if entry.size != int(np.prod(shape)) or entry.shape[-len(shape):] != shape and shape:
-            raise ValueError(f"{path}: entry {len(entries)} has shape {entry.shape}, needs {shape}")
-        if not np.isfinite(entry).all():
-            raise ValueError(f"{path}: entry {len(entries)} is not finite")
-        entries.append(entry.reshape(shape))
-    if not entries:
-        raise ValueError(f"{path}: no entries")
-    return np.stack(entries)
-
-
-def stream_json(path, chunk=1 << 24):
-    """The elements of a top-level JSON list, one at a time; ValueError names the file and the broken entry."""
-    decoder, between, count = json.JSONDecoder(), re.compile(r"[\s,]*"), 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(chunk).lstrip()
-        if not text.startswith("["):
-            raise ValueError(f"{path}: not a JSON list")
-        at = 1
-        while True:
-            at = between.match(text, at).end()
-            if text.startswith("]", at):
-                return
-            try:
-                value, end = decoder.raw_decode(text, at)
-                whole = end < len(text)                            # otherwise a number may go on in the next chunk
-            except RecursionError:
-                raise ValueError(f"{path}: broken JSON at entry {count}: nested too deeply") from None
-            except json.JSONDecodeError as error:
-                whole = False
-                if error.pos < len(text) - 100:                    # not merely cut by the end of the chunk
-                    raise ValueError(f"{path}: broken JSON at entry {count}") from None
-            if whole:
-                yield value
-                count, at = count + 1, end
-                continue
-            more = file.read(chunk)
-            if not more:
-                raise ValueError(f"{path}: broken JSON at entry {count}: is the file whole?")
-            text, at = text[at:] + more, 0
-
-
-def check_intrinsics(K, size, path):
-    """ValueError that names the entry where K is no pinhole camera for an image of this (width, height)."""
-    focal, centre = K[:, [0, 1], [0, 1]], K[:, :2, 2]
-    wrong = (focal < 0.1 * np.array(size)) | (focal > 50 * np.array(size)) | (centre < -np.array(size)) | (centre > 2 * np.array(size))
-    wrong = wrong.any(1) | (np.abs(K[:, 2] - [0, 0, 1]).max(1) > 1e-6)
-    if wrong.any():
-        raise ValueError(f"{path}: entry {int(np.argmax(wrong))} is no camera for an image of {size[0]} x {size[1]} pixels")
-
-
-def project(points, K):
-    """(N,P,3) metres -> (N,P,2) pixel-centre coordinates."""
-    image = points @ K.transpose(0, 2, 1)
-    return image[..., :2] / image[..., 2:]
-
-
-def tight_boxes(joints2d):
-    """(N,4) boxes in pixel-edge coordinates around (N,21,2) joints."""
-    return np.concatenate([joints2d.min(1), joints2d.max(1)], axis=1) + 0.5
+    @torch.no_grad()
+    def vertices(self, pose, betas, trans, left=None, repair=False):
+        """(N,778,3) of absolute poses (N,48). repair: with the left model's shapes corrected, which DexYCB's labels have not."""
+        left, found = np.zeros(len(pose), bool) if left is None else left, np.empty((len(pose), 778, 3), np.float32)
+        for side in (0, 1):
+            layer = Mano(self.arrays[side], ("right", "left")[side], repair=repair).double()
+            for rows in np.array_split(np.flatnonzero(left == side), max(1, int((left == side).sum()) // 1024)):
+                rotmats = rotmat_from_axis_angle(torch.from_numpy(pose[rows].reshape(-1, 16, 3)))
+                found[rows] = layer(rotmats, torch.from_numpy(betas[rows]))[0].numpy() + trans[rows, None]
+        return found
 
 
 # --------------------------------------------------------------------------------------------------------------- folder
@@ -462,12 +387,17 @@ def contact_sheet(index, path, count=24, size=192):
 
 def main(argv=None):
     cli = parser(__doc__)
-    kinds = {"freihand": freihand, "folder": folder, "video": video, "hand100m": hand100m}
+    kinds = dict.fromkeys(layouts.SPLITS, labelled) | {"folder": folder, "video": video, "hand100m": hand100m}
     cli.add_argument("kind", choices=list(kinds), help="what ROOT is")
     cli.add_argument("root", type=Path, metavar="ROOT", help="folder as unpacked from the download")
     cli.add_argument("--out", type=Path, required=True, help="folder of the index; must not hold one yet")
-    cli.add_argument("--split", default="training", choices=["training", "evaluation", "train", "val"],
-                     help="freihand: which part (default training; train and val part it by pose, 19 to 1)")
+    cli.add_argument("--split", choices=sorted({split for splits in layouts.SPLITS.values() for split in splits}),
+                     help="which part of a data set (default: its training set; freihand: train and val part training by pose, 19 to 1)")
+    cli.add_argument("--setup", default="s0", choices=["s0", "s1", "s2", "s3"],
+                     help="dexycb: what the test has not been trained on: nothing (default), subjects, views, objects")
+    cli.add_argument("--mano", nargs="+", metavar="FILE", help="MANO_RIGHT.pkl [MANO_LEFT.pkl] for labels that are MANO's numbers: "
+                     "ho3d, dexycb, interhand (without the second the right hand is mirrored, which DexYCB's left labels are not)")
+    cli.add_argument("--workers", type=int, default=0, help="ho3d, dexycb: processes that read (default 0: one a core)")
     cli.add_argument("--skip-missing", action="store_true", help="freihand: leave out labels whose image is missing instead of refusing")
     cli.add_argument("--boxes", type=Path, help="folder: CSV image,x0,y0,x1,y1[,side], pixels, image relative to ROOT")
     cli.add_argument("--side", default="right", choices=["right", "left"], help="folder: side of all hands without --boxes")

@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import (
-    EpochSampler,
     HandDataset,
     HandIndex,
     PairSampler,
@@ -28,6 +27,7 @@ from data import (
     fingerprint,
     invert_theta,
     make_loader,
+    make_sampler,
     normalise,
     random_hsv,
     to_rgb,
@@ -379,7 +379,7 @@ def main(argv=None):
     if args.compile:
         model.encoder.compile()
     net, parameters, failed = runtime.wrap(model), list(model.parameters()), set()
-    order = EpochSampler(len(anchors), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
+    order = make_sampler(anchors, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
     loader = make_loader(dataset, PairSampler(order, anchors, idx, args.neighbour, args.seed), workers=runtime.workers,
                          pin=runtime.device.type == "cuda")
     if runtime.main:

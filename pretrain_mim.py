@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (
-    EpochSampler,
     HandDataset,
     HandIndex,
     apply_color,
@@ -31,6 +30,7 @@ from data import (
     blur,
     invert_theta,
     make_loader,
+    make_sampler,
     normalise,
     random_blur,
     random_color,
@@ -573,8 +573,8 @@ def main(argv=None):
         teacher.encoder.compile()
     net, parameters, failed = runtime.wrap(student), list(student.parameters()), set()
     last_layers = [head.prototypes for head in (student.tokens, student.poses) if head is not None]
-    loader = make_loader(dataset, EpochSampler(len(dataset), args.batch_size, args.seed, start, steps, runtime.rank, runtime.world),
-                         workers=runtime.workers, pin=runtime.device.type == "cuda")
+    order = make_sampler(dataset.rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
+    loader = make_loader(dataset, order, workers=runtime.workers, pin=runtime.device.type == "cuda")
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("keypoint_spread", "patch_teacher_entropy"))
     lr_base, frozen = args.lr * args.batch_size / 256, min(1250, int(0.02 * steps))
 

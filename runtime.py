@@ -37,6 +37,8 @@ def run(main):
             raise
         text = str(error).strip()
         text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text      # from a loader's process
+        for bar in list(getattr(tqdm, "_instances", ())):          # the line begins where a bar would stand
+            bar.close()
         rank = int(os.environ.get("RANK", 0))                      # a mistake in the flags is every process's, a full disk one's
         print(f"error{f' (process {rank})' if rank else ''}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
@@ -63,6 +65,8 @@ def add_training_flags(cli, batch_size, epochs):
     group = cli.add_argument_group("run")
     group.add_argument("--out", required=True, help="folder RUN for config.json, log.jsonl, last.pt, encoder.pt and samples/")
     group.add_argument("--resume", action="store_true", help="continue RUN exactly where last.pt stands, with the same flags")
+    group.add_argument("--mix", nargs="+", type=float, metavar="SHARE",
+                       help="of a batch, one for each --data, drawn with replacement (default: every hand once an epoch)")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, default=epochs, help=f"passes over the data (default {epochs:g})")
     length.add_argument("--steps", type=int, help="optimiser updates, instead of --epochs")
