@@ -18,6 +18,7 @@ open in milliseconds and workers share the pages.
                      pose      (48,) f4     axis-angle: 3 global, 45 articulation
                      betas     (10,) f4     MANO shape
                      K         (3,3) f4     pinhole camera, pixels
+                     extrinsics (3,4) f4    [R | t], world to camera, metres
                      scale     f4           length of the middle finger's proximal bone, metres
                      keypoints (21,2) f4, keypoints_score (21,) f4     what a detector saw (score 0: nothing)
 
@@ -46,7 +47,7 @@ from PIL import Image, ImageOps
 FORMAT = "hand-index-1"
 HAND_COLUMNS = {"image": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": (), "number": ()}
 LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3), "pose": (48,),
-                 "betas": (10,), "K": (3, 3), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
+                 "betas": (10,), "K": (3, 3), "extrinsics": (3, 4), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
 DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32}     # others float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}

@@ -23,6 +23,7 @@ import contextlib
 import html
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -49,6 +50,7 @@ from data import (
     normalise,
     read_image,
     square,
+    theta_rotation,
     warp,
     whole_box,
     write_index,
@@ -71,6 +73,7 @@ from runtime import add_device_flags, load_checkpoint, parser, read_json, run, s
 CONTEXT = 2.0                              # canvas over box, as in training
 PROBE_SCALE, PROBE_HANDS = 1.3, 10_000     # side of the probe's views over the box; labelled hands that it looks at
 FLIP = np.array([1.0, -1.0, -1.0])         # OpenCV's camera axes to HO-3D's and back
+TIP_FIRST = [4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17, 0]        # FreiHAND's order to AssemblyHands'
 PLACED = {"abs": "as submitted", "root": "minus the wrist"}
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
          ("f_5", "F-score at 5 mm", ""), ("f_15", "F-score at 15 mm", ""),
@@ -92,11 +95,15 @@ def main(argv=None):
     cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS), help="default: as the index says, else freihand")
     cli.add_argument("--mano", help="official MANO_RIGHT.pkl or an .npz of it; default: the synthetic hand")
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
+    cli.add_argument("--tta", type=int, default=1, metavar="N",
+                     help="test-time augmentation: the mean over N views turned by -30 to 30 degrees, odd (default 1: the upright one)")
     add_device_flags(cli)
     args = cli.parse_args(argv)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
+    if args.tta < 1 or args.tta % 2 == 0:
+        raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
     if args.compare:
         return compare(args.compare, out)
     if not args.data:
@@ -134,7 +141,7 @@ def main(argv=None):
         (folder / "metrics.json").write_text(json.dumps(table, indent=1))
         scores = metrics.official_scores(table, protocol)
         (folder / "scores.txt").write_text("".join(f"{key}: {value:f}\n" for key, value in scores.items()))
-        write_predictions(folder, pred, protocol)
+        write_predictions(folder, pred, protocol, index)
         page = report(index, arrays["f"], pred, labels, errors, baseline, table, facts)
         (folder / "report.html").write_text(page, encoding="utf-8")
     print(text_table(COLUMNS, table_rows(table, protocol)))
@@ -187,10 +194,7 @@ def predict_index(args, index, arrays, definition):
         failed = batch["failed"][batch["failed"] >= 0]
         if len(failed):
             name_unread(index, int(failed[0]))
-        theta = centre_theta(len(batch["row"]), zoom).to(runtime.device)
-        views = warp(batch["canvas"].to(runtime.device), theta, size)
-        with runtime.autocast():
-            hand = {key: value.float().cpu() for key, value in net(normalise(views))[-1].items()}
+        hand = predict_views(net, batch["canvas"].to(runtime.device), zoom, size, runtime, args.tta)
         sign = 1 - 2 * batch["mirrored"].float()                             # -1: mirror a left hand back
         points = torch.cat([labelled_joints(hand["vertices"], hand["joints"], arrays, definition, sign < 0), hand["vertices"]], 1)
         points[..., 0] *= sign[:, None]
@@ -201,6 +205,24 @@ def predict_index(args, index, arrays, definition):
             points = points + crop_to_full_camera(camera, batch["crop"][:, :2], batch["crop"][:, 2] * zoom, K)[:, None]
         joints[rows], vertices[rows] = points[:, :21].numpy(), points[:, 21:].numpy()
     return (joints, vertices), state["box_scale"]
+
+
+def predict_views(net, canvas, zoom, size, runtime, count):
+    """The network's hand for canvases (B,3,H,W) seen upright, on the CPU. With a `count` above 1 its mesh and joints are means over views
+    turned by -30 to 30 degrees, turned back and laid upon each other by the wrist; the camera stays the upright view's."""
+    sums = {}
+    for degrees in np.linspace(-30, 30, count) if count > 1 else (0.0,):
+        turn = torch.tensor([math.radians(degrees)])
+        theta = torch.stack([turn.cos(), -turn.sin(), 0 * turn, turn.sin(), turn.cos(), 0 * turn], 1).view(1, 2, 3) * zoom
+        theta = theta.expand(len(canvas), 2, 3).to(runtime.device)
+        with runtime.autocast():
+            seen = {key: value.float().cpu() for key, value in net(normalise(warp(canvas, theta, size)))[-1].items()}
+        back = theta_rotation(theta.cpu())                         # canvas to view; points are rows
+        for key in ("vertices", "joints"):
+            sums[key] = sums.get(key, 0) + (seen[key] - seen["joints"][:, :1]) @ back / count
+        if degrees == 0:
+            upright = seen
+    return upright | {key: value + upright["joints"][:, :1] for key, value in sums.items()} if count > 1 else upright
 
 
 def name_unread(index, row):
@@ -241,15 +263,37 @@ def as_array(nested):
         return None
 
 
-def write_predictions(folder, pred, protocol):
-    """pred.json and pred.zip in the form the data set's leaderboard takes."""
+def write_predictions(folder, pred, protocol, index):
+    """pred.json and pred.zip in the form of FreiHAND's and HO-3D's leaderboards; for DexYCB also the text that its toolkit scores, for
+    AssemblyHands the challenge's file."""
     joints, vertices = pred
+    if protocol == "dexycb":                                       # number of the frame in its split, 63 numbers in mm
+        numbers = index.columns.get("number", np.arange(len(index)))
+        rows = [",".join([str(number), *(f"{value:.4f}" for value in hand)]) for number, hand in
+                zip(numbers, 1000 * joints.reshape(-1, 63), strict=True)]
+        (folder / "pred.txt").write_text("\n".join(rows) + "\n")
+    if protocol == "assemblyhands" and "extrinsics" in index.columns:
+        (folder / "pred_world.json").write_text(json.dumps(to_world(index, joints)))
     if protocol == "ho3d":
         joints, vertices = joints[:, list(FREIHAND_TO_MANO)] * FLIP, None if vertices is None else vertices * FLIP
     content = json.dumps([joints.tolist(), [] if vertices is None else vertices.tolist()])
     (folder / "pred.json").write_text(content)
     with zipfile.ZipFile(folder / "pred.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(folder / "pred.json", "pred.json")
+
+
+def to_world(index, joints):
+    """The challenge's {"annotations": {sequence: {frame: {"world_coord": 42 x 3}}}} in mm, right hand first and tip first, zeros where
+    there is no hand; the mean of the cameras that see it. An image is SEQUENCE/CAMERA/FRAME.jpg."""
+    sums = {}
+    for row in range(len(index)):
+        sequence, _, frame = os.fsdecode(bytes(index.columns["image"][row])).removesuffix(".jpg").rsplit("/", 3)[-3:]
+        outside = np.asarray(index.columns["extrinsics"][index.label(row)], np.float64)
+        world = (joints[row] - outside[:, 3]) @ outside[:, :3]
+        total = sums.setdefault(sequence, {}).setdefault(frame, np.zeros((2, 21, 4)))
+        total[index.side(row)] += np.c_[1000 * world[TIP_FIRST], np.ones(21)]
+    return {"annotations": {sequence: {frame: {"world_coord": (hands[..., :3] / np.maximum(hands[..., 3:], 1)).reshape(42, 3).tolist()}
+                                       for frame, hands in frames.items()} for sequence, frames in sums.items()}}
 
 
 @contextlib.contextmanager

@@ -165,17 +165,17 @@ def training_mean(dataset, hand, box_scale, count=4000):
         labels = index.pose_ids()[rows]
         if "pose" in index.columns:
             pose = torch.from_numpy(index.columns["pose"][np.unique(labels)][:, :3])
-            turns.append(rotmat_from_axis_angle(pose))
+            turns.append(rotmat_from_axis_angle(pose[pose.isfinite().all(1)]))
         if "joints" in index.columns and "joints2d" in index.columns:
             side = [square(index.columns["box"][row], box_scale)[2] for row in rows]
-            spread = [np.linalg.norm(x[..., :2] - x[..., :2].mean(1, keepdims=True), axis=-1).mean(1)
+            spread = [np.linalg.norm(x[..., :2] - np.nanmean(x[..., :2], 1, keepdims=True), axis=-1)
                       for x in (index.columns["joints2d"][labels], index.columns["joints"][labels])]
-            scales.append(spread[0] / np.maximum(spread[1], 1e-4) * 2 / np.array(side))
+            scales.append(np.nanmean(spread[0], 1) / np.maximum(np.nanmean(spread[1], 1), 1e-4) * 2 / np.array(side))
     rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hand.hands_mean.cpu()]))
     if turns:
         u, _, v = torch.linalg.svd(torch.cat(turns).mean(0))
         rotmats[0] = u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
-    return rotmats, float(np.median(np.concatenate(scales))) if scales else 9.0
+    return rotmats, float(np.nanmedian(np.concatenate(scales))) if scales else 9.0
 
 
 def open_labelled(paths, flag):

@@ -267,6 +267,7 @@ def assemblyhands(root, split):
                     empty.append(f"{image['file_name']} {name}")
                     continue
                 rows.append({"image": os.fsencode(image["file_name"]), "size": (image["width"], image["height"]), "K": K, "joints": joints,
+                             "extrinsics": np.c_[outside[:, :3], outside[:, 3] / 1000],
                              "box": numbers(hand["bbox"], name, (4,), path) + 0.5, "side": side, "video": sequence})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: annotation {entry} is not as AssemblyHands has it ({type(error).__name__}: {error})") from None
@@ -332,7 +333,8 @@ def annotated(rows, folder, path, dropped, meta):
     """Columns of rows with image, size, K, joints, box (None: around the joints), side and video."""
     if not rows:
         raise ValueError(f"{path}: no annotated hand")
-    columns = {name: np.array([row[name] for row in rows]) for name in ("image", "size", "K", "joints", "side")}
+    names = {"image", "size", "K", "joints", "side", "extrinsics"} & set(rows[0])
+    columns = {name: np.array([row[name] for row in rows]) for name in sorted(names)}
     columns["joints2d"] = project(columns["joints"], columns["K"])
     columns["visible"] = np.isfinite(columns["joints2d"]).all(2)
     around = tight_boxes(columns["joints2d"])

@@ -12,6 +12,7 @@ import evaluate
 import metrics
 from data import HandIndex, write_index
 from mano import FREIHAND_TO_MANO, Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle
+from runtime import Runtime
 
 N, SIZE, FOCAL = 10, 96, 150.0
 
@@ -107,7 +108,7 @@ def test_joints_alone(index, labels, tmp_path):
 
 def test_ho3d_files_have_its_order_and_frame(index, labels, tmp_path):
     pred = noisy(labels)
-    evaluate.write_predictions(tmp_path, pred, "ho3d")
+    evaluate.write_predictions(tmp_path, pred, "ho3d", None)
     joints, vertices = (np.array(points) for points in json.loads((tmp_path / "pred.json").read_text()))
     assert (joints[..., 2] < 0).all() and (vertices[..., 2] < 0).all()
     np.testing.assert_array_equal(joints[:, 4] * [1, -1, -1], pred[0][:, 9])  # middle knuckle: 4 there, 9 here
@@ -213,3 +214,20 @@ def test_comparing_runs(tmp_path, capsys):
     other = write("d", pa_mpjpe_mm=6.0, pa_mpvpe_mm=5.0, count=6)
     with pytest.raises(ValueError, match="d: scored on other hands"):
         evaluate.main(["--compare", f"a={a}", f"d={other}", "--out", str(tmp_path / "out2")])
+
+
+def test_augmented_views_are_turned_back():
+    """A network that points from the middle of its view at a bright spot points at the same spot of the canvas, however it is turned."""
+    canvas = torch.zeros(2, 3, 72, 72, dtype=torch.uint8)
+    canvas[0, :, 20:24, 40:44], canvas[1, :, 50:54, 30:34] = 255, 255
+
+    def net(views):
+        light = views[:, 0] - views[:, 0].amin((1, 2), keepdim=True)
+        line = (torch.arange(64) * 2 + 1) / 64 - 1
+        at = torch.stack([(light.sum(1) * line).sum(1), (light.sum(2) * line).sum(1), 0 * light[:, 0, 0]], 1) / light.sum((1, 2))[:, None]
+        joints = at[:, None] * torch.arange(21.0)[:, None]
+        return [{"joints": joints, "vertices": joints.repeat(1, 38, 1)[:, :778] + 0.1, "camera": at}]
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    one, five = (evaluate.predict_views(net, canvas, 0.9, 64, runtime, count) for count in (1, 5))
+    assert one["joints"][0, 20, 0] > 1 and (one["joints"] - five["joints"]).abs().max() < 0.05
+    assert (five["joints"][:, 0] - one["joints"][:, 0]).abs().max() < 1e-6 and torch.equal(one["camera"], five["camera"])

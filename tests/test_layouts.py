@@ -7,13 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fixtures import call
+from fixtures import call, log
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import layouts
-from data import HandDataset, HandIndex
-from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
+from data import HandDataset, HandIndex, make_sampler
+from evaluate import to_world, write_predictions
+from finetune_mesh import mesh_losses
+from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, labelled_joints, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
 from prepare_data import Hands
 
 ARRAYS = synthetic_mano()
@@ -233,6 +235,10 @@ def test_dexycb(roots, tmp_path, setup, split):
     close(index.columns["joints"], joints)
     close(index.columns["joints2d"], project(joints), 0.01)
     close(index.columns["pose"], pose, 1e-5)
+    write_predictions(tmp_path, (joints, None), "dexycb", index)         # T16: the toolkit's text, in mm
+    lines = [line.split(",") for line in (tmp_path / "pred.txt").read_text().splitlines()]
+    assert [int(line[0]) for line in lines] == there and {len(line) for line in lines} == {64}
+    close(np.array(lines, float)[:, 1:].reshape(-1, 21, 3) / 1000, joints)
     left = index.columns["side"] == 1
     assert np.isnan(index.columns["betas"][left]).all() and np.isfinite(index.columns["betas"][~left]).all()
     item = HandDataset([index], 64, 2.0, ("betas", "joints", "pose"), substitute=False)[int(np.argmax(left))]
@@ -261,6 +267,10 @@ def test_assemblyhands(roots, tmp_path):
     assert np.argwhere(unknown).tolist() == [[2, 0], [2, 8]]             # wrist, and the index finger's tip
     close(np.where(unknown[..., None], 0, index.columns["joints"]), np.where(unknown[..., None], 0, wanted))
     close(np.where(unknown[..., None], 0, index.columns["joints2d"]), np.where(unknown[..., None], 0, project(wanted)), 0.01)
+    world = to_world(index, wanted)["annotations"]["seq"]                # the challenge's file
+    poses = json.loads((root / "assemblyhands/annotations/val/assemblyhands_val_joint_3d_v1-1.json").read_text())["annotations"]["seq"]
+    close(np.array(world["000000"]["world_coord"]), np.array(poses["000000"]["world_coord"]), 1e-3)
+    assert not np.any(world["000002"]["world_coord"][:21]) and np.all(world["000002"]["world_coord"][21:])
     item = HandDataset([index], 64, 2.0, ("joints", "joints2d", "visible"), substitute=False)[2]
     assert item["known_joints"].sum() == 19 and item["has_joints"] == 0 and item["has_joints2d"] == 1 and np.isfinite(item["joints"]).all()
 
@@ -359,3 +369,54 @@ def test_damage_is_named_and_leaves_nothing(roots, tmp_path, name, monkeypatch, 
     said = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip(" \x1b[A").startswith("error")]
     assert stopped.value.code == 2 and len(said) == 1 and not (tmp_path / "out").exists() and not (tmp_path / "hostile").exists()
     assert (where.rsplit("/", 1)[-1].removesuffix("_v1-1.json") in said[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+def test_a_mixture_of_sets_trains(roots, tmp_path):
+    """Meshes, joints alone of which some are unknown, and poses without betas in one batch; each with its definition of joints."""
+    root, hand = roots[0], ("--mano", roots[0] / "hand.npz")
+    for kind, split, more in (("ho3d", "train", hand), ("dexycb", "val", hand), ("assemblyhands", "val", ())):
+        call("prepare_data.py", kind, root / kind, "--split", split, "--out", tmp_path / kind, *more)
+    command = ["finetune_mesh.py", "--data", *(tmp_path / kind for kind in ("ho3d", "dexycb", "assemblyhands")), "--val", tmp_path / "ho3d",
+               *hand, "--out", tmp_path / "run", "--arch", "vit_micro", "--image-size", 64, "--head-width", 32, "--batch-size", 12,
+               "--steps", 2, "--log-every", 1, "--workers", 0]
+    call(*command, "--mix", 2, 1, 1)
+    rows = log(tmp_path / "run")
+    assert all(np.isfinite(row["loss"]) and row["vertices"] > 0 for row in rows if "loss" in row)
+    done = call(*command[:-8], "--steps", 2, "--workers", 0, "--batch-size", 12, "--mix", 1, 1, check=False)
+    assert done.returncode == 2
+
+
+def test_mixture_is_in_proportion():
+    rows, starts = np.r_[0:10, 20:50, 50:52], np.array([0, 20, 50, 60])  # of three indices, 10, 30 and 2 rows
+    drawn = np.concatenate(list(make_sampler(rows, starts, [1, 0, 3], 64, 0, 0, 40)))
+    assert abs((drawn < 10).mean() - 0.25) < 0.03 and not ((drawn >= 10) & (drawn < 40)).any() and set(drawn[drawn >= 40]) == {40, 41}
+    halves = [list(make_sampler(rows, starts, [1, 0, 3], 64, 0, 7, 9, rank, 2)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == list(make_sampler(rows, starts, [1, 0, 3], 64, 0, 7, 9))
+    for mix in ([1, 1], [1, -1, 1], [0, 0, 0]):
+        with pytest.raises(ValueError, match="--mix"):
+            make_sampler(rows, starts, mix, 64, 0, 0, 1)
+
+
+def test_unknown_joints_cost_nothing_and_the_rest_is_averaged():
+    """Losses of a batch in which joints are unknown: whatever stands in their place, the mean of what is known."""
+    g = torch.Generator().manual_seed(0)
+    hand = Mano(ARRAYS)
+    rotmats, betas = rotmat_from_axis_angle(0.3 * torch.randn(4, 16, 3, generator=g)), torch.randn(4, 10, generator=g)
+    vertices, joints = hand(rotmats, betas)
+    camera = torch.tensor([[5.0, 0, 0]]).expand(4, 3)
+    output = {"vertices": vertices, "joints": joints, "rotmats": rotmats, "betas": betas, "camera": camera}
+    true = joints + 0.01 * torch.randn(4, 21, 3, generator=g)
+    known = (torch.rand(4, 21, generator=g) < 0.7).float()
+    known[:, 0], known[3, 0] = 1, 0                                      # the last hand's wrist is unknown
+    target = {"joints": true, "joints2d": true[..., :2], "vertices": vertices, "rotmats": rotmats, "betas": betas, "upright": vertices,
+              "visible": torch.ones(4, 21), "known_joints": known, "known_joints2d": torch.ones(4, 21), "mirrored": torch.zeros(4),
+              "source": torch.tensor([0, 1, 1, 0]), "has_joints": known[:, 0]}
+    target |= {f"has_{name}": torch.ones(4) for name in ("pose", "betas", "vertices", "joints2d")}
+    wild = target | {"joints": torch.where(known[..., None] > 0, true, 1e3)}
+    first, second = (mesh_losses([output], batch, ARRAYS, ["freihand", "ho3d"]) for batch in (target, wild))
+    assert {name: float(value) for name, value in first.items()} == pytest.approx({name: float(value) for name, value in second.items()})
+    own = torch.where((target["source"] == 0)[:, None, None], labelled_joints(vertices, joints, ARRAYS, "freihand"),
+                      labelled_joints(vertices, joints, ARRAYS, "ho3d"))
+    errors = [(own[b, k] - own[b, 0] - true[b, k] + true[b, 0]).abs().mean() for b in range(3) for k in range(21) if known[b, k]]
+    assert float(first["joints"]) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
