@@ -491,7 +491,7 @@ def flags():
                        help="cosine (default .04 .4, DINO)")
     group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (default .05)")
     group.add_argument("--ema", type=float, default=0.996,
-                       help="the teacher's momentum at the start, cosine to 1 (default .996, iBOT); .99 for some hundred steps")
+                       help="the teacher's momentum at the start, cosine to 1 (default .996, iBOT); .98 for some hundred steps")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
                        help="of the teacher (default .04 .07, iBOT); rises over 15 %% of the steps (ours); lower if a loss stays at ln D")
     group.add_argument("--clip", type=float, default=3.0, help="largest norm of the gradient (default 3; iBOT 3 for each tensor)")
