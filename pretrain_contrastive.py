@@ -129,7 +129,7 @@ def nt_xent(a, b, temperature, positive_weights=None, negative_weights=None):
 def distances(joints_a, joints_b):
     """(R,21,2), (M,21,2) -> (R,M): mean over the joints of their distance; by differences, products would lose the near ones."""
     a, b = (joints.transpose(0, 1).contiguous() for joints in (joints_a, joints_b))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").mean(0)            # of (21, R, M)
+    return torch.cat([torch.cdist(some, b, compute_mode="donot_use_mm_for_euclid_dist").mean(0) for some in a.split(64, 1)])
 
 
 def pair_weights(joints_a, joints_b):
