@@ -116,6 +116,7 @@ def pretraining_step(arch, image_size, batch, public):
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
     args = mim.flags().parse_args(["--data", "-", "--out", "-", "--pose-loss", "class"])
+    mim.check_flags(args)
     runtime, g = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0), generator(0)
     torch.manual_seed(0)
     student = mim.HandMIM(build_encoder(arch, image_size), args).train()
