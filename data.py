@@ -94,9 +94,10 @@ def check_columns(columns, partial=False):
         if len(value) != rows or (shape is not None and value.shape[1:] != shape):
             raise ValueError(f"column {name}: shape {value.shape}, needs ({rows}, {shape})")
         if value.dtype.kind == "f":
-            unknown = np.isnan(value).reshape(rows, *((21, -1) if shape and shape[0] == 21 else (1, -1)))
-            allowed = unknown.all(2, keepdims=True) if partial and name in LABEL_COLUMNS else False
-            report(name, (np.isinf(value).reshape(unknown.shape) | (unknown & ~allowed)).any((1, 2)), "is not finite")
+            wrong = ~np.isfinite(value).reshape(rows, *((21, -1) if shape[:1] == (21,) else (1, -1)))
+            if partial and name in LABEL_COLUMNS:                  # all NaN: not known
+                wrong &= ~np.isnan(value).reshape(wrong.shape).all(2, keepdims=True)
+            report(name, wrong.any((1, 2)), "is not finite")
     box = columns["box"]
     report("box", (box[:, 2] - box[:, 0] < 1) | (box[:, 3] - box[:, 1] < 1), "is thinner than a pixel")
     if "label" in columns:

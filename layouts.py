@@ -137,7 +137,7 @@ def ho3d_frame(folder, split, name):
     path = folder / name.replace("/", "/meta/")
     path = path.with_name(path.name + ".pkl")
     content = read_pickle(path)
-    if not isinstance(content, dict) or content.get("camMat") is None or content.get("handJoints3D") is None:
+    if content.get("camMat") is None or content.get("handJoints3D") is None:
         return None
     row = {"K": numbers(content, "camMat", (3, 3), path)}
     if split == "evaluation":
@@ -176,7 +176,7 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
     for video, part in enumerate(parts):
         part["number"] += starts[video]
         part["video"] = np.full(len(part["number"]), video)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "frames"}
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name not in ("frames", "empty")}
     if not len(columns["number"]):
         raise ValueError(f"--split {split}: no frame shows a hand")
     left, coefficients = columns["side"] == 1, columns.pop("coefficients")
@@ -193,11 +193,11 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
     check_images(root, [os.fsdecode(name) for name in columns["image"]])
     meta = {"name": f"dexycb-{setup}-{split}", "joints": "manopth", "pose_mean": False, "protocol": "dexycb", "partial": True,
             "frames": int(starts[-1])}
-    return columns, meta, root, {"frame without a hand": [f"{starts[-1] - len(left)} frames"] * bool(starts[-1] - len(left))}
+    return columns, meta, root, {"frame without a hand": [name for part in parts for name in part["empty"]]}
 
 
 def dexycb_part(setup, subject, camera, sequence):
-    """train, val or test (or None) of a camera of a sequence; all counted in sorted order (NVlabs/dex-ycb-toolkit dex_ycb.py)."""
+    """train, val or test, to which a camera of a sequence belongs; all counted in sorted order (NVlabs/dex-ycb-toolkit dex_ycb.py)."""
     if setup == "s0":
         return "train" if sequence % 5 != 4 else "val" if subject < 2 else "test"
     if setup == "s1":
@@ -208,7 +208,7 @@ def dexycb_part(setup, subject, camera, sequence):
 
 
 def dexycb_sequence(root, job):
-    """Columns of the frames with a hand of some cameras of a sequence, and the number of all frames."""
+    """Columns of the frames with a hand of some cameras of a sequence, the number of all `frames`, and those that are `empty`."""
     sequence, cameras = job
     meta = read_yaml(sequence / "meta.yml")
     try:
@@ -219,7 +219,7 @@ def dexycb_sequence(root, job):
     if not known:
         raise ValueError(f"{sequence / 'meta.yml'}: needs {SERIALS} serials, num_frames, mano_sides right or left, mano_calib")
     path = root / "calibration" / f"mano_{calibration}" / "mano.yml"
-    betas, rows = numbers(read_yaml(path), "betas", (10,), path), []
+    betas, rows, empty = numbers(read_yaml(path), "betas", (10,), path), [], []
     for turn, camera in enumerate(cameras):
         serial = serials[camera]
         path = root / "calibration" / "intrinsics" / f"{serial}_640x480.yml"
@@ -229,15 +229,16 @@ def dexycb_sequence(root, job):
             path = sequence / serial / f"labels_{frame:06d}.npz"
             content = read_npz(path, ("joint_3d", "pose_m"))
             joints, pose = numbers(content, "joint_3d", (1, 21, 3), path)[0], numbers(content, "pose_m", (1, 51), path)[0]
-            if (joints == -1).all():                               # T15: no hand
-                continue
             image = (sequence / serial / f"color_{frame:06d}.jpg").relative_to(root).as_posix()
+            if (joints == -1).all():                               # T15: no hand
+                empty.append(image)
+                continue
             rows.append({"image": os.fsencode(image), "joints": joints, "coefficients": pose, "number": turn * count + frame,
                          "K": [[fx, 0, x], [0, fy, y], [0, 0, 1]], "betas": betas, "side": side == "left"})
     shapes = {"image": (), "joints": (21, 3), "coefficients": (51,), "number": (), "K": (3, 3), "betas": (10,), "side": ()}
     columns = {name: np.array([row[name] for row in rows]) if rows else np.zeros((0, *shape), "S1" if name == "image" else int if
                name in ("number", "side") else float) for name, shape in shapes.items()}
-    return columns | {"frames": count * len(cameras)}
+    return columns | {"frames": count * len(cameras), "empty": empty}
 
 
 # ------------------------------------------------------------------------------------- AssemblyHands and InterHand2.6M

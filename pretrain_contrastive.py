@@ -422,7 +422,8 @@ def main(argv=None):
         if logged and step > 0.2 * steps and abs(float(values["loss"]) - math.log(len(h) - 1)) < 0.01 and args.weights == "none":
             log.warn(step + 1, f"the loss is glued to ln {len(h) - 1}: all hands look the same; lower --lr or --temperature")
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(views[rows], theta[rows], joints[rows], own(latent), args))
+            marked = torch.where(seen[rows, None, None], joints[rows], torch.nan)            # not what the detector missed
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(views[rows], theta[rows], marked, own(latent), args))
         if runtime.main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out, h.detach())
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
