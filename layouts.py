@@ -103,6 +103,8 @@ def ho3d(root, split, hands=None, workers=0):
     dropped = {"frame without labels": [name for name, keep in zip(frames, kept, strict=True) if not keep]}
     columns = {name: np.stack([row[name] for row in rows if row is not None]) for name in next(row for row in rows if row is not None)}
     root_joint = columns.pop("root", None)
+    version = "v2" if ending == "png" else "v3"
+    meta = {"name": f"ho3d-{version}-{split}", "joints": "ho3d", "pose_mean": False, "protocol": "ho3d"}
     if split == "evaluation" and (root / "evaluation_xyz.json").exists():
         for name, file, shape in (("joints", "evaluation_xyz.json", (21, 3)), ("vertices", "evaluation_verts.json", (778, 3))):
             value = read_labels(root / file, shape)
@@ -114,6 +116,7 @@ def ho3d(root, split, hands=None, workers=0):
             raise ValueError(f"{root / 'evaluation_xyz.json'}: entry {int(np.flatnonzero(kept)[np.argmax(apart)])} is not the hand of "
                              f"{frames[int(np.flatnonzero(kept)[np.argmax(apart)])]}: its wrist lies {apart.max():.3f} m away")
         columns["joints"] = columns["joints"][:, FROM_MANO]
+        meta |= settle(columns["joints"], columns["vertices"], None if hands is None else hands.arrays[0]["J_regressor"])
     if "joints" in columns:
         columns["joints2d"] = project(columns["joints"], columns["K"])
     if split == "train":
@@ -128,8 +131,26 @@ def ho3d(root, split, hands=None, workers=0):
     check_intrinsics(columns["K"], size, listed)
     columns |= {"image": np.array(images, dtype="S"), "size": np.tile(np.int32(size), (len(images), 1)), "number": np.flatnonzero(kept),
                 "video": np.unique([name.split("/")[0] for name in names], return_inverse=True)[1]}
-    version = "v2" if ending == "png" else "v3"
-    return columns, {"name": f"ho3d-{version}-{split}", "joints": "ho3d", "pose_mean": False, "protocol": "ho3d"}, root, dropped
+    return columns, meta, root, dropped
+
+
+def settle(joints, vertices, regressor=None):
+    """Which definition the joints (N,21,3) of meshes (N,778,3) follow, as an index' meta: {"joints": "kinematic" or "regressed" and five
+    vertices, "found": the evidence}. A tip is the vertex nearest in most hands; the other joints are the regressor's (16,778) where they
+    lie on it, else the layer's own, and without one taken for the layer's own, as in training."""
+    tips, far = [], []
+    for joint in (4, 8, 12, 16, 20):
+        nearest = [int(np.argmin(((mesh - hand[joint]) ** 2).sum(1))) for mesh, hand in zip(vertices, joints, strict=True)]
+        tips.append(int(np.bincount(nearest).argmax()))
+        far.append(np.linalg.norm(vertices[:, tips[-1]] - joints[:, joint], axis=1).mean())
+    how, found = "kinematic", "the other 16 taken for the layer's own; --mano tells whether they are"
+    if regressor is not None:
+        order = [0, *(4 * finger + k for finger in (1, 2, 4, 3, 0) for k in (1, 2, 3))]      # of FreiHAND's joints, MANO's 16
+        apart = np.linalg.norm(np.einsum("jv,nvi->nji", regressor, vertices) - joints[:, order], axis=2).mean()
+        how = "regressed" if apart < 1e-4 else "kinematic"
+        found = f"the other 16 are {1000 * apart:.3f} mm from the mesh's regressed ones: {how}"
+    near = ", ".join(f"{tip} ({1000 * away:.3f} mm)" for tip, away in zip(tips, far, strict=True))
+    return {"joints": " ".join([how, *map(str, tips)]), "found": f"tips are vertices {near}; {found}"}
 
 
 def ho3d_frame(folder, split, name):

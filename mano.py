@@ -59,13 +59,15 @@ def joints_from_vertices(vertices, arrays, tips="freihand"):
 def labelled_joints(vertices, joints, arrays, definition, left=None):
     """Joints (B, 21, 3) as a data set's labels define them, from a predicted mesh (B, 778, 3) and the layer's own joints (B, 21, 3).
 
-    definition: a set of TIPS means the layer's 16 with these tips (HO-3D "ho3d", DexYCB "manopth"), but "freihand", and any other
-    name (annotations that are no mesh's), `joints_from_vertices`. left: (B,) bool, hands that were left ones: DexYCB's have another tip.
+    definition: a set of TIPS means the layer's 16 with these tips (HO-3D "ho3d", DexYCB "manopth"); "kinematic" or "regressed" and five
+    vertices says both at once (what prepare_data.py finds in HO-3D's evaluation labels); "freihand", and any other name (annotations that
+    are no mesh's), `joints_from_vertices`. left: (B,) bool, hands that were left ones: DexYCB's have another tip.
     """
-    if definition == "freihand" or definition not in TIPS:
-        return joints_from_vertices(vertices, arrays, "freihand")
-    joints = joints.clone()
-    joints[:, [4, 8, 12, 16, 20]] = vertices[:, list(TIPS[definition])]
+    how, *tips = definition.split()
+    if len(tips) != 5:
+        how, tips = ("kinematic", TIPS[how]) if how in TIPS and how != "freihand" else ("regressed", TIPS["freihand"])
+    joints = joints_from_vertices(vertices, arrays, "freihand") if how == "regressed" else joints.clone()
+    joints[:, [4, 8, 12, 16, 20]] = vertices[:, [int(tip) for tip in tips]]
     if definition == "manopth" and left is not None:
         joints[:, 12] = torch.where(left[:, None], vertices[:, TIPS["manopth445"][2]], joints[:, 12])
     return joints

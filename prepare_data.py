@@ -426,6 +426,8 @@ def main(argv=None):
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     labels = f"{index.meta['labels']} labels" if (set(LABEL_COLUMNS) - {"keypoints", "keypoints_score"}) & set(columns) else "no labels"
     print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")
+    if "found" in index.meta:
+        print(f"joints: {index.meta['found']}")
     for reason, names in dropped.items():
         if names:
             print(f"left out, {reason}: {len(names)}: {'; '.join(names[:10])}{' ...' if len(names) > 10 else ''}")

@@ -205,7 +205,8 @@ def test_ho3d(tmp_path, ending):
     for split, count in (("train", 5), ("evaluation", 2)):
         call("prepare_data.py", "ho3d", tmp_path / "ho3d", "--split", split, "--out", tmp_path / split, "--mano", tmp_path / "hand.npz")
         index, wanted = HandIndex(tmp_path / split), truth[split]
-        assert len(index) == count and index.meta["joints"] == "ho3d" and index.meta["protocol"] == "ho3d"
+        assert len(index) == count and index.meta["protocol"] == "ho3d"
+        assert index.meta["joints"] == {"train": "ho3d", "evaluation": "kinematic 744 333 444 555 672"}[split]
         assert index.meta["name"] == f"ho3d-{'v2' if ending == 'png' else 'v3'}-{split}" and index.meta["pose_mean"] is False
         close(index.columns["joints"], wanted["joints"])
         close(index.columns["vertices"], wanted["vertices"])
@@ -288,6 +289,18 @@ def test_interhand(roots, tmp_path):
     close(np.where(unknown[..., None], 0, index.columns["joints"]), np.where(unknown[..., None], 0, wanted["joints"]))
     close(index.columns["vertices"], wanted["vertices"], 2e-6)
     assert index.columns["size"].tolist() == [[334, 512], [334, 512], [512, 334]]
+
+
+@pytest.mark.parametrize("definition", ["kinematic 744 320 443 554 671", "regressed 744 320 443 554 671", "ho3d", "freihand"])
+def test_definition_of_joints_is_found(definition):
+    """Joints made by a definition are told from their mesh, and made again by what was found."""
+    hands, layer = posed(6, 3), Mano(ARRAYS).double()
+    vertices, joints = layer(rotmat_from_axis_angle(torch.from_numpy(hands["pose"].reshape(-1, 16, 3))), torch.from_numpy(hands["betas"]))
+    labels = labelled_joints(vertices, joints, ARRAYS, definition).numpy()
+    found = layouts.settle(labels, vertices.numpy(), ARRAYS["J_regressor"])
+    assert found["joints"] == {"ho3d": "kinematic 744 333 444 555 672", "freihand": "regressed 744 320 443 555 672"}.get(definition, definition)
+    close(labelled_joints(vertices, joints, ARRAYS, found["joints"]), labels, 1e-9)
+    assert "(0.000 mm)" in found["found"] and "--mano" in layouts.settle(labels, vertices.numpy())["found"]
 
 
 def test_orders_are_permutations():
