@@ -10,6 +10,7 @@ open in milliseconds and workers share the pages.
                      video     i4           hands of one video share identity and background; -1 unknown
                      label     i4           row of the label columns (absent: the row itself); images that share a pose
                                             (FreiHAND's four backgrounds) share a label and never part in a split
+                     mask      bytes        path of a picture of which hand is where, relative to root (read_mask); empty: none
                      number    i4           place in the data set's official list, where that also holds what has no row here
   one row a label    joints2d  (21,2) f4    pixels, pixel-CENTRE coordinates (what K projects to)
   (all optional)     visible   (21,) f4     confidence of joints2d, 0 .. 1
@@ -45,7 +46,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 FORMAT = "hand-index-1"
-HAND_COLUMNS = {"image": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": (), "number": ()}
+HAND_COLUMNS = {"image": None, "mask": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": (), "number": ()}
 LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3), "pose": (48,),
                  "betas": (10,), "K": (3, 3), "extrinsics": (3, 4), "scale": (), "keypoints": (21, 2), "keypoints_score": (21,)}
 DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32}     # others float32
@@ -152,6 +153,11 @@ class HandIndex:
     def image_path(self, row):
         return self.root / os.fsdecode(bytes(self.columns["image"][row]))
 
+    def mask_path(self, row):
+        """The file of a hand's mask, or None."""
+        name = os.fsdecode(bytes(self.columns["mask"][row])) if "mask" in self.columns else ""
+        return self.root / name if name else None
+
     def side(self, row):
         return int(self.columns["side"][row]) if "side" in self.columns else 0
 
@@ -175,7 +181,7 @@ def fingerprint(tables, points):
 
 
 def as_stored(name, value):
-    return np.asarray(value, dtype=None if name == "image" else DTYPES.get(name, np.float32))
+    return np.asarray(value, dtype=None if name in ("image", "mask") else DTYPES.get(name, np.float32))
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -203,6 +209,18 @@ def read_image(path, smallest=None):
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:                                     # Pillow raises a dozen types for a broken file
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def read_mask(path):
+    """The hand's pixels as a grey PIL image, 255 where it is: FreiHAND's pictures, white on black, HO-3D's, where the hand is blue and
+    the object green, and `seg` of DexYCB's label files. ValueError names the file."""
+    if path.suffix != ".npz":
+        return read_image(path)[0].getchannel("B").point(lambda value: 255 * (value > 127))
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+            return Image.fromarray(np.uint8(255) * (content["seg"] == 255))
+    except Exception as error:                                     # zipfile and numpy raise a dozen types
+        raise ValueError(f"{path}: no label file with `seg` ({type(error).__name__}: {error})") from None
 
 
 def list_images(folder):
@@ -283,7 +301,7 @@ class HandDataset(torch.utils.data.Dataset):
     numbers are offsets to the hand's mean), and of the labels asked for: joints2d and keypoints (21,2) canvas coordinates,
     visible and keypoints_score (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
     each zero where the index or this hand has none, with has_<label> () 1 or 0; of 21 joints some may be unknown: known_<label> (21,), and
-    has_joints asks for the wrist. source (): which index.
+    has_joints asks for the wrist; the label mask is (1,S,S) u8, 0 or 255. source (): which index.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
     canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
@@ -337,7 +355,15 @@ class HandDataset(torch.utils.data.Dataset):
         item = {"canvas": torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))), "valid": valid, "row": row,
                 "failed": failed, "crop": np.float32([centre_x, centre_y, side]), "mirrored": np.float32(mirrored),
                 "pose_mean": np.float32(index.meta.get("pose_mean", True)), "source": self.indices.index(index)}
-        for name in self.labels:
+        if "mask" in self.labels:
+            path, item["has_mask"] = index.mask_path(local), np.float32(0)
+            item["mask"] = torch.zeros(1, self.canvas, self.canvas, dtype=torch.uint8)
+            if path and not blank:
+                mask, item["has_mask"] = read_mask(path), np.float32(1)
+                scale = mask.width / image_size(index.image_path(local))[0]
+                mask = crop_canvas(mask.convert("RGB"), centre_x * scale, centre_y * scale, side * scale, self.canvas)[0][..., 0] > 127
+                item["mask"][0] = torch.from_numpy(255 * np.uint8(mask[:, ::-1] if mirrored else mask))
+        for name in (label for label in self.labels if label != "mask"):
             stored = index.columns.get(name)
             value = np.zeros(LABEL_COLUMNS[name], np.float32) if stored is None else np.array(stored[index.label(local)])
             if name == "visible" and stored is None and "joints2d" in index.columns:

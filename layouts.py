@@ -62,6 +62,10 @@ def freihand(root, split, skip_missing=False):
     label = np.unique(label[kept], return_inverse=True)[1]
     columns |= {"image": np.array([f"{part}/rgb/{name}" for name, keep in zip(image, kept, strict=True) if keep], dtype="S"),
                 "label": label, "box": tight_boxes(columns["joints2d"])[label], "size": np.tile(np.int32(size), (len(label), 1))}
+    if (folder / part / "mask").is_dir():                          # one for a label, not for each of its images
+        masks = set(os.listdir(folder / part / "mask"))
+        own = [f"{name:08d}.jpg" for name in np.tile(np.arange(count), versions)[kept]]
+        columns["mask"] = np.array([f"{part}/mask/{name}" if name in masks else "" for name in own], dtype="S")
     meta = {"name": f"freihand-{split}", "joints": "freihand", "pose_mean": True, "protocol": "freihand"}
     return columns, meta, folder, {"image missing": [str(folder / part / "rgb" / name) for name in np.array(image)[~present]]}
 
@@ -129,6 +133,10 @@ def ho3d(root, split, hands=None, workers=0):
     images = [f"{split}/{name.replace('/', '/rgb/')}.{ending}" for name in names]
     size = check_images(root, images)
     check_intrinsics(columns["K"], size, listed)
+    masks = {path.relative_to(root).as_posix() for path in root.glob(f"{split}/*/seg/*.png")}
+    if masks:                                                      # v3: the training sequences'
+        own = [f"{split}/{name.replace('/', '/seg/')}.png" for name in names]
+        columns["mask"] = np.array([name if name in masks else "" for name in own], dtype="S")
     columns |= {"image": np.array(images, dtype="S"), "size": np.tile(np.int32(size), (len(images), 1)), "number": np.flatnonzero(kept),
                 "video": np.unique([name.split("/")[0] for name in names], return_inverse=True)[1]}
     return columns, meta, root, dropped
@@ -212,6 +220,7 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
     check_intrinsics(columns["K"], (640, 480), root / "calibration" / "intrinsics")
     columns["size"] = np.tile(np.int32([640, 480]), (len(left), 1))
     check_images(root, [os.fsdecode(name) for name in columns["image"]])
+    columns["mask"] = np.array([re.sub(rb"color_(\d+)\.jpg$", rb"labels_\1.npz", name) for name in columns["image"]])
     meta = {"name": f"dexycb-{setup}-{split}", "joints": "manopth", "pose_mean": False, "protocol": "dexycb", "partial": True,
             "frames": int(starts[-1])}
     return columns, meta, root, {"frame without a hand": [name for part in parts for name in part["empty"]]}

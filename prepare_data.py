@@ -42,6 +42,7 @@ from data import (
     list_images,
     read_boxes,
     read_image,
+    read_mask,
     square,
     whole_box,
     write_index,
@@ -367,12 +368,16 @@ def locate_frame(root, name):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 def contact_sheet(index, path, count=24, size=192):
-    """Pictures of evenly spaced hands with their joints, to see a wrong convention at once."""
+    """Pictures of evenly spaced hands with their joints and masks, to see a wrong convention at once."""
     tiles, names = [], []
     for row in np.unique(np.linspace(0, len(index) - 1, count).astype(int)):
         centre_x, centre_y, side = square(index.columns["box"][row], BOX_SCALE)
         try:
-            tile, _ = crop_canvas(read_image(index.image_path(row))[0], centre_x, centre_y, side, size)
+            image = read_image(index.image_path(row))[0]
+            tile, _ = crop_canvas(image, centre_x, centre_y, side, size)
+            if index.mask_path(row):                               # what is not the hand, darker
+                mask = read_mask(index.mask_path(row)).resize(image.size).convert("RGB")
+                tile = np.where(crop_canvas(mask, centre_x, centre_y, side, size)[0] > 127, tile, tile // 2)
         except (ValueError, OSError):
             continue
         points = "joints2d" if "joints2d" in index.columns else "keypoints"

@@ -16,7 +16,7 @@ import torch
 from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
-from data import HandIndex, image_size
+from data import HandDataset, HandIndex, image_size
 from mano import Mano, joints_from_vertices, load_hand, rotmat_from_axis_angle
 from model import load_encoder
 
@@ -158,7 +158,12 @@ def test_freihands_own_files_are_read_back(freihand, tmp_path):
         assert index.meta["labels"] == count and len(index) == count * (4 if split == "training" else 1)
         assert [index.label(row) for row in range(len(index))] == [row % count for row in range(len(index))]
         assert all(index.image_path(row).name == f"{row:08d}.jpg" and index.image_path(row).exists() for row in range(len(index)))
-        columns = {name: np.array(value, np.float64) for name, value in index.columns.items() if name != "image"}
+        columns = {name: np.array(value, np.float64) for name, value in index.columns.items() if name not in ("image", "mask")}
+        if split == "training":                                          # four images to a mask, which holds the joints
+            assert [index.mask_path(row).name for row in range(len(index))] == [f"{row % count:08d}.jpg" for row in range(len(index))]
+            item = HandDataset([index], 64, 2.0, ("joints2d", "mask"))[len(index) - 1]
+            x, y = ((item["joints2d"][1:] + 1) * 32).astype(int).clip(0, 63).T
+            assert item["has_mask"] and (item["mask"][0, y, x] > 0).float().mean() > 0.8 and (item["mask"] > 0).float().mean() < 0.4
         pixels = columns["joints"] @ columns["K"].transpose(0, 2, 1)
         assert np.abs(pixels[..., :2] / pixels[..., 2:] - columns["joints2d"]).max() < 0.01
         np.testing.assert_allclose(columns["joints"], raw["xyz"], atol=1e-7)

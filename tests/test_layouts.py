@@ -50,6 +50,13 @@ def image(path, size=(640, 480)):
         Image.new("RGB", size, (90, 120, 150)).save(path)
 
 
+def mask(there, size=(480, 640)):
+    """As DexYCB's: an object left of the middle, the hand right of it."""
+    seg = np.full(size, 7, np.uint8)
+    seg[:, size[1] // 2:] = 255 * there
+    return seg
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -79,6 +86,8 @@ def write_ho3d(root, ending="png"):
             path.write_bytes(pickle.dumps(content, protocol=2))
         write(root / f"{split}.txt", "".join(f"{name}\n" for name in names))
         truth[split] = hands
+    (root / "train/SM2/seg").mkdir()
+    Image.new("RGB", (640, 480), (0, 0, 255)).save(root / "train/SM2/seg/0007.png")
     hands = truth["evaluation"]
     write(root / "evaluation_xyz.json", [(j * FLIP)[list(FREIHAND_TO_MANO)].tolist() for j in hands["joints"]])
     write(root / "evaluation_verts.json", [(v * FLIP).tolist() for v in hands["vertices"]])
@@ -105,7 +114,7 @@ def write_dexycb(root, sequences=5, frames=2):
                     joints, there = hands[side]["joints"][row][None], (s + q + frame) % 10 != 0
                     path = sequence / serial / f"labels_{frame:06d}.npz"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    np.savez(path, pose_m=np.float32(pose if there else 0 * pose), seg=np.zeros((4, 4), np.uint8),
+                    np.savez(path, pose_m=np.float32(pose if there else 0 * pose), seg=mask(there),
                              joint_3d=np.float32(joints if there else 0 * joints - 1))
                     image(sequence / serial / f"color_{frame:06d}.jpg")
                     truth[s, q, c, frame] = (side, row) if there else None
@@ -212,6 +221,8 @@ def test_ho3d(tmp_path, ending):
         close(index.columns["vertices"], wanted["vertices"])
         close(index.columns["joints2d"], project(wanted["joints"]), 0.01)
         if split == "train":
+            assert [index.mask_path(row) is not None for row in range(5)] == [False] * 4 + [True] == (
+                [bool(HandDataset([index], 64, 2.0, ("mask",))[row]["has_mask"]) for row in range(5)])
             turns = [Rotation.from_rotvec(np.reshape(pose, (-1, 3))).as_matrix() for pose in (index.columns["pose"], wanted["pose"])]
             close(*turns, 1e-5)
             assert index.columns["video"].tolist() == [0, 0, 0, 1, 1]
@@ -242,7 +253,10 @@ def test_dexycb(roots, tmp_path, setup, split):
     close(np.array(lines, float)[:, 1:].reshape(-1, 21, 3) / 1000, joints)
     left = index.columns["side"] == 1
     assert np.isnan(index.columns["betas"][left]).all() and np.isfinite(index.columns["betas"][~left]).all()
-    item = HandDataset([index], 64, 2.0, ("betas", "joints", "pose"), substitute=False)[int(np.argmax(left))]
+    item = HandDataset([index], 64, 2.0, ("betas", "joints", "pose", "mask"), substitute=False)[int(np.argmax(left))]
+    middle = np.clip(round(32 + 64 * (320 - item["crop"][0]) / item["crop"][2] * (-1 if item["mirrored"] else 1)), 0, 64)
+    inside = item["mask"][0, 32] > 0                                     # right of the image's middle, and where the canvas is mirrored left
+    assert item["has_mask"] and abs(int(inside.sum()) - (middle if item["mirrored"] else 64 - middle)) <= 1
     assert item["has_betas"] == (not left.any()) and item["has_joints"] == 1 and item["betas"].any() == (not left.any())
 
 

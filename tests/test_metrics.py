@@ -102,6 +102,25 @@ def freihand_expected(pj, pv, gj, gv):
     return out
 
 
+DEGENERATE = {"zero": lambda x: 0 * x, "one point": lambda x: 0 * x + [0.01, -0.02, 0.7], "flat": lambda x: x * [1, 1, 0] + [0, 0, 0.6],
+              "on a line": lambda x: x * [1, 0, 0], "mirrored": lambda x: x * [-1, 1, 1]}
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_equals_the_official_arithmetic_where_it_is_hard(kind):
+    """What the scripts do where a fit is not unique or does not exist, hand by hand: no NaN, the same numbers."""
+    pj, pv, gj, gv = hands()
+    pj, pv = DEGENERATE[kind](pj), DEGENERATE[kind](pv)
+    table = metrics.evaluate_hands(pj, pv, gj, gv, "ho3d")
+    check(table, freihand_expected(pj, pv, gj, gv))
+    mean, area = loop_measures(loop_points(gj, each(loop_sc_tr, gj, pj)))
+    check(table, {"sc_tr_mpjpe_mm": mean * 1000, "auc_joints_sc_tr": area})
+    if kind in ("zero", "one point"):                                    # all points on the truth's centroid
+        assert table["pa_mpjpe_mm"] == pytest.approx(1000 * np.linalg.norm(gj - gj.mean(1, keepdims=True), axis=2).mean(), abs=1e-9)
+        assert table["reflected_joints"] == table["reflected_vertices"] == 0
+    assert table["reflected_joints"] == (B if kind == "mirrored" else 0)
+
+
 @pytest.mark.parametrize("protocol", ["freihand", "ho3d"])
 def test_equals_the_official_arithmetic(protocol):
     pj, pv, gj, gv = hands()
