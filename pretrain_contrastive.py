@@ -82,12 +82,13 @@ class Contrastive(nn.Module):
 def embed(latent, theta, middle, args):
     """Latents (2B,128) of the views -> unit vectors (2B,128) that agree where the hands do.
 
-    simclr: normalised. Else 64 points in coordinates of the view, undone. exact: A Z + t, the points where the hand is
-    (ours); official: the public arithmetic; none: as they are."""
+    simclr: normalised. Else 64 points in coordinates of the view, undone. exact: A Z + t - middle, the points around the middle of the
+    hand (ours: the middle itself, which t holds, lies elsewhere in each box and would tell hands apart for a network that sees
+    nothing); official: the public arithmetic; none: as they are."""
     if args.method == "simclr" or args.undo == "none":
         return F.normalize(latent, dim=1)
     points = latent.unflatten(1, (-1, 2))                          # (2B, 64, 2)
-    points = apply_theta(theta, points) if args.undo == "exact" else undo_official(points, theta, middle)
+    points = apply_theta(theta, points) - middle[:, None] if args.undo == "exact" else undo_official(points, theta, middle)
     return F.normalize(points.flatten(1), dim=1)
 
 

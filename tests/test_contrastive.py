@@ -160,6 +160,15 @@ def test_an_ideal_latent_agrees_once_undone():
     assert cosine["exact"] > 0.9999 > cosine["official"] > 0.98 > 0.95 > cosine["none"]
 
 
+@pytest.mark.parametrize("undo", ["exact", "official"])
+def test_where_a_hand_lies_in_its_box_does_not_tell_it(undo):
+    """Whatever the network puts out: a hand moved within its canvas, window and all, embeds alike."""
+    args, theta, middle, _ = drawn("peclr", undo)
+    latent, away = torch.randn(len(theta), 128, generator=generator(8)), torch.rand(len(theta), 2, generator=generator(9)) - 0.5
+    moved = torch.cat([theta[:, :, :2], theta[:, :, 2:] + away[:, :, None]], 2)
+    torch.testing.assert_close(pc.embed(latent, moved, middle + away, args), pc.embed(latent, theta, middle, args), atol=1e-5, rtol=0)
+
+
 def test_simclr_views_do_not_turn_and_hold_the_hand():
     _, theta, middle, joints = drawn("simclr")
     assert (theta[:, 0, 1] == 0).all() and torch.allclose(theta[:, 0, 0], 1.25 * (joints - middle[:, None]).norm(dim=2).amax(1))
