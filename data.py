@@ -25,7 +25,7 @@ open in milliseconds and workers share the pages.
 
 `index.json`: format, name, count, labels, root, and `joints` (definition of the 21 joints: "freihand" = regressed from the
 posed mesh; "ho3d", "manopth" = the layer's own with these tips; others are nobody's mesh), `pose_mean` (true: the 45 numbers are
-offsets to the hand's mean pose), `protocol` (how it is scored), `partial` (true: a label that is not known is NaN: a joint, or all
+offsets to the hand's mean pose), `protocol` (how it is scored), `box` (what it was drawn around), `frames` and `sequences` (the official list, for files of results), `partial` (true: a label that is not known is NaN: a joint, or all
 numbers of an entry).
 Left hands are stored as the image shows them; HandDataset mirrors them, because the right hand is canonical in the networks.
 
@@ -300,8 +300,8 @@ class HandDataset(torch.utils.data.Dataset):
     or -1), crop (3,) centre x, y and side in pixels, mirrored () (1 for a left hand), pose_mean () (1 where the pose's 45
     numbers are offsets to the hand's mean), and of the labels asked for: joints2d and keypoints (21,2) canvas coordinates,
     visible and keypoints_score (21,), joints (21,3) m, vertices (778,3) m, pose (48,), betas (10,),
-    each zero where the index or this hand has none, with has_<label> () 1 or 0; of 21 joints some may be unknown: known_<label> (21,), and
-    has_joints asks for the wrist; the label mask is (1,S,S) u8, 0 or 255. source (): which index.
+    each zero where the index or this hand has none, with has_<label> () 1 or 0; of 21 joints some may be unknown or, in a `partial` index,
+    not `visible`: known_<label> (21,), and has_joints asks for the wrist; the label mask is (1,S,S) u8, 0 or 255. source (): which index.
 
     A file that cannot be read never ends a run: with `substitute` the next readable hand takes its place, otherwise the
     canvas is black; either way `failed` tells. `rows` restricts the set to some rows (of the concatenated indices).
@@ -372,7 +372,11 @@ class HandDataset(torch.utils.data.Dataset):
                 value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
             finite, has = np.isfinite(value), stored is not None
             if LABEL_COLUMNS[name][:1] == (21,):
-                item[f"known_{name}"] = finite.reshape(21, -1).all(1).astype(np.float32) * has
+                known = finite.reshape(21, -1).all(1)
+                if name == "joints" and index.meta.get("partial") and "visible" in index.columns:      # flagged as doubtful
+                    known &= np.asarray(index.columns["visible"][index.label(local)]) > 0
+                    finite = finite & known[:, None]
+                item[f"known_{name}"] = known.astype(np.float32) * has
                 has = has and (finite[0].all() if name == "joints" else finite.any())
             else:
                 has = has and finite.all()

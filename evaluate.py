@@ -7,8 +7,10 @@
                                                                   (seeds, say) becomes mean and standard deviation
 
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), pred.json and
-pred.zip (the submission: [joints, vertices] in metres, in the order of INDEX; FreiHAND's joint order and x right, y
-down, z forward, for HO-3D its own order and x right, y up) and report.html, one page that needs nothing else.
+pred.zip (the submission: [joints, vertices] in metres, in the order of INDEX, or of the official list where the index knows it;
+FreiHAND's joint order and x right, y down, z forward, for HO-3D its own order and x right, y up), for DexYCB and AssemblyHands
+pred.txt and pred_world.json in place of meshes, and report.html, one page that needs nothing else. --predictions takes each of these
+files. An index without labels gets its submission and no scores.
 --compare writes table.json.
 
 --probe: ridge regression and the nearest neighbour from features of the frozen encoder (class token, mean of the patches,
@@ -112,31 +114,40 @@ def main(argv=None):
         return probe(args, out)
     index, arrays = HandIndex(args.data), load_hand(args.mano)
     protocol = args.protocol or index.meta.get("protocol", "freihand")
-    labels = read_labels(index, protocol)
     definition = index.meta.get("joints", "freihand")
+    labels, unlabelled = read_labels(index, protocol, args.checkpoint)
+    facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})", "predicted by": args.checkpoint or args.predictions,
+             "crop": "made elsewhere, unknown"}
+    if args.predictions:
+        if args.tta != 1:
+            raise ValueError("--tta does nothing for --predictions: leave it out")
+        pred = read_predictions(args.predictions, index, protocol)
+        labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
+    mean = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in mean_hand(arrays, definition)]
+    if labels:                                                     # before hours of prediction: refuses labels that cannot be scored
+        baseline = metrics.per_sample_errors(*mean, protocol=protocol, **labels)
     if args.checkpoint:
         pred, box_scale = predict_index(args, index, arrays, definition)
         pred = [np.round(points.astype(np.float64), 7) for points in pred]     # what pred.json holds is what is scored
-    else:
-        pred = read_predictions(args.predictions, len(index), protocol)
-        if pred[1] is None:
-            labels["gt_vertices"] = None
-    mean = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in mean_hand(arrays, definition)]
+        facts["crop"] = f"the index' box ({index.meta.get('box', 'as it was given')}), squared, x {box_scale:g}"
+        facts["views"] = f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")
+    if not labels:
+        with staged(out) as folder:
+            write_predictions(folder, pred, protocol, index)
+        print(f"{index.path} has no labels: nothing was scored; predictions are in {out}")
+        return
     try:
         errors = metrics.per_sample_errors(*pred, protocol=protocol, **labels)
     except ValueError as error:
         raise ValueError(f"{args.checkpoint or args.predictions}: {error}") from None
-    baseline = metrics.per_sample_errors(*mean, protocol=protocol, **labels)
     table = metrics.summarise(errors, protocol)
     keys = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
     table |= {f"mean_hand_{key}": value for key, value in metrics.summarise(baseline, protocol).items() if key in keys}
-    facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})",
-             "predicted by": args.checkpoint or args.predictions,
-             "protocol": protocol, "hands": f"{table['count']}",
-             "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
-             "hand model": args.mano or "the synthetic hand",
-             "crop": f"the index' box, squared, x {box_scale:g}" if args.checkpoint else "made elsewhere, unknown",
-             "reflected": ", ".join(f"{table[key]} ({key[10:]})" for key in table if key.startswith("reflected"))}
+    table |= {"views": args.tta} if args.tta > 1 else {}
+    facts |= {"protocol": protocol, "hands": f"{table['count']}" + unlabelled,
+              "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
+              "hand model": args.mano or "the synthetic hand",
+              "reflected": ", ".join(f"{table[key]} ({key[10:]})" for key in table if key.startswith("reflected"))}
     with staged(out) as folder:
         (folder / "metrics.json").write_text(json.dumps(table, indent=1))
         scores = metrics.official_scores(table, protocol)
@@ -150,19 +161,26 @@ def main(argv=None):
 
 
 # ------------------------------------------------------------------------------------------------- labels, predictions
-def read_labels(index, protocol):
-    """The index' labels, one row a hand, as the keyword arguments of metrics.per_sample_errors."""
-    if "joints" not in index.columns:
-        raise ValueError(f"{index.path} has no labels (column `joints`) to score against; predict.py shows hands")
+def read_labels(index, protocol, predicting=False):
+    """The index' labels, one row a hand, as the keyword arguments of metrics.per_sample_errors, and a note on what they lack. Meshes are
+    scored where every hand has one. Without any label {} where hands are to be predicted, else ValueError."""
     rows = index.pose_ids()
-    labels = {"gt_joints": np.asarray(index.columns["joints"][rows], np.float64), "gt_vertices": None}
+    if "joints" not in index.columns or np.isnan(index.columns["joints"]).all():
+        if predicting:
+            return {}, ""
+        raise ValueError(f"{index.path} has no labels (column `joints`) to score against; predict.py shows hands")
+    labels, note = {"gt_joints": np.asarray(index.columns["joints"][rows], np.float64), "gt_vertices": None}, ""
     if "vertices" in index.columns:
-        labels["gt_vertices"] = index.columns["vertices"][rows]
+        lacking = int(np.isnan(index.columns["vertices"][:, 0, 0]).sum())
+        if lacking:
+            note = f", joints alone: {lacking} of them have no mesh"
+        else:
+            labels["gt_vertices"] = index.columns["vertices"][rows]
     if protocol == "assemblyhands":
         labels["side"] = np.array([index.side(row) for row in range(len(index))])
         if "visible" in index.columns:
             labels["valid"] = index.columns["visible"][rows] > 0
-    return labels
+    return labels, note
 
 
 def mean_hand(arrays, definition):
@@ -231,17 +249,24 @@ def name_unread(index, row):
     raise ValueError(f"{index.image_path(row)}: its box lies outside the image")
 
 
-def read_predictions(path, count, protocol):
-    """Joints (N,21,3) and vertices (N,778,3) or None from a submission file. ValueError names the file and the mend."""
-    content = read_json(path)
+def read_predictions(path, index, protocol):
+    """Joints (N,21,3) and vertices (N,778,3) or None from a submission file: DexYCB's text, the AssemblyHands challenge's JSON, or
+    [joints, vertices] with an entry for each hand of the index or for each of the official list. ValueError names file and mend."""
+    if protocol == "dexycb" and Path(path).suffix != ".json":
+        return read_dexycb(path, index), None
+    content, count = read_json(path), len(index)
+    if protocol == "assemblyhands" and isinstance(content, dict):
+        return from_world(path, content, index), None
     if not isinstance(content, list) or len(content) not in (1, 2):
         raise ValueError(f"{path}: needs [joints, vertices], two lists with one entry a hand")
     points = []
     for name, number, entries in zip(("joints", "vertices"), (21, 778), content, strict=False):
         if name == "vertices" and not entries:
             break
-        if not isinstance(entries, list) or len(entries) != count:
-            entries = entries if isinstance(entries, list) else []
+        entries = entries if isinstance(entries, list) else []
+        if len(entries) == index.meta.get("frames") != count:      # the index lacks some of the official list
+            entries = [entries[k] for k in index.columns["number"]]
+        if len(entries) != count:
             raise ValueError(f"{path}: {len(entries)} entries of {name}, but the index has {count} hands")
         array = as_array(entries)
         if array is None or array.shape != (count, number, 3):
@@ -255,6 +280,37 @@ def read_predictions(path, count, protocol):
     return joints, vertices
 
 
+def read_dexycb(path, index):
+    """Joints (N,21,3) from the toolkit's text: a line for each image, its number in the split and 63 numbers in mm."""
+    found = {}
+    try:
+        for line, text in enumerate(Path(path).read_text().splitlines(), 1):
+            number, *values = map(float, text.split(","))
+            found[int(number)] = np.reshape(values, (21, 3)) / 1000
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError:
+        raise ValueError(f"{path}: line {line} is not an image's number and 63 others, with commas") from None
+    wanted = np.asarray(index.columns.get("number", np.arange(len(index)))).tolist()
+    missing = [number for number in wanted if number not in found]
+    if missing:
+        raise ValueError(f"{path}: image {missing[0]} is missing, as are {len(missing) - 1} others that show a hand")
+    return np.array([found[number] for number in wanted])
+
+
+def from_world(path, content, index):
+    """Joints (N,21,3) in each hand's camera from the AssemblyHands challenge's JSON, as `to_world` writes it."""
+    joints = np.empty((len(index), 21, 3))
+    for row in range(len(index)):
+        sequence, frame, outside = world_of(index, row)
+        try:
+            world = np.reshape(content["annotations"][sequence][frame]["world_coord"], (2, 21, 3))[index.side(row)] / 1000
+            joints[row, TIP_FIRST] = world @ outside[:, :3].T + outside[:, 3]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: {sequence} {frame} is missing, or not 42 points") from None
+    return joints
+
+
 def as_array(nested):
     """Nested lists as float64, None where they are ragged or hold something else than numbers."""
     try:
@@ -264,31 +320,46 @@ def as_array(nested):
 
 
 def write_predictions(folder, pred, protocol, index):
-    """pred.json and pred.zip in the form of FreiHAND's and HO-3D's leaderboards; for DexYCB also the text that its toolkit scores, for
-    AssemblyHands the challenge's file."""
+    """pred.json and pred.zip in the form of FreiHAND's and HO-3D's leaderboards, hand by hand, and zeros for what the official list has and
+    the index has not; for DexYCB the text that its toolkit scores and for AssemblyHands the challenge's file, and no meshes."""
     joints, vertices = pred
+    numbers = np.asarray(index.columns.get("number", np.arange(len(index))))
+    count = max(index.meta.get("frames", 0), len(index))
     if protocol == "dexycb":                                       # number of the frame in its split, 63 numbers in mm
-        numbers = index.columns.get("number", np.arange(len(index)))
-        rows = [",".join([str(number), *(f"{value:.4f}" for value in hand)]) for number, hand in
-                zip(numbers, 1000 * joints.reshape(-1, 63), strict=True)]
-        (folder / "pred.txt").write_text("\n".join(rows) + "\n")
-    if protocol == "assemblyhands" and "extrinsics" in index.columns:
-        (folder / "pred_world.json").write_text(json.dumps(to_world(index, joints)))
-    if protocol == "ho3d":
+        with open(folder / "pred.txt", "w") as file:
+            for number, hand in zip(numbers, joints.reshape(-1, 63), strict=True):
+                file.write(",".join([str(number), *(f"{1000 * value:.4f}" for value in hand)]) + "\n")
+        numbers, count, vertices = np.arange(len(index)), len(index), None
+    elif protocol == "assemblyhands":
+        vertices = None
+        if "extrinsics" in index.columns:
+            (folder / "pred_world.json").write_text(json.dumps(to_world(index, joints)))
+    elif protocol == "ho3d":
         joints, vertices = joints[:, list(FREIHAND_TO_MANO)] * FLIP, None if vertices is None else vertices * FLIP
-    content = json.dumps([joints.tolist(), [] if vertices is None else vertices.tolist()])
-    (folder / "pred.json").write_text(content)
+    rows = dict(zip(numbers.tolist(), range(len(index)), strict=True))
+    with open(folder / "pred.json", "w") as file:
+        for start, points in (("[[", joints), ("], [", vertices)):
+            file.write(start)
+            for number in range(count if points is not None else 0):
+                hand = points[rows[number]] if number in rows else 0 * points[0]
+                file.write((", " if number else "") + json.dumps(hand.tolist()))
+        file.write("]]")
     with zipfile.ZipFile(folder / "pred.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(folder / "pred.json", "pred.json")
 
 
+def world_of(index, row):
+    """Sequence, frame and extrinsics (3,4) of a hand of AssemblyHands, whose images are SEQUENCE/CAMERA/FRAME.jpg."""
+    sequence, _, frame = os.fsdecode(bytes(index.columns["image"][row])).removesuffix(".jpg").rsplit("/", 3)[-3:]
+    return sequence, frame, np.asarray(index.columns["extrinsics"][index.label(row)], np.float64)
+
+
 def to_world(index, joints):
     """The challenge's {"annotations": {sequence: {frame: {"world_coord": 42 x 3}}}} in mm, right hand first and tip first, zeros where
-    there is no hand; the mean of the cameras that see it. An image is SEQUENCE/CAMERA/FRAME.jpg."""
-    sums = {}
+    there is no hand, in every frame of the official file; the mean of the cameras that see it."""
+    sums = {sequence: {frame: np.zeros((2, 21, 4)) for frame in frames} for sequence, frames in index.meta.get("sequences", {}).items()}
     for row in range(len(index)):
-        sequence, _, frame = os.fsdecode(bytes(index.columns["image"][row])).removesuffix(".jpg").rsplit("/", 3)[-3:]
-        outside = np.asarray(index.columns["extrinsics"][index.label(row)], np.float64)
+        sequence, frame, outside = world_of(index, row)
         world = (joints[row] - outside[:, 3]) @ outside[:, :3]
         total = sums.setdefault(sequence, {}).setdefault(frame, np.zeros((2, 21, 4)))
         total[index.side(row)] += np.c_[1000 * world[TIP_FIRST], np.ones(21)]
@@ -496,7 +567,8 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
     """The whole of report.html as one string: the template beside this file, filled with text, pictures and numbers."""
     part = "vertices" if "pa_vertices" in errors else "joints"
     score = 1000 * (errors["pa_vertices"] if part == "vertices" else row_mean(errors["pa_joints"]))   # (n,) mm
-    order = np.argsort(score, kind="stable")
+    order = np.argsort(score, kind="stable")[:max(1, np.isfinite(score).sum())]               # too few joints to align: NaN, last
+    scored = score[order]
     cases, pictures = [], ""
     for name, share in (("best", 0), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("95 %", 0.95), ("worst", 1)):
         which = order[round(share * (len(order) - 1))]
@@ -506,7 +578,7 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
         head = f"{name}<br><b>{score[which]:.1f} mm</b><br>hand {errors['row'][which]}"
         pictures += f"<tr><th>{head}</th>{''.join(cells)}</tr>"
     protocol, placed = facts["protocol"], metrics.PROTOCOLS[facts["protocol"]]
-    counts, edges = np.histogram(score.clip(max=np.quantile(score, 0.99) * 1.15), bins=min(40, max(8, len(score) // 8)))
+    counts, edges = np.histogram(scored.clip(max=np.quantile(scored, 0.99) * 1.15), bins=min(40, max(8, len(scored) // 8)))
     curves = {"aligned": errors["pa_joints"], PLACED[placed]: errors[f"{placed}_joints"],
               "mean hand, aligned": baseline["pa_joints"]}
     numbers = {"faces": np.ravel(faces).tolist() if part == "vertices" else [], "cases": cases, "part": part,
@@ -515,7 +587,7 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
                           for i, name in enumerate(JOINT_NAMES)],
                "by_joint": [(1000 * row_mean(e["pa_joints"].T)).round(3).tolist() for e in (errors, baseline)],
                "histogram": {"counts": counts.tolist(), "edges": edges.tolist(),
-                             "marks": [["median", float(np.median(score))], ["95 %", float(np.quantile(score, 0.95))]]},
+                             "marks": [["median", float(np.median(scored))], ["95 %", float(np.quantile(scored, 0.95))]]},
                "curves": [[name, metrics.pck_curve(values)[1].round(4).tolist()] for name, values in curves.items()]}
     slots = {"TITLE": html.escape(index.meta.get("name", "hands")), "NOTE": note, "PICTURES": pictures,
              "CARDS": "".join(f"<div><b>{table[key]:.{2 if unit else 3}f}</b><i>{unit}</i><span>{label}</span></div>"
@@ -537,9 +609,9 @@ def css_color(finger):
 
 
 def row_mean(values):
-    """Mean of every row over what is not NaN (0 where a row has nothing)."""
+    """Mean of every row over what is not NaN (NaN where a row has nothing)."""
     known = ~np.isnan(values)
-    return np.where(known, values, 0).sum(1) / np.maximum(known.sum(1), 1)
+    return np.where(known.any(1), np.where(known, values, 0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
 
 
 def show_case(index, faces, pred, labels, row, part, size=256):

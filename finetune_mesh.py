@@ -20,6 +20,7 @@ from data import (
     invert_theta,
     make_loader,
     make_sampler,
+    mirror,
     normalise,
     random_color,
     random_theta,
@@ -76,7 +77,7 @@ def mesh_losses(outputs, target, arrays, definitions=("freihand",)):
     root, has_mesh = target["joints"][:, :1], target["has_vertices"] * target["has_joints"]
     for output in outputs:
         joints = defined_joints(output, target, arrays, definitions)                         # (B, 21, 3) m
-        seen = target["visible"][..., None] * target["known_joints2d"][..., None]
+        seen = target["visible"][..., None]                                                  # confidence of what is known
         # The camera learns from the true joints; the pose then moves under a fixed camera, so it cannot shrink it.
         labelled = target["has_joints"][:, None] > 0
         fixed = torch.where(labelled, output["camera"].detach(), output["camera"])
@@ -87,8 +88,8 @@ def mesh_losses(outputs, target, arrays, definitions=("freihand",)):
         step = {"rotations": masked_mean(rotation, target["has_pose"]),
                 "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
                 "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
-                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"][:, None] * known),
-                "joints2d": masked_mean(by_both.abs() * seen, target["has_joints2d"]),
+                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"][:, None] * target["known_joints2d"] * known),
+                "joints2d": masked_mean(by_both.abs() * seen, target["has_joints2d"][:, None] * target["known_joints2d"]),
                 "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), known),
                 "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(), has_mesh)}
         terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
@@ -164,15 +165,16 @@ def training_mean(dataset, hand, box_scale, count=4000):
             continue
         labels = index.pose_ids()[rows]
         if "pose" in index.columns:
-            pose = torch.from_numpy(index.columns["pose"][np.unique(labels)][:, :3])
-            turns.append(rotmat_from_axis_angle(pose[pose.isfinite().all(1)]))
+            pose = np.stack([mirror("pose", index.columns["pose"][label]) if index.side(row) else index.columns["pose"][label]
+                             for row, label in zip(rows, labels, strict=True)])[:, :3]
+            turns.append(rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)])))
         if "joints" in index.columns and "joints2d" in index.columns:
             side = [square(index.columns["box"][row], box_scale)[2] for row in rows]
             spread = [np.linalg.norm(x[..., :2] - np.nanmean(x[..., :2], 1, keepdims=True), axis=-1)
                       for x in (index.columns["joints2d"][labels], index.columns["joints"][labels])]
             scales.append(np.nanmean(spread[0], 1) / np.maximum(np.nanmean(spread[1], 1), 1e-4) * 2 / np.array(side))
     rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hand.hands_mean.cpu()]))
-    if turns:
+    if sum(map(len, turns)):
         u, _, v = torch.linalg.svd(torch.cat(turns).mean(0))
         rotmats[0] = u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
     return rotmats, float(np.nanmedian(np.concatenate(scales))) if scales else 9.0

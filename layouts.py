@@ -8,10 +8,12 @@
 
 Each takes (root, split, ...) and returns (columns, meta, folder of the images, what was left out and why). Columns are those of an index
 (data.py): metres, the camera's frame with x right, y down, z forward, pixel-centre 2-D points, pixel-edge boxes, FreiHAND's order of the
-joints, `side` 1 for left hands, which stay as the image shows them, and NaN where a label is not known. Each ValueError names the file
-and the entry. Files from outside never run code. Imports nothing of ours.
+joints, `side` 1 for left hands, which stay as the image shows them, and NaN where a label is not known. meta: `box`, what it is drawn
+around; `frames`, how many the official list has, in which `number` is a hand's place. Each ValueError names the file and the entry.
+Files from outside never run code. Imports nothing of ours.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -66,7 +68,8 @@ def freihand(root, split, skip_missing=False):
         masks = set(os.listdir(folder / part / "mask"))
         own = [f"{name:08d}.jpg" for name in np.tile(np.arange(count), versions)[kept]]
         columns["mask"] = np.array([f"{part}/mask/{name}" if name in masks else "" for name in own], dtype="S")
-    meta = {"name": f"freihand-{split}", "joints": "freihand", "pose_mean": True, "protocol": "freihand"}
+    meta = {"name": f"freihand-{split}", "joints": "freihand", "pose_mean": True, "protocol": "freihand",
+            "box": "drawn around the labelled joints"}
     return columns, meta, folder, {"image missing": [str(folder / part / "rgb" / name) for name in np.array(image)[~present]]}
 
 
@@ -108,7 +111,8 @@ def ho3d(root, split, hands=None, workers=0):
     columns = {name: np.stack([row[name] for row in rows if row is not None]) for name in next(row for row in rows if row is not None)}
     root_joint = columns.pop("root", None)
     version = "v2" if ending == "png" else "v3"
-    meta = {"name": f"ho3d-{version}-{split}", "joints": "ho3d", "pose_mean": False, "protocol": "ho3d"}
+    meta = {"name": f"ho3d-{version}-{split}", "joints": "ho3d", "pose_mean": False, "protocol": "ho3d",
+            "frames": len(frames), "box": "drawn around the labelled joints" if split == "train" else "the data set's own"}
     if split == "evaluation" and (root / "evaluation_xyz.json").exists():
         for name, file, shape in (("joints", "evaluation_xyz.json", (21, 3)), ("vertices", "evaluation_verts.json", (778, 3))):
             value = read_labels(root / file, shape)
@@ -193,8 +197,11 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
     if not subjects:
         raise FileNotFoundError(f"{root}: no folders DATE-subject-NN: ROOT must be DexYCB as unpacked")
     jobs = []
-    for s, subject in enumerate(subjects):
-        for q, sequence in enumerate(sorted(path for path in subject.iterdir() if path.is_dir())):
+    for subject in subjects:
+        s, sequences = int(subject.name[-2:]) - 1, sorted(path for path in subject.iterdir() if path.is_dir())
+        if len(sequences) != 100:
+            print(f"warning: {subject} has {len(sequences)} sequences, not 100: which part one belongs to is counted by its place")
+        for q, sequence in enumerate(sequences):
             cameras = [c for c in range(SERIALS) if dexycb_part(setup, s, c, q) == split]
             if cameras:
                 jobs.append((sequence, cameras))
@@ -222,12 +229,13 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
     check_images(root, [os.fsdecode(name) for name in columns["image"]])
     columns["mask"] = np.array([re.sub(rb"color_(\d+)\.jpg$", rb"labels_\1.npz", name) for name in columns["image"]])
     meta = {"name": f"dexycb-{setup}-{split}", "joints": "manopth", "pose_mean": False, "protocol": "dexycb", "partial": True,
-            "frames": int(starts[-1])}
+            "frames": int(starts[-1]), "box": "drawn around the labelled joints"}
     return columns, meta, root, {"frame without a hand": [name for part in parts for name in part["empty"]]}
 
 
 def dexycb_part(setup, subject, camera, sequence):
-    """train, val or test, to which a camera of a sequence belongs; all counted in sorted order (NVlabs/dex-ycb-toolkit dex_ycb.py)."""
+    """train, val or test, to which a camera of a sequence belongs; subjects by their number less 1, the others in sorted order
+    (NVlabs/dex-ycb-toolkit dex_ycb.py)."""
     if setup == "s0":
         return "train" if sequence % 5 != 4 else "val" if subject < 2 else "test"
     if setup == "s1":
@@ -273,37 +281,42 @@ def dexycb_sequence(root, job):
 
 # ------------------------------------------------------------------------------------- AssemblyHands and InterHand2.6M
 def assemblyhands(root, split):
-    """train, val or test of the headset's cameras: a row for each hand with a box. Joints are annotated, not MANO's; NaN where invalid."""
+    """train, val or test of the headset's cameras: a row for each hand with a box. Joints are annotated, not MANO's: NaN where nothing is
+    known; `visible` holds the annotation's own flags, by which the official metric counts joints (the wrist is subtracted whatever its
+    flag, T24). The test's poses may be missing: its hands then have boxes alone. meta holds `sequences`, all frames of the file."""
     folder = root / "annotations" / split
-    path, lens_path, pose_path = (one_file(folder, f"assemblyhands_{split}_{name}*.json") for name in ("ego_data", "ego_calib", "joint_3d"))
-    content, calibration, poses = map(read_json, (path, lens_path, pose_path))
-    rows, empty = [], []
-    images = {image["id"]: image for image in content["images"]}
-    for entry, hand in enumerate(tqdm(content["annotations"], desc="hands", leave=False)):
-        try:
+    path, lens_path = (one_file(folder, f"assemblyhands_{split}_{name}*.json") for name in ("ego_data", "ego_calib"))
+    pose_path = folder / f"assemblyhands_{split}_joint_3d*.json"
+    if split != "test" or len([file for file in folder.glob(pose_path.name) if "template" not in file.name]) > 0:
+        pose_path = one_file(folder, pose_path.name)
+    content, calibration = read_json(path), read_json(lens_path)
+    poses = read_json(pose_path) if pose_path.exists() else {"annotations": {}}
+    images, annotations = entries(content, path)
+    rows, sequences = [], {}
+    for entry, hand in enumerate(tqdm(annotations, desc="hands", leave=False)):
+        with named(path, entry):
             image = images[hand["image_id"]]
-            sequence, camera, frame = image["seq_name"], image["camera"] + "_mono10bit", f"{int(image['frame_idx']):06d}"
-            camera = camera.replace("_mono10bit_mono10bit", "_mono10bit")
-            K = numbers(calibration["calibration"][sequence]["intrinsics"], camera, (3, 3), lens_path)
-            outside = numbers(calibration["calibration"][sequence]["extrinsics"][frame], camera, (3, 4), lens_path)
-            pose = poses["annotations"][sequence].get(frame)
-            world = np.full((42, 3), np.nan) if pose is None else numbers(pose, "world_coord", (42, 3), pose_path)
-            valid = np.zeros(42, bool) if pose is None else numbers(pose, "joint_valid", (42,), pose_path) > 0
-            points = (world @ outside[:, :3].T + outside[:, 3]) / 1000                        # T20: R X + t
+            sequence, camera, frame = image["seq_name"], image["camera"].removesuffix("_mono10bit") + "_mono10bit", f"{int(image['frame_idx']):06d}"
+            sequences.setdefault(sequence, set()).add(frame)
+            with named(lens_path, f"{sequence} {frame}"):
+                K = numbers(calibration["calibration"][sequence]["intrinsics"], camera, (3, 3), lens_path)
+                outside = numbers(calibration["calibration"][sequence]["extrinsics"][frame], camera, (3, 4), lens_path)
+            with named(pose_path, f"{sequence} {frame}"):
+                pose = poses["annotations"].get(sequence, {}).get(frame)
+                world = np.zeros((42, 3)) if pose is None else numbers(pose, "world_coord", (42, 3), pose_path)
+                known = np.zeros(42, bool) if pose is None else numbers(pose, "joint_valid", (42,), pose_path) > 0
+            seen = numbers(hand, "joint_valid", (42,), path) > 0 if "joint_valid" in hand else known
+            known = (known | seen | np.isin(np.arange(42), (20, 41))) & world.any(1)          # zeros stand for nothing
+            points = np.where(known[:, None], (world @ outside[:, :3].T + outside[:, 3]) / 1000, np.nan)      # T20: R X + t
             for side, name in enumerate(("right", "left")):
-                if hand["bbox"].get(name) is None:
-                    continue
-                joints = np.where(valid[:, None], points, np.nan)[21 * side:21 * side + 21][FROM_TIPS]
-                if not np.isfinite(joints).any():
-                    empty.append(f"{image['file_name']} {name}")
-                    continue
-                rows.append({"image": os.fsencode(image["file_name"]), "size": (image["width"], image["height"]), "K": K, "joints": joints,
-                             "extrinsics": np.c_[outside[:, :3], outside[:, 3] / 1000],
-                             "box": numbers(hand["bbox"], name, (4,), path) + 0.5, "side": side, "video": sequence})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: annotation {entry} is not as AssemblyHands has it ({type(error).__name__}: {error})") from None
-    return annotated(rows, root / "images", path, {"hand without a valid joint": empty},
-                     {"name": f"assemblyhands-{split}", "joints": "assemblyhands", "protocol": "assemblyhands"})
+                if hand["bbox"].get(name) is not None:
+                    own = 21 * side + np.array(FROM_TIPS)
+                    rows.append({"image": os.fsencode(image["file_name"]), "size": sizes(image), "K": K, "joints": points[own],
+                                 "visible": seen[own], "extrinsics": np.c_[outside[:, :3], outside[:, 3] / 1000],
+                                 "box": numbers(hand["bbox"], name, (4,), path) + 0.5, "side": side, "video": sequence})
+    meta = {"name": f"assemblyhands-{split}", "joints": "assemblyhands", "protocol": "assemblyhands", "box": "the data set's own",
+            "sequences": {name: sorted(frames) for name, frames in sorted(sequences.items())}}
+    return annotated(rows, root / "images", path, {}, meta)
 
 
 def interhand(root, split, hands=None):
@@ -314,62 +327,96 @@ def interhand(root, split, hands=None):
                                             ("data", "camera", "joint_3d", "MANO_NeuralAnnot"))
     content, cameras, poses = map(read_json, (path, lens_path, pose_path))
     fitted = read_json(fit_path) if hands is not None and fit_path.exists() else {}
+    images, annotations = entries(content, path)
     rows, empty = [], []
-    images = {image["id"]: image for image in content["images"]}
-    for entry, hand in enumerate(tqdm(content["annotations"], desc="hands", leave=False)):
-        try:
+    for entry, hand in enumerate(tqdm(annotations, desc="hands", leave=False)):
+        with named(path, entry):
             image = images[hand["image_id"]]
             capture, camera, frame = str(image["capture"]), str(image["camera"]), str(image["frame_idx"])
-            lens = cameras[capture]
-            turn, place = numbers(lens["camrot"], camera, (3, 3), lens_path), numbers(lens["campos"], camera, (3,), lens_path)
-            focal, centre = numbers(lens["focal"], camera, (2,), lens_path), numbers(lens["princpt"], camera, (2,), lens_path)
-            K = np.array([[focal[0], 0, centre[0]], [0, focal[1], centre[1]], [0, 0, 1]])
-            points = (numbers(poses[capture][frame], "world_coord", (42, 3), pose_path) - place) @ turn.T / 1000      # T20: R (X - c)
             valid = numbers(hand, "joint_valid", (42, 1), path)[:, 0] > 0
+            x, y, width, height = numbers(hand, "bbox", (4,), path)
             if hand["hand_type"] not in ("right", "left", "interacting"):
-                raise ValueError(f"{path}: annotation {entry}: hand_type {hand['hand_type']!r}")
+                raise ValueError(f"{path}: hand_type {hand['hand_type']!r}")
+            with named(lens_path, f"capture {capture}"):
+                lens = cameras[capture]
+                turn, place = numbers(lens["camrot"], camera, (3, 3), lens_path), numbers(lens["campos"], camera, (3,), lens_path)
+                focal, centre = numbers(lens["focal"], camera, (2,), lens_path), numbers(lens["princpt"], camera, (2,), lens_path)
+            with named(pose_path, f"capture {capture} frame {frame}"):
+                world = numbers(poses[capture][frame], "world_coord", (42, 3), pose_path)
+            points = (world - place) @ turn.T / 1000                                         # T20: R (X - c)
             for side, name in enumerate(("right", "left")):
                 if hand["hand_type"] not in (name, "interacting"):
                     continue
                 own = valid[21 * side:21 * side + 21]
-                joints = np.where((own & own[20])[:, None], points[21 * side:21 * side + 21], np.nan)[FROM_TIPS]  # T24
-                if not np.isfinite(joints).any():
+                if not own[20]:                                    # T24
                     empty.append(f"{image['file_name']} {name}")
                     continue
-                x, y, width, height = numbers(hand, "bbox", (4,), path)
-                box = np.array([x, y, x + width, y + height]) + 0.5
-                mesh = ((fitted.get(capture) or {}).get(frame) or {}).get(name)
-                fit = {key: np.full(size, np.nan) if mesh is None else numbers(mesh, word, (size,), fit_path)
-                       for key, word, size in (("pose", "pose", 48), ("betas", "shape", 10), ("trans", "trans", 3))}
-                rows.append({"image": os.fsencode(f"{split}/{image['file_name']}"), "size": (image["width"], image["height"]), "K": K,
-                             "joints": joints, "box": None if hand["hand_type"] == "interacting" else box, "side": side,
-                             "video": f"{capture}/{image['seq_name']}", "turn": turn, "place": place / 1000} | fit)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: annotation {entry} is not as InterHand2.6M has it ({type(error).__name__}: {error})") from None
-    fit = {name: np.array([row.pop(name) for row in rows]) for name in ("turn", "place", "pose", "betas", "trans")} if rows else {}
-    columns, *rest = annotated(rows, root / "images", path, {"hand without a valid joint or wrist": empty},
-                               {"name": f"interhand-{split}", "joints": "interhand", "protocol": "assemblyhands"})
+                row = {"image": os.fsencode(f"{split}/{image['file_name']}"), "size": sizes(image), "side": side,
+                       "K": [[focal[0], 0, centre[0]], [0, focal[1], centre[1]], [0, 0, 1]], "turn": turn, "place": place / 1000,
+                       "joints": np.where(own[:, None], points[21 * side:21 * side + 21], np.nan)[FROM_TIPS],
+                       "box": np.array([x, y, x + width, y + height]) + 0.5, "own_box": hand["hand_type"] != "interacting",
+                       "video": f"{capture}/{image['seq_name']}"}
+                if fitted:
+                    with named(fit_path, f"capture {capture} frame {frame}"):
+                        fit = (fitted.get(capture) or {}).get(frame, {})[name] if (fitted.get(capture) or {}).get(frame) else None
+                        row |= {key: np.full(size, np.nan) if fit is None else numbers(fit, word, (size,), fit_path)
+                                for key, word, size in (("pose", "pose", 48), ("betas", "shape", 10), ("trans", "trans", 3))}
+                rows.append(row)
+    outside = {name: np.array([row.pop(name) for row in rows]) for name in ("turn", "place", "pose", "betas", "trans") if rows and name in rows[0]}
+    columns, *rest = annotated(rows, root / "images", path, {"hand without a valid wrist": empty},
+                               {"name": f"interhand-{split}", "joints": "interhand", "protocol": "assemblyhands",
+                                "box": "the data set's own, of interacting hands drawn around the labelled joints"})
     if fitted:
-        left, there = columns["side"] == 1, np.isfinite(fit["pose"]).all(1)
-        pose, vertices = fit["pose"], np.full((len(left), 778, 3), np.nan)
-        pose[:, 3:] += hands.mean(left)
-        vertices[there] = hands.vertices(pose[there], fit["betas"][there], fit["trans"][there], left[there], repair=True)
-        vertices[there] = np.einsum("nij,nvj->nvi", fit["turn"][there], vertices[there] - fit["place"][there, None])
-        pose[there] = turned(pose[there], Rotation.from_matrix(fit["turn"][there]))
-        columns |= {"pose": pose, "betas": fit["betas"], "vertices": vertices}
+        columns |= interhand_meshes(hands, columns["side"] == 1, **outside)
     return columns, *rest
 
 
+def interhand_meshes(hands, left, turn, place, pose, betas, trans):
+    """vertices, pose and betas as the camera [turn | place] sees fits (N,...) in the world, NaN where there is none; 1,024 at a time."""
+    vertices, there = np.full((len(left), 778, 3), np.nan, np.float32), np.isfinite(pose).all(1)
+    pose[:, 3:] += hands.mean(left)
+    for rows in np.array_split(np.flatnonzero(there), max(1, there.sum() // 1024)):
+        meshes = hands.vertices(pose[rows], betas[rows], trans[rows], left[rows], repair=True)
+        vertices[rows] = np.einsum("nij,nvj->nvi", turn[rows], meshes - place[rows, None])
+    pose[there] = turned(pose[there], Rotation.from_matrix(turn[there]))
+    return {"pose": pose, "betas": betas, "vertices": vertices}
+
+
+def entries(content, path):
+    """({id: image}, annotations) of a COCO-like file."""
+    with named(path, "top"):
+        return {image["id"]: image for image in content["images"]}, list(content["annotations"])
+
+
+@contextlib.contextmanager
+def named(path, entry):
+    """Whatever is wrong inside becomes a ValueError with the file and the entry; one that names its file keeps it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        place = f"annotation {entry}" if isinstance(entry, int) else entry
+        if ".json: " in str(error):
+            raise ValueError(f"{error}" if "(entry " in str(error) else f"{error} (entry {place})") from None
+        raise ValueError(f"{path}: not as published ({type(error).__name__}: {error}) (entry {place})") from None
+
+
+def sizes(image):
+    """(width, height) of an image's entry."""
+    return int(image["width"]), int(image["height"])
+
+
 def annotated(rows, folder, path, dropped, meta):
-    """Columns of rows with image, size, K, joints, box (None: around the joints), side and video."""
+    """Columns of rows with image, size, K, joints, box, side and video; `own_box` False: around the joints, if they span one."""
     if not rows:
         raise ValueError(f"{path}: no annotated hand")
-    names = {"image", "size", "K", "joints", "side", "extrinsics"} & set(rows[0])
+    names = {"image", "size", "K", "joints", "side", "visible", "extrinsics", "box"} & set(rows[0])
     columns = {name: np.array([row[name] for row in rows]) for name in sorted(names)}
     columns["joints2d"] = project(columns["joints"], columns["K"])
-    columns["visible"] = np.isfinite(columns["joints2d"]).all(2)
+    known = np.isfinite(columns["joints2d"]).all(2)
+    columns["visible"] = known & columns.get("visible", True)
     around = tight_boxes(columns["joints2d"])
-    columns["box"] = np.array([box if row["box"] is None else row["box"] for row, box in zip(rows, around, strict=True)])
+    drawn = np.array([not row.get("own_box", True) for row in rows]) & (around[:, 2:] - around[:, :2] >= 1).all(1)
+    columns["box"] = np.where(drawn[:, None], around, columns["box"])
     columns["video"] = np.unique([row["video"] for row in rows], return_inverse=True)[1]
     check_images(folder, [os.fsdecode(name) for name in columns["image"]])
     return columns, meta | {"pose_mean": False, "partial": True}, folder, dropped
@@ -377,14 +424,16 @@ def annotated(rows, folder, path, dropped, meta):
 
 # --------------------------------------------------------------------------------------------------------------- shared
 def project(points, K):
-    """(N,P,3) metres -> (N,P,2) pixel-centre coordinates."""
+    """(N,P,3) metres -> (N,P,2) pixel-centre coordinates; NaN behind the camera."""
     image = points @ K.transpose(0, 2, 1)
-    return image[..., :2] / image[..., 2:]
+    return np.where(image[..., 2:] > 0, image[..., :2] / np.where(image[..., 2:] > 0, image[..., 2:], 1), np.nan)
 
 
 def tight_boxes(joints2d):
-    """(N,4) boxes in pixel-edge coordinates around (N,21,2) joints, of which some may be NaN."""
-    return np.concatenate([np.nanmin(joints2d, 1), np.nanmax(joints2d, 1)], axis=1) + 0.5
+    """(N,4) boxes in pixel-edge coordinates around (N,21,2) joints, of which some may be NaN; without any of size 0."""
+    known = np.isfinite(joints2d).all(2, keepdims=True)
+    low, high = (np.where(known, joints2d, far) for far in (np.inf, -np.inf))
+    return np.where(known.any(1), np.concatenate([low.min(1), high.max(1)], axis=1) + 0.5, 0)
 
 
 def turned(pose, by):

@@ -37,6 +37,9 @@ TIPS = {
 }
 
 
+REGRESSED = {"freihand": "freihand", "interhand": "manopth445", "assemblyhands": "freihand"}    # of data sets: regressed from the mesh
+
+
 def _tips(name):
     if name not in TIPS:
         raise ValueError(f"tips={name!r}: unknown fingertip set, use one of {', '.join(TIPS)}")
@@ -60,12 +63,17 @@ def labelled_joints(vertices, joints, arrays, definition, left=None):
     """Joints (B, 21, 3) as a data set's labels define them, from a predicted mesh (B, 778, 3) and the layer's own joints (B, 21, 3).
 
     definition: a set of TIPS means the layer's 16 with these tips (HO-3D "ho3d", DexYCB "manopth"); "kinematic" or "regressed" and five
-    vertices says both at once (what prepare_data.py finds in HO-3D's evaluation labels); "freihand", and any other name (annotations that
-    are no mesh's), `joints_from_vertices`. left: (B,) bool, hands that were left ones: DexYCB's have another tip.
+    vertices says both at once (what prepare_data.py finds in HO-3D's evaluation labels); "freihand" is `joints_from_vertices`, as are
+    "interhand" with that regressor's tips and "assemblyhands", whose annotations are no mesh's. left: (B,) bool, hands that were left
+    ones: DexYCB's have another tip. ValueError on other names.
     """
     how, *tips = definition.split()
-    if len(tips) != 5:
-        how, tips = ("kinematic", TIPS[how]) if how in TIPS and how != "freihand" else ("regressed", TIPS["freihand"])
+    if how in REGRESSED:
+        how, tips = "regressed", TIPS[REGRESSED[how]]
+    elif how in TIPS:
+        how, tips = "kinematic", TIPS[how]
+    if how not in ("regressed", "kinematic") or len(tips) != 5:
+        raise ValueError(f"joints {definition!r}: unknown definition, use {', '.join({**REGRESSED, **TIPS})}")
     joints = joints_from_vertices(vertices, arrays, "freihand") if how == "regressed" else joints.clone()
     joints[:, [4, 8, 12, 16, 20]] = vertices[:, [int(tip) for tip in tips]]
     if definition == "manopth" and left is not None:

@@ -68,7 +68,25 @@ def labelled(root, args):
     hands = Hands(args.mano) if args.mano else None
     extra = {"freihand": {"skip_missing": args.skip_missing}, "ho3d": {"hands": hands, "workers": args.workers}, "assemblyhands": {},
              "dexycb": {"setup": args.setup, "hands": hands, "workers": args.workers}, "interhand": {"hands": hands}}[args.kind]
-    return getattr(layouts, args.kind)(root, split, **extra)
+    return usable(*getattr(layouts, args.kind)(root, split, **extra))
+
+
+def usable(columns, meta, folder, dropped):
+    """Without the hands that no picture can be cut out of: what is left out is listed with the rest."""
+    box, size = columns["box"], columns["size"]
+    labels = columns.get("label", np.arange(len(box)))
+    span, unseen = box[:, 2:] - box[:, :2], ~np.isfinite(columns["joints2d"]).all((1, 2))[labels] if "joints2d" in columns else False
+    reasons = {"box thinner than a pixel": ~(span >= 1).all(1), "hand outside its image": (box[:, 2:] <= 0).any(1) | (
+        box[:, :2] >= size).any(1) | (CONTEXT * span.max(1) > 4 * size.max(1)), "joints behind the camera": unseen & (not meta.get("partial"))}
+    kept = np.ones(len(box), bool)
+    for reason, wrong in reasons.items():
+        dropped[reason] = [os.fsdecode(name) for name in columns["image"][wrong & kept]]
+        kept &= ~wrong
+    if not kept.any():
+        raise ValueError(f"{folder}: no hand can be cut out: {', '.join(f'{len(v)} {k}' for k, v in dropped.items() if v)}")
+    if not kept.all():
+        columns = {name: value if "label" in columns and name in LABEL_COLUMNS else value[kept] for name, value in columns.items()}
+    return columns, meta, folder, dropped
 
 
 class Hands:
@@ -414,6 +432,11 @@ def main(argv=None):
     cli.add_argument("--source", default="Ego4D", choices=["Ego4D", "100DOH"], help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"], help="hand100m: which of the authors' files")
     args = cli.parse_args(argv)
+    taken = {"folder": "boxes side", "video": "every detections", "hand100m": "source scale", "freihand": "split skip_missing",
+             "ho3d": "split mano workers", "dexycb": "split setup mano workers", "assemblyhands": "split", "interhand": "split mano"}
+    for name, value in vars(args).items():
+        if name not in ("kind", "root", "out", *taken[args.kind].split()) and value != cli.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing for {args.kind}: leave it out")
     if args.every < 1:
         raise ValueError("--every must be at least 1")
     if (args.out / "index.json").exists():
@@ -430,7 +453,8 @@ def main(argv=None):
     contact_sheet(index, args.out / "samples.png")
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     labels = f"{index.meta['labels']} labels" if (set(LABEL_COLUMNS) - {"keypoints", "keypoints_score"}) & set(columns) else "no labels"
-    print(f"{args.out}: {len(index)} hands ({left} left), {labels}; look at {args.out / 'samples.png'}")
+    videos = len(set(np.unique(index.columns["video"])) - {-1}) if "video" in index.columns else 0
+    print(f"{args.out}: {len(index)} hands ({left} left){f' of {videos} videos' if videos else ''}, {labels}; look at {args.out / 'samples.png'}")
     if "found" in index.meta:
         print(f"joints: {index.meta['found']}")
     for reason, names in dropped.items():

@@ -12,8 +12,9 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import layouts
+import metrics
 from data import HandDataset, HandIndex, make_sampler
-from evaluate import to_world, write_predictions
+from evaluate import read_labels, read_predictions, write_predictions
 from finetune_mesh import mesh_losses
 from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, labelled_joints, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
 from prepare_data import Hands
@@ -125,7 +126,8 @@ def write_dexycb(root, sequences=5, frames=2):
 
 
 def write_assemblyhands(root, split="val"):
-    """Three frames of a headset's camera that moves: both hands; a right one with an invalid wrist and tip; a left one alone."""
+    """Three frames of a headset's camera that moves: both hands, of whose left one this camera does not see the thumb's tip; a right one
+    with a doubtful wrist and an unknown tip; a left one alone."""
     hands = {side: posed(3, 20 + k, side)["joints"] for k, side in enumerate(("right", "left"))}
     data, lens, headset, poses = {"images": [], "annotations": []}, {}, {}, {}
     for frame in range(3):
@@ -133,16 +135,19 @@ def write_assemblyhands(root, split="val"):
         place = np.array([300.0, -200.0, 100.0 * frame])
         both = 1000 * np.concatenate([hands[side][frame][TIP_FIRST] for side in ("right", "left")])
         valid = np.ones(42)
+        seen = valid.copy()
+        if frame == 0:
+            seen[21] = 0
         if frame == 1:
-            valid[[20, 4]] = 0
+            seen[[20, 4]] = valid[4] = 0
         boxes = {side: np.r_[project(hands[side][frame]).min(0), project(hands[side][frame]).max(0)].tolist() for side in hands}
         if frame == 2:
-            boxes["right"], valid[:21] = None, 0
+            boxes["right"], valid[:21], seen[:21] = None, 0, 0
         name = f"ego_images_rectified/{split}/seq/HMC_1_mono10bit/{frame:06d}.jpg"
         image(root / "images" / name)
         data["images"].append({"id": 10 + frame, "seq_name": "seq", "camera": "HMC_1", "frame_idx": frame, "file_name": name,
                                "width": 640, "height": 480})
-        data["annotations"].append({"image_id": 10 + frame, "bbox": boxes, "joint_valid": valid.tolist()})
+        data["annotations"].append({"image_id": 10 + frame, "bbox": boxes, "joint_valid": seen.tolist()})
         lens["HMC_1_mono10bit"], headset[f"{frame:06d}"] = K.tolist(), {"HMC_1_mono10bit": np.c_[turn, place].tolist()}
         world = (both - place) @ turn                                    # R X + t = both
         world[valid == 0] = 0
@@ -174,7 +179,7 @@ def write_interhand(root, split="val"):
         data["annotations"].append({"id": frame, "image_id": frame, "bbox": [100.0, 90.0, 150.0, 160.0], "joint_valid": valid.tolist(),
                                     "hand_type": kind, "hand_type_valid": 1})
         cameras["0"] = {"campos": {"400": place.tolist()}, "camrot": {"400": turn.tolist()}, "focal": {"400": [614.0, 610.0]},
-                        "princpt": {"400": [318.0, 243.0]}}
+                        "princpt": {"400": [170.0, 243.0]}}
         poses["0"][str(frame)] = {"world_coord": world.tolist(), "joint_valid": (valid > 0).tolist(), "hand_type": kind}
         fits = {}
         for side in ("right", "left"):
@@ -251,6 +256,10 @@ def test_dexycb(roots, tmp_path, setup, split):
     lines = [line.split(",") for line in (tmp_path / "pred.txt").read_text().splitlines()]
     assert [int(line[0]) for line in lines] == there and {len(line) for line in lines} == {64}
     close(np.array(lines, float)[:, 1:].reshape(-1, 21, 3) / 1000, joints)
+    close(read_predictions(tmp_path / "pred.txt", index, "dexycb")[0], joints)
+    (tmp_path / "short.txt").write_text((tmp_path / "pred.txt").read_text().split("\n", 1)[1])
+    with pytest.raises(ValueError, match=f"short.txt: image {there[0]} is missing"):
+        read_predictions(tmp_path / "short.txt", index, "dexycb")
     left = index.columns["side"] == 1
     assert np.isnan(index.columns["betas"][left]).all() and np.isfinite(index.columns["betas"][~left]).all()
     item = HandDataset([index], 64, 2.0, ("betas", "joints", "pose", "mask"), substitute=False)[int(np.argmax(left))]
@@ -279,13 +288,24 @@ def test_assemblyhands(roots, tmp_path):
     assert index.columns["side"].tolist() == [0, 1, 0, 1, 1] and index.meta["protocol"] == "assemblyhands"
     wanted = np.array([hands[("right", "left")[side]][frame] for side, frame in ((0, 0), (1, 0), (0, 1), (1, 1), (1, 2))])
     unknown = np.isnan(index.columns["joints"]).any(2)
-    assert np.argwhere(unknown).tolist() == [[2, 0], [2, 8]]             # wrist, and the index finger's tip
+    assert np.argwhere(unknown).tolist() == [[2, 8]]                     # the index finger's tip
+    assert np.argwhere(index.columns["visible"] == 0).tolist() == [[1, 4], [2, 0], [2, 8]]       # the annotation's own flags
     close(np.where(unknown[..., None], 0, index.columns["joints"]), np.where(unknown[..., None], 0, wanted))
     close(np.where(unknown[..., None], 0, index.columns["joints2d"]), np.where(unknown[..., None], 0, project(wanted)), 0.01)
-    world = to_world(index, wanted)["annotations"]["seq"]                # the challenge's file
+    write_predictions(tmp_path, (wanted, None), "assemblyhands", index)  # the challenge's file, and back
+    world = json.loads((tmp_path / "pred_world.json").read_text())["annotations"]["seq"]
+    close(read_predictions(tmp_path / "pred_world.json", index, "assemblyhands")[0], wanted)
     poses = json.loads((root / "assemblyhands/annotations/val/assemblyhands_val_joint_3d_v1-1.json").read_text())["annotations"]["seq"]
     close(np.array(world["000000"]["world_coord"]), np.array(poses["000000"]["world_coord"]), 1e-3)
     assert not np.any(world["000002"]["world_coord"][:21]) and np.all(world["000002"]["world_coord"][21:])
+    assert world.keys() == {"000000", "000001", "000002"}
+    labels, _ = read_labels(index, "assemblyhands")                      # T24: the wrist is subtracted whatever its flag
+    pred = np.where(np.isfinite(index.columns["joints"]), index.columns["joints"], 0) + np.random.default_rng(0).normal(0, 0.01, wanted.shape)
+    both = np.stack([pred - pred[:, :1], wanted - wanted[:, :1]])
+    off = np.where(index.columns["visible"] > 0, np.linalg.norm(both[0] - both[1], axis=2), np.nan)
+    means = np.concatenate([np.nanmean(off[index.columns["side"] == side], 0) for side in (0, 1)])
+    scores = metrics.evaluate_hands(pred, None, protocol="assemblyhands", **labels | {"gt_vertices": None})
+    assert scores["mpjpe_mm"] == pytest.approx(1000 * means.mean(), abs=1e-3)
     item = HandDataset([index], 64, 2.0, ("joints", "joints2d", "visible"), substitute=False)[2]
     assert item["known_joints"].sum() == 19 and item["has_joints"] == 0 and item["has_joints2d"] == 1 and np.isfinite(item["joints"]).all()
 
@@ -375,6 +395,14 @@ DAMAGE = {
                        lambda p: edit(p, lambda c: c["annotations"]["seq"]["000001"].update(world_coord=[[0, 0, 0]]))),
     "assembly nan": ("assemblyhands", ASSEMBLY + "joint_3d_v1-1.json",
                      lambda p: edit(p, lambda c: c["annotations"]["seq"]["000001"]["world_coord"].__setitem__(3, [float("nan")] * 3))),
+    "assembly images": ("assemblyhands", ASSEMBLY + "ego_data_v1-1.json", lambda p: edit(p, lambda c: c.pop("images"))),
+    "assembly width": ("assemblyhands", ASSEMBLY + "ego_data_v1-1.json", lambda p: edit(p, lambda c: c["images"][1].update(width=None))),
+    "assembly frame": ("assemblyhands", ASSEMBLY + "ego_data_v1-1.json", lambda p: edit(p, lambda c: c["images"][1].update(frame_idx="a"))),
+    "assembly lens": ("assemblyhands", ASSEMBLY + "ego_calib_v1-1.json",
+                      lambda p: edit(p, lambda c: c["calibration"]["seq"]["extrinsics"].pop("000001"))),
+    "interhand nan": ("interhand", INTER + "joint_3d.json",
+                      lambda p: edit(p, lambda c: c["0"]["1"]["world_coord"].__setitem__(3, [float("nan")] * 3))),
+    "interhand shape": ("interhand", INTER + "data.json", lambda p: edit(p, lambda c: c["annotations"][1]["joint_valid"].pop())),
     "interhand missing": ("interhand", INTER + "camera.json", lambda p: p.unlink()),
     "interhand truncated": ("interhand", INTER + "data.json", lambda p: p.write_text(p.read_text()[:-30])),
     "interhand side": ("interhand", INTER + "data.json", lambda p: edit(p, lambda c: c["annotations"][1].update(hand_type="both"))),
@@ -392,10 +420,13 @@ def test_damage_is_named_and_leaves_nothing(roots, tmp_path, name, monkeypatch, 
     damage(tmp_path / kind / where)
     split = "train" if kind in ("ho3d", "dexycb") else "val"
     with pytest.raises(SystemExit) as stopped:
-        run(lambda: prepare_data.main([kind, str(tmp_path / kind), "--split", split, "--out", str(tmp_path / "out"), "--workers", "1"]))
+        run(lambda: prepare_data.main([kind, str(tmp_path / kind), "--split", split, "--out", str(tmp_path / "out"),
+                                       *(("--workers", "1") if kind in ("ho3d", "dexycb") else ())]))
     said = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip(" \x1b[A").startswith("error")]
     assert stopped.value.code == 2 and len(said) == 1 and not (tmp_path / "out").exists() and not (tmp_path / "hostile").exists()
-    assert (where.rsplit("/", 1)[-1].removesuffix("_v1-1.json") in said[0])
+    assert where.rsplit("/", 1)[-1].removesuffix("_v1-1.json") in said[0]
+    if where.endswith(".json") and name.split()[1] not in ("missing", "truncated", "images"):
+        assert any(f"(entry {place})" in said[0] for place in ("annotation 1", "seq 000001", "capture 0 frame 1")), said[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
