@@ -315,10 +315,13 @@ class DistanceHead(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """Features (B,D) -> latents (B,128), 64 points for PeCLR (dahiyaaneesh/peclr src/models/unsupervised/simclr_model.py)."""
+    """Features (B,D) -> latents (B,128), 64 points for PeCLR (dahiyaaneesh/peclr src/models/unsupervised/simclr_model.py), standardised
+    over the batch as at the end of SimCLR's own head (here ours): what all hands have in common would otherwise be turned by each view's
+    theta and so be noise in every similarity, from which similar hands of other videos do not emerge."""
 
     def __init__(self, dim):
-        super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128, bias=False))
+        super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128, bias=False),
+                         nn.BatchNorm1d(128, affine=False))
 
 
 class KeypointHead(nn.Module):
