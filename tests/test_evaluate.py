@@ -107,13 +107,19 @@ def test_joints_alone(index, labels, tmp_path):
 
 
 def test_ho3d_files_have_its_order_and_frame(index, labels, tmp_path):
-    pred = noisy(labels)
-    evaluate.write_predictions(tmp_path, pred, "ho3d", None)
+    pred, hands = noisy(labels), HandIndex(index)
+    evaluate.write_predictions(tmp_path, pred, "ho3d", hands)
     joints, vertices = (np.array(points) for points in json.loads((tmp_path / "pred.json").read_text()))
     assert (joints[..., 2] < 0).all() and (vertices[..., 2] < 0).all()
     np.testing.assert_array_equal(joints[:, 4] * [1, -1, -1], pred[0][:, 9])  # middle knuckle: 4 there, 9 here
     np.testing.assert_array_equal(joints * [1, -1, -1], pred[0][:, list(FREIHAND_TO_MANO)])
-    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", N, "ho3d"), pred, strict=True):
+    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
+        np.testing.assert_array_equal(read, written)
+    hands.meta["frames"], hands.columns["number"] = N + 3, np.arange(N) + 2      # the official list has more than the index
+    evaluate.write_predictions(tmp_path, pred, "ho3d", hands)
+    longer = np.array(json.loads((tmp_path / "pred.json").read_text())[0])
+    assert len(longer) == N + 3 and not longer[[0, 1, N + 2]].any() and longer[2:N + 2].any((1, 2)).all()
+    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
         np.testing.assert_array_equal(read, written)
 
 
@@ -152,6 +158,11 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
     assert table["mpjpe_mm"] < 1e-2 and table["mpvpe_mm"] < 1e-2
     evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
     assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table  # what is written is what was scored
+    columns = {name: np.array(value) for name, value in HandIndex(index).columns.items() if name not in ("joints", "vertices", "joints2d")}
+    write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)     # a split whose labels are withheld
+    evaluate.main([*flags[:1], str(tmp_path / "bare"), *flags[2:], str(tmp_path / "d"), "--checkpoint", "last.pt"])
+    assert sorted(file.name for file in (tmp_path / "d").iterdir()) == ["pred.json", "pred.zip"]
+    assert (tmp_path / "d/pred.json").read_text() == (tmp_path / "a/pred.json").read_text()
     with pytest.raises(ValueError, match="last.pt was trained with another hand model"):
         state["hand"] = "other"
         evaluate.main([*flags, str(tmp_path / "c"), "--checkpoint", "last.pt"])
