@@ -25,7 +25,8 @@ open in milliseconds and workers share the pages.
 
 `index.json`: format, name, count, labels, root, and `joints` (definition of the 21 joints: "freihand" = regressed from the
 posed mesh; "ho3d", "manopth" = the layer's own with these tips; others are nobody's mesh), `pose_mean` (true: the 45 numbers are
-offsets to the hand's mean pose), `protocol` (how it is scored), `box` (what it was drawn around), `frames` and `sequences` (the official list, for files of results), `partial` (true: a label that is not known is NaN: a joint, or all
+offsets to the hand's mean pose), `protocol` (how it is scored), `box` (what it was drawn around),
+`frames` and `sequences` (the official list, for files of results), `partial` (true: a label that is not known is NaN: a joint, or all
 numbers of an entry).
 Left hands are stored as the image shows them; HandDataset mirrors them, because the right hand is canonical in the networks.
 
@@ -441,11 +442,17 @@ def make_sampler(rows, starts, mix, batch, seed, start, stop, rank=0, world=1):
     each index, a MixSampler. ValueError where they do not fit."""
     if mix is None:
         return EpochSampler(len(rows), batch, seed, start, stop, rank, world)
+    return MixSampler(check_mix(rows, starts, mix), mix, batch, seed, start, stop, rank, world)
+
+
+def check_mix(rows, starts, mix):
+    """How many of `rows` each index has; ValueError where `mix`, if there is one, does not fit."""
     sizes = np.diff(np.searchsorted(rows, starts))
-    if len(mix) != len(sizes) or min(mix) < 0 or not any(mix) or any(share and not size for share, size in zip(mix, sizes, strict=True)):
+    if mix and (len(mix) != len(sizes) or min(mix) < 0 or not any(mix)
+                or any(share and not size for share, size in zip(mix, sizes, strict=True))):
         raise ValueError(f"--mix {' '.join(map(str, mix))}: needs a number from 0 on for each of the {len(sizes)} --data, and hands where "
                          "it is above 0")
-    return MixSampler(sizes, mix, batch, seed, start, stop, rank, world)
+    return sizes
 
 
 class PairSampler:

@@ -87,14 +87,17 @@ def main(argv=None):
     cli = parser(__doc__)
     source = cli.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="RUN/last.pt of finetune_mesh.py: predict with its averaged weights")
-    source.add_argument("--predictions", help="pred.json: [joints (N,21,3), vertices (N,778,3)], or [joints, []]")
+    source.add_argument("--predictions", help="a file of results: pred.json, or it in a .zip, [joints (N,21,3), vertices (N,778,3)] or "
+                        "[joints, []] in metres, in the order and frame of --protocol; dexycb also pred.txt, a line an image: its number "
+                        "in the split, from 0, and 21 x 3 numbers in mm, commas, no header; assemblyhands also the challenge's JSON")
     source.add_argument("--probe", metavar="ENCODER", help="an encoder.pt, or weights as --init of finetune_mesh.py takes them")
     source.add_argument("--compare", nargs="+", metavar="NAME=metrics.json", help="print one table of several runs")
     cli.add_argument("--data", help="the index to score; needed unless --compare")
     cli.add_argument("--probe-train", metavar="INDEX", help=f"labelled hands to fit the probe on, {PROBE_HANDS:,} at most")
     cli.add_argument("--image-size", type=int, help="of the probe's views (default: the encoder's own)")
     cli.add_argument("--out", required=True, help="folder for the results")
-    cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS), help="default: as the index says, else freihand")
+    cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS),
+                     help="how hands are scored and --predictions is read (default: as the index says, else freihand)")
     cli.add_argument("--mano", help="official MANO_RIGHT.pkl or an .npz of it; default: the synthetic hand")
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
     cli.add_argument("--tta", type=int, default=1, metavar="N",
@@ -106,6 +109,12 @@ def main(argv=None):
         raise ValueError(f"--out {out} is a file: name a folder")
     if args.tta < 1 or args.tta % 2 == 0:
         raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
+    only = {"probe_train": args.probe, "image_size": args.probe, "tta": args.checkpoint, "mano": not args.compare}
+    for name, used in only.items():
+        if not used and getattr(args, name) != cli.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: leave it out")
+    if args.predictions and out.resolve() in Path(args.predictions).resolve().parents:
+        raise ValueError(f"--out {out} holds --predictions {args.predictions}, which would be overwritten: choose another folder")
     if args.compare:
         return compare(args.compare, out)
     if not args.data:
@@ -119,8 +128,6 @@ def main(argv=None):
     facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})", "predicted by": args.checkpoint or args.predictions,
              "crop": "made elsewhere, unknown"}
     if args.predictions:
-        if args.tta != 1:
-            raise ValueError("--tta does nothing for --predictions: leave it out")
         pred = read_predictions(args.predictions, index, protocol)
         labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
     mean = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in mean_hand(arrays, definition)]
@@ -131,6 +138,8 @@ def main(argv=None):
         pred = [np.round(points.astype(np.float64), 7) for points in pred]     # what pred.json holds is what is scored
         facts["crop"] = f"the index' box ({index.meta.get('box', 'as it was given')}), squared, x {box_scale:g}"
         facts["views"] = f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")
+    if args.predictions:
+        warn_of_units(pred[0], labels["gt_joints"], args.predictions)
     if not labels:
         with staged(out) as folder:
             write_predictions(folder, pred, protocol, index)
@@ -252,9 +261,9 @@ def name_unread(index, row):
 def read_predictions(path, index, protocol):
     """Joints (N,21,3) and vertices (N,778,3) or None from a submission file: DexYCB's text, the AssemblyHands challenge's JSON, or
     [joints, vertices] with an entry for each hand of the index or for each of the official list. ValueError names file and mend."""
-    if protocol == "dexycb" and Path(path).suffix != ".json":
+    if protocol == "dexycb" and Path(path).suffix not in (".json", ".zip"):
         return read_dexycb(path, index), None
-    content, count = read_json(path), len(index)
+    content, count = read_zipped(path) if Path(path).suffix == ".zip" else read_json(path), len(index)
     if protocol == "assemblyhands" and isinstance(content, dict):
         return from_world(path, content, index), None
     if not isinstance(content, list) or len(content) not in (1, 2):
@@ -280,17 +289,36 @@ def read_predictions(path, index, protocol):
     return joints, vertices
 
 
+def read_zipped(path):
+    """The JSON of a pred.zip's pred.json."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("pred.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no zipped pred.json ({error})") from None
+
+
+def warn_of_units(pred, true, path):
+    """A line on what a fit would hide: predictions in other units, or behind the camera where the labels stand before it."""
+    size, wanted = (np.nanmedian(np.linalg.norm(points - points[:, :1], axis=2)) for points in (pred, true))
+    if not 0.2 < size / max(wanted, 1e-9) < 5:
+        print(f"warning: {path}: hands are {size / max(wanted, 1e-9):.3g} times as large as the labels'; are they in metres "
+              "(pred.txt: mm)?")
+    if np.median(pred[:, 0, 2]) < 0 < np.nanmedian(true[:, 0, 2]):
+        print(f"warning: {path}: hands lie behind the camera; is it in the frame of another --protocol?")
+
+
 def read_dexycb(path, index):
     """Joints (N,21,3) from the toolkit's text: a line for each image, its number in the split and 63 numbers in mm."""
     found = {}
     try:
-        for line, text in enumerate(Path(path).read_text().splitlines(), 1):
+        for text in Path(path).read_text().splitlines():
             number, *values = map(float, text.split(","))
             found[int(number)] = np.reshape(values, (21, 3)) / 1000
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError:
-        raise ValueError(f"{path}: line {line} is not an image's number and 63 others, with commas") from None
+    except (ValueError, OSError):
+        raise ValueError(f"{path}: line {len(found) + 1} is not an image's number and 63 others in mm, with commas") from None
     wanted = np.asarray(index.columns.get("number", np.arange(len(index)))).tolist()
     missing = [number for number in wanted if number not in found]
     if missing:
@@ -421,7 +449,8 @@ def compare(entries, out):
         groups.setdefault(name, []).append(table)
         hand = {key.removeprefix("mean_hand_"): value for key, value in table.items() if key.startswith("mean_hand_")}
         mean = mean or hand
-        if hand != mean or table["count"] != next(iter(groups.values()))[0]["count"]:
+        same = hand.keys() == mean.keys() and all(abs(hand[key] - mean[key]) < 1e-6 for key in hand)      # protocols round otherwise
+        if not same or table["count"] != next(iter(groups.values()))[0]["count"]:
             raise ValueError(f"{path}: scored on other hands than the first file; compare runs on one data set")
     table, rows = {"mean_hand": mean} if mean else {}, []
     for name, runs in groups.items():

@@ -17,6 +17,7 @@ from data import (
     apply_color,
     apply_theta,
     centre_theta,
+    check_mix,
     invert_theta,
     make_loader,
     make_sampler,
@@ -311,6 +312,7 @@ def main(argv=None):
     canvas = args.image_size * 8 // 7                              # 256 for 224: views of box x 1.3 are never finer
     dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
     model.head.set_mean(*training_mean(dataset, hand, args.box_scale))
+    check_mix(rows, dataset.starts, args.mix)
     out, state = start_run(args, runtime)
 
     model.to(runtime.device).train()

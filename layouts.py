@@ -6,11 +6,12 @@
   assemblyhands AssemblyHands, the headset's cameras (Ohkawa et al., CVPR 2023)
   interhand     InterHand2.6M v1.0 (Moon et al., ECCV 2020)
 
-Each takes (root, split, ...) and returns (columns, meta, folder of the images, what was left out and why). Columns are those of an index
-(data.py): metres, the camera's frame with x right, y down, z forward, pixel-centre 2-D points, pixel-edge boxes, FreiHAND's order of the
-joints, `side` 1 for left hands, which stay as the image shows them, and NaN where a label is not known. meta: `box`, what it is drawn
-around; `frames`, how many the official list has, in which `number` is a hand's place. Each ValueError names the file and the entry.
-Files from outside never run code. Imports nothing of ours.
+Each takes (root, split, ...), of which `hands` makes meshes of MANO's numbers (prepare_data.py's class Hands; None: no meshes), and
+returns (columns, meta, folder of the images, what was left out and why). Columns are those of an index (data.py): metres, the
+camera's frame with x right, y down, z forward, pixel-centre 2-D points, pixel-edge boxes, FreiHAND's order of the joints, `side` 1 for
+left hands, which stay as the image shows them, and NaN where a label is not known. meta: `box`, what it is drawn around; `frames`, how
+many the official list has, in which `number` is a hand's place. Each ValueError names the file and, in a list, the entry. Files from
+outside never run code. Imports nothing of ours.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import pickle
 import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -33,9 +35,19 @@ SPLITS = {"freihand": ("training", "evaluation", "train", "val"), "ho3d": ("trai
           "assemblyhands": ("train", "val", "test"), "interhand": ("train", "val", "test")}
 
 
+def opened(root, name, split):
+    """The folder; FileNotFoundError or ValueError where there is none or the set has no such split."""
+    if split not in SPLITS[name]:
+        raise ValueError(f"--split {split}: {name} has {', '.join(SPLITS[name])}")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    return Path(root)
+
+
 # ------------------------------------------------------------------------------------------------------------- FreiHAND
 def freihand(root, split, skip_missing=False):
     """training, evaluation, or train and val: the training set in two parts that share no pose. All hands right."""
+    root = opened(root, "freihand", split)
     part = "evaluation" if split == "evaluation" else "training"
     labels = {name: read_labels(find(root, f"{part}_{name}.json"), shape)
               for name, shape in (("K", (3, 3)), ("xyz", (21, 3)), ("verts", (778, 3)), ("mano", (61,)), ("scale", ()))}
@@ -43,15 +55,23 @@ def freihand(root, split, skip_missing=False):
     for name, value in labels.items():
         if len(value) != count:
             raise ValueError(f"{find(root, f'{part}_{name}.json')}: {len(value)} entries, but {part}_K.json has {count}")
+    apart = np.linalg.norm(labels["xyz"].mean(1) - labels["verts"].mean(1), axis=1)
+    if apart.max() > 0.2:
+        raise ValueError(f"{find(root, f'{part}_xyz.json')}: entry {int(np.argmax(apart))} lies {apart.max():.2f} m from its mesh in "
+                         f"{part}_verts.json: both must be in metres")
     folder = find(root, f"{part}/rgb").parent.parent
     names = {entry.name for entry in tqdm(os.scandir(folder / part / "rgb"), desc="images", leave=False)}
     last = max((int(name[:-4]) for name in names if name[:-4].isdigit()), default=-1)
     versions = min(max(1, -(-(last + 1) // count)), 4)             # image i + count * k shows label i (T8)
     image = [f"{i:08d}.jpg" for i in range(count * versions)]
     present = np.array([name in names for name in image])
+    if not present.any():
+        raise FileNotFoundError(f"{folder / part / 'rgb'}: none of the images is there")
     if not present.all() and not skip_missing:
         raise ValueError(f"{folder / part / 'rgb' / image[int(np.argmin(present))]}: missing, as are {(~present).sum() - 1} others; "
                          "complete the download, or leave them out with --skip-missing")
+    if split != "evaluation" and versions < 4:
+        print(f"{folder / part / 'rgb'}: {versions} of the 4 pictures of each hand found")
     size = image_size(folder / part / "rgb" / image[int(np.argmax(present))])
     check_intrinsics(labels["K"], size, find(root, f"{part}_K.json"))
     label = np.tile(np.arange(count), versions)
@@ -96,6 +116,7 @@ def ho3d(root, split, hands=None, workers=0):
 
     Labels are in OpenGL's frame, joints in MANO's order with tips; the 16 are kinematic (the layer's own). The evaluation frames hold the
     root joint alone; evaluation_xyz.json and evaluation_verts.json beside them, published in 2024, give the rest."""
+    root = opened(root, "ho3d", split)
     listed = root / f"{split}.txt"
     frames = read_text(listed).split()
     wrong = next((k for k, name in enumerate(frames) if not re.fullmatch(r"[\w-]+/\d+", name)), None)
@@ -193,7 +214,8 @@ def dexycb(root, split, setup="s0", hands=None, workers=0):
 
     Joints are the layer's own with manopth's tips. The poses are PCA coefficients about the mean, so pose and mesh need `hands`; labels of
     left hands were made with MANO's left model as shipped, whose shapes are not the right model's: their betas are left out."""
-    subjects = sorted(path for path in root.iterdir() if re.fullmatch(r"\d{8}-subject-\d+", path.name)) if root.is_dir() else []
+    root = opened(root, "dexycb", split)
+    subjects = sorted(path for path in root.iterdir() if re.fullmatch(r"\d{8}-subject-\d+", path.name))
     if not subjects:
         raise FileNotFoundError(f"{root}: no folders DATE-subject-NN: ROOT must be DexYCB as unpacked")
     jobs = []
@@ -284,6 +306,7 @@ def assemblyhands(root, split):
     """train, val or test of the headset's cameras: a row for each hand with a box. Joints are annotated, not MANO's: NaN where nothing is
     known; `visible` holds the annotation's own flags, by which the official metric counts joints (the wrist is subtracted whatever its
     flag, T24). The test's poses may be missing: its hands then have boxes alone. meta holds `sequences`, all frames of the file."""
+    root = opened(root, "assemblyhands", split)
     folder = root / "annotations" / split
     path, lens_path = (one_file(folder, f"assemblyhands_{split}_{name}*.json") for name in ("ego_data", "ego_calib"))
     pose_path = folder / f"assemblyhands_{split}_joint_3d*.json"
@@ -296,7 +319,8 @@ def assemblyhands(root, split):
     for entry, hand in enumerate(tqdm(annotations, desc="hands", leave=False)):
         with named(path, entry):
             image = images[hand["image_id"]]
-            sequence, camera, frame = image["seq_name"], image["camera"].removesuffix("_mono10bit") + "_mono10bit", f"{int(image['frame_idx']):06d}"
+            sequence, frame = image["seq_name"], f"{int(image['frame_idx']):06d}"
+            camera = image["camera"].removesuffix("_mono10bit") + "_mono10bit"
             sequences.setdefault(sequence, set()).add(frame)
             with named(lens_path, f"{sequence} {frame}"):
                 K = numbers(calibration["calibration"][sequence]["intrinsics"], camera, (3, 3), lens_path)
@@ -322,6 +346,7 @@ def assemblyhands(root, split):
 def interhand(root, split, hands=None):
     """train, val or test: a row for each hand that is there. Joints are annotated, NaN where a joint or its hand's wrist is invalid. With
     `hands` the meshes of MANO_NeuralAnnot, where there are any, whose left hands were made with the corrected left model."""
+    root = opened(root, "interhand", split)
     folder = root / "annotations" / split
     path, lens_path, pose_path, fit_path = (folder / f"InterHand2.6M_{split}_{name}.json" for name in
                                             ("data", "camera", "joint_3d", "MANO_NeuralAnnot"))
@@ -362,7 +387,8 @@ def interhand(root, split, hands=None):
                         row |= {key: np.full(size, np.nan) if fit is None else numbers(fit, word, (size,), fit_path)
                                 for key, word, size in (("pose", "pose", 48), ("betas", "shape", 10), ("trans", "trans", 3))}
                 rows.append(row)
-    outside = {name: np.array([row.pop(name) for row in rows]) for name in ("turn", "place", "pose", "betas", "trans") if rows and name in rows[0]}
+    outside = {name: np.array([row.pop(name) for row in rows]) for name in ("turn", "place", "pose", "betas", "trans")
+               if rows and name in rows[0]}
     columns, *rest = annotated(rows, root / "images", path, {"hand without a valid wrist": empty},
                                {"name": f"interhand-{split}", "joints": "interhand", "protocol": "assemblyhands",
                                 "box": "the data set's own, of interacting hands drawn around the labelled joints"})
@@ -498,7 +524,8 @@ def in_parallel(function, items, workers, name):
 def one_file(folder, pattern):
     files = sorted(folder.glob(pattern))
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder / pattern}: {len(files)} such files instead of one")
+        raise FileNotFoundError(f"{folder / pattern}: {len(files)} such files instead of one; ROOT must hold annotations/ and images/ "
+                                "as unpacked")
     return files[0]
 
 

@@ -3,10 +3,15 @@
   freihand ROOT   FreiHAND v2 as unpacked; ROOT holds training/ and evaluation/, and the labels of the evaluation set lie there
                   or in FreiHAND_pub_v2_eval beside or inside it. --split training, evaluation, or train and val: the training
                   set in two parts that share no pose.
-  ho3d ROOT       HO-3D v2 or v3: --split train or evaluation. Labels of the evaluation frames: evaluation_xyz.json and
-                  evaluation_verts.json in ROOT. With --mano, training hands have meshes.
-  dexycb ROOT     DexYCB: --setup s0 to s3, --split train, val or test. With --mano, hands have poses and meshes.
-  assemblyhands ROOT, interhand ROOT   AssemblyHands (the headset's cameras), InterHand2.6M: --split train, val or test.
+  ho3d ROOT       HO-3D v2 or v3: --split train or evaluation. ROOT holds train.txt, evaluation.txt, train/ and evaluation/ (v3's masks
+                  in train/SEQUENCE/seg); labels of the evaluation frames, a download of their own since 2024: evaluation_xyz.json and
+                  evaluation_verts.json in ROOT. With --mano, training hands have meshes, and the definition of the evaluation
+                  joints is found.
+  dexycb ROOT     DexYCB: --setup s0 to s3, --split train, val or test. ROOT holds calibration/ and the ten DATE-subject-NN/. With --mano,
+                  hands have poses and meshes.
+  assemblyhands ROOT   AssemblyHands, the headset's cameras: --split train, val or test. ROOT holds annotations/SPLIT/ and images/.
+  interhand ROOT  InterHand2.6M v1.0, 5 or 30 frames a second: --split train, val or test. ROOT holds annotations/SPLIT/ and
+                  images/SPLIT/; with --mano, the meshes of annotations/SPLIT/InterHand2.6M_SPLIT_MANO_NeuralAnnot.json.
   folder ROOT     any folder of hand photographs, sub-folders included. Each sub-folder counts as one video. Without --boxes
                   the hand is taken to fill the image, up to the usual margin.
   video ROOT      videos, and folders of frames, anywhere below ROOT: hands are found in one frame of --every and cut out, with side
@@ -59,12 +64,7 @@ VIDEOS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 # ------------------------------------------------------------------------------------------------- labelled data sets
 def labelled(root, args):
     """Columns of a public data set, by its reader in layouts.py."""
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    splits = layouts.SPLITS[args.kind]
-    split = args.split or splits[0]
-    if split not in splits:
-        raise ValueError(f"--split {split}: {args.kind} has {', '.join(splits)}")
+    split = args.split or layouts.SPLITS[args.kind][0]
     hands = Hands(args.mano) if args.mano else None
     extra = {"freihand": {"skip_missing": args.skip_missing}, "ho3d": {"hands": hands, "workers": args.workers}, "assemblyhands": {},
              "dexycb": {"setup": args.setup, "hands": hands, "workers": args.workers}, "interhand": {"hands": hands}}[args.kind]
@@ -74,10 +74,12 @@ def labelled(root, args):
 def usable(columns, meta, folder, dropped):
     """Without the hands that no picture can be cut out of: what is left out is listed with the rest."""
     box, size = columns["box"], columns["size"]
-    labels = columns.get("label", np.arange(len(box)))
-    span, unseen = box[:, 2:] - box[:, :2], ~np.isfinite(columns["joints2d"]).all((1, 2))[labels] if "joints2d" in columns else False
-    reasons = {"box thinner than a pixel": ~(span >= 1).all(1), "hand outside its image": (box[:, 2:] <= 0).any(1) | (
-        box[:, :2] >= size).any(1) | (CONTEXT * span.max(1) > 4 * size.max(1)), "joints behind the camera": unseen & (not meta.get("partial"))}
+    span = box[:, 2:] - box[:, :2]
+    away = (box[:, 2:] <= 0).any(1) | (box[:, :2] >= size).any(1) | (CONTEXT * span.max(1) > 4 * size.max(1))
+    reasons = {"box thinner than a pixel": ~(span >= 1).all(1), "hand outside its image": away}
+    if "joints2d" in columns and not meta.get("partial"):
+        known = np.isfinite(columns["joints2d"]).all((1, 2))
+        reasons["joints behind the camera"] = ~known[columns.get("label", np.arange(len(box)))]
     kept = np.ones(len(box), bool)
     for reason, wrong in reasons.items():
         dropped[reason] = [os.fsdecode(name) for name in columns["image"][wrong & kept]]
@@ -126,6 +128,11 @@ def folder(root, args):
     boxes = read_boxes(args.boxes) if args.boxes else None
     paths = [path.relative_to(root).as_posix() for path in list_images(root)]
     videos = {name: i for i, name in enumerate(sorted({os.path.dirname(p) for p in paths}))}
+    if boxes is not None and args.side != "right":
+        raise ValueError("--side does nothing with --boxes, where the column side says it: leave it out")
+    if boxes is not None and not set(boxes) & set(paths):
+        raise ValueError(f"{args.boxes}: no image below {root} has a box; names are relative to ROOT, as {(paths or ['-'])[0]}, and here "
+                         f"{next(iter(boxes), 'there is none')}")
     rows, dropped = [], {"not a readable image": [], "no box": [], "box without an image": sorted(set(boxes or ()) - set(paths))}
     for path in tqdm(paths, desc="images", leave=False):
         try:
@@ -142,7 +149,7 @@ def folder(root, args):
     image, box, size, side, video = zip(*rows, strict=True)
     columns = {"image": np.array(image), "box": np.array(box), "size": np.array(size), "side": np.array(side),
                "video": np.array(video) if len(videos) > 1 else np.full(len(rows), -1)}
-    return columns, {"name": root.name}, root, dropped
+    return usable(columns, {"name": root.name}, root, dropped)
 
 
 # ---------------------------------------------------------------------------------------------------------------- video
@@ -441,6 +448,8 @@ def main(argv=None):
         raise ValueError("--every must be at least 1")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
+    if args.out.exists() and not (args.out.is_dir() and (args.kind in ("video", "hand100m") or not any(args.out.iterdir()))):
+        raise ValueError(f"--out {args.out}: there are files already; choose another folder")
     made = kinds[args.kind](args.root, args)
     if made is None:                                               # process 0 writes the index
         return
@@ -454,7 +463,8 @@ def main(argv=None):
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     labels = f"{index.meta['labels']} labels" if (set(LABEL_COLUMNS) - {"keypoints", "keypoints_score"}) & set(columns) else "no labels"
     videos = len(set(np.unique(index.columns["video"])) - {-1}) if "video" in index.columns else 0
-    print(f"{args.out}: {len(index)} hands ({left} left){f' of {videos} videos' if videos else ''}, {labels}; look at {args.out / 'samples.png'}")
+    print(f"{args.out}: {len(index)} hands ({left} left){f' of {videos} videos' if videos else ''}, {labels}; look at "
+          f"{args.out / 'samples.png'}")
     if "found" in index.meta:
         print(f"joints: {index.meta['found']}")
     for reason, names in dropped.items():

@@ -24,6 +24,7 @@ from data import (
     PairSampler,
     apply_hsv,
     apply_theta,
+    check_mix,
     fingerprint,
     invert_theta,
     make_loader,
@@ -202,7 +203,7 @@ def make_views(canvas, theta, factors, size):
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
 @torch.no_grad()
-def diagnose(h, latent, theta, w):
+def diagnose(h, w):
     """Numbers that show whether pairs agree (alignment) and the rest spreads (uniformity, Wang and Isola 2020), and the weights."""
     a, b = h.chunk(2)
     similar = h[:CHUNK] @ h.T                                      # (R, 2N)
@@ -214,8 +215,6 @@ def diagnose(h, latent, theta, w):
         negatives = similar[other]
         found |= {"uniformity": (-2 * (2 - 2 * negatives)).exp().mean().clamp(min=1e-30).log(),
                   "negative_similarity": negatives.mean(), "negative_similarity_std": negatives.std(unbiased=False)}
-    points = latent.unflatten(1, (-1, 2))
-    found["latent_over_shift"] = points.square().mean().sqrt() / theta[:, :, 2].square().mean().sqrt().clamp(min=1e-6)
     if w is not None:
         positive, negative = w[0], w[1](torch.arange(min(CHUNK, len(h)), device=h.device))
         found |= {f"{name}_weight_{how}": value for name, x in (("positive", positive), ("negative", negative))
@@ -364,6 +363,7 @@ def main(argv=None):
     steps = total_steps(args, len(anchors))
     torch.manual_seed(args.seed)
     encoder = choose_encoder(args, "resnet50")
+    check_mix(anchors, dataset.starts, args.mix)
     out, state = start_run(args, runtime)
 
     def gather(x):                                                 # (2B,...), a's and b's -> those of all processes
@@ -416,7 +416,7 @@ def main(argv=None):
         if not torch.isfinite(values["loss"]):
             raise FloatingPointError("the loss is not finite: lower --lr or use --precision fp32; --resume continues from the last save")
         if logged:                                                 # accumulated parts: of the last one
-            values |= diagnose(h.detach(), latent.detach(), gather(theta[rows]), w)
+            values |= diagnose(h.detach(), w)
         lr = cosine(step, steps, lr_base, final=1e-3 * lr_base, warmup=int(args.warmup * steps))
         adapt = partial(lars, parameters, lr, args.weight_decay) if args.optimizer == "lars_adam" else None
         set_lr(optimizer, lr)

@@ -28,6 +28,7 @@ from data import (
     apply_light,
     apply_theta,
     blur,
+    check_mix,
     invert_theta,
     make_loader,
     make_sampler,
@@ -554,6 +555,7 @@ def main(argv=None):
     if args.mask_share and args.mask_ratio[1] * side * side < least:
         raise ValueError(f"--mask-ratio {args.mask_ratio[1]}: less than the smallest {args.mask} mask, {least} of {side * side} patches; "
                          "raise it or --image-size, or use --mask random")
+    check_mix(dataset.rows, dataset.starts, args.mix)
     out, state = start_run(args, runtime)
 
     student = HandMIM(encoder, args).to(runtime.device).train()

@@ -329,6 +329,8 @@ def read_json(path):
             return json.load(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, where a JSON file is needed") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from None
 

@@ -298,7 +298,8 @@ def contrast_once(pairs, name):
     print(f"{time.perf_counter() - start:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "prepare": preparing, "pretraining": pretraining, "mining": mining, "contrast": contrast}
+SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "prepare": preparing, "pretraining": pretraining,
+            "mining": mining, "contrast": contrast}
 
 if __name__ == "__main__":
     torch.set_num_threads(2)

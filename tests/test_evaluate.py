@@ -100,6 +100,20 @@ def test_the_report_is_one_page_that_needs_nothing_else(index, labels, tmp_path)
     assert errors == sorted(errors)
 
 
+def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, labels, tmp_path, capsys):
+    joints, vertices = noisy(labels)
+    score(index, [1000 * joints, None], tmp_path)
+    assert "1e+03 times as large" in capsys.readouterr().out
+    score(index, [joints * [1, -1, -1], None], tmp_path)
+    assert "behind the camera" in capsys.readouterr().out
+    table, out = score(index, [joints, vertices], tmp_path)
+    assert "warning" not in capsys.readouterr().out
+    evaluate.main(["--data", str(index), "--predictions", str(out / "pred.zip"), "--out", str(tmp_path / "again")])
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == table
+    with pytest.raises(ValueError, match="would be overwritten"):
+        evaluate.main(["--data", str(index), "--predictions", str(out / "pred.json"), "--out", str(out)])
+
+
 def test_joints_alone(index, labels, tmp_path):
     table, out = score(index, [noisy(labels)[0], None], tmp_path)
     assert "pa_mpjpe_mm" in table and not any("mpvpe" in key or "vertices" in key or "f_5" in key for key in table)

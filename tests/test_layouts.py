@@ -17,7 +17,7 @@ from data import HandDataset, HandIndex, make_sampler
 from evaluate import read_labels, read_predictions, write_predictions
 from finetune_mesh import mesh_losses
 from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, labelled_joints, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
-from prepare_data import Hands
+from prepare_data import Hands, usable
 
 ARRAYS = synthetic_mano()
 FLIP = np.array([1.0, -1.0, -1.0])
@@ -264,7 +264,7 @@ def test_dexycb(roots, tmp_path, setup, split):
     assert np.isnan(index.columns["betas"][left]).all() and np.isfinite(index.columns["betas"][~left]).all()
     item = HandDataset([index], 64, 2.0, ("betas", "joints", "pose", "mask"), substitute=False)[int(np.argmax(left))]
     middle = np.clip(round(32 + 64 * (320 - item["crop"][0]) / item["crop"][2] * (-1 if item["mirrored"] else 1)), 0, 64)
-    inside = item["mask"][0, 32] > 0                                     # right of the image's middle, and where the canvas is mirrored left
+    inside = item["mask"][0, 32] > 0                                     # right of the image's middle, mirrored left of it
     assert item["has_mask"] and abs(int(inside.sum()) - (middle if item["mirrored"] else 64 - middle)) <= 1
     assert item["has_betas"] == (not left.any()) and item["has_joints"] == 1 and item["betas"].any() == (not left.any())
 
@@ -300,7 +300,7 @@ def test_assemblyhands(roots, tmp_path):
     assert not np.any(world["000002"]["world_coord"][:21]) and np.all(world["000002"]["world_coord"][21:])
     assert world.keys() == {"000000", "000001", "000002"}
     labels, _ = read_labels(index, "assemblyhands")                      # T24: the wrist is subtracted whatever its flag
-    pred = np.where(np.isfinite(index.columns["joints"]), index.columns["joints"], 0) + np.random.default_rng(0).normal(0, 0.01, wanted.shape)
+    pred = np.nan_to_num(index.columns["joints"]) + np.random.default_rng(0).normal(0, 0.01, wanted.shape)
     both = np.stack([pred - pred[:, :1], wanted - wanted[:, :1]])
     off = np.where(index.columns["visible"] > 0, np.linalg.norm(both[0] - both[1], axis=2), np.nan)
     means = np.concatenate([np.nanmean(off[index.columns["side"] == side], 0) for side in (0, 1)])
@@ -332,9 +332,28 @@ def test_definition_of_joints_is_found(definition):
     vertices, joints = layer(rotmat_from_axis_angle(torch.from_numpy(hands["pose"].reshape(-1, 16, 3))), torch.from_numpy(hands["betas"]))
     labels = labelled_joints(vertices, joints, ARRAYS, definition).numpy()
     found = layouts.settle(labels, vertices.numpy(), ARRAYS["J_regressor"])
-    assert found["joints"] == {"ho3d": "kinematic 744 333 444 555 672", "freihand": "regressed 744 320 443 555 672"}.get(definition, definition)
+    names = {"ho3d": "kinematic 744 333 444 555 672", "freihand": "regressed 744 320 443 555 672"}
+    assert found["joints"] == names.get(definition, definition)
     close(labelled_joints(vertices, joints, ARRAYS, found["joints"]), labels, 1e-9)
     assert "(0.000 mm)" in found["found"] and "--mano" in layouts.settle(labels, vertices.numpy())["found"]
+
+
+def test_readers_take_text_and_know_their_splits(roots):
+    columns, meta, *_ = layouts.assemblyhands(str(roots[0] / "assemblyhands"), "val")
+    assert len(columns["box"]) == 5 and meta["sequences"] == {"seq": ["000000", "000001", "000002"]}
+    for kind in layouts.SPLITS:
+        with pytest.raises(ValueError, match="--split elsewhere"):
+            getattr(layouts, kind)(str(roots[0]), "elsewhere")
+
+
+def test_hands_that_no_picture_shows_are_left_out():
+    boxes = np.array([[10, 10, 60, 60], [110, 10, 160, 60], [10, 10, 10.5, 60], [-500, -500, 900, 900], [-20, 20, 50, 90]], float)
+    columns = {"image": np.array([b"a", b"b", b"c", b"d", b"e"]), "box": boxes, "size": np.tile([100, 100], (5, 1)),
+               "label": np.array([0, 0, 1, 1, 0]), "joints2d": np.zeros((2, 21, 2))}
+    kept, _, _, dropped = usable(columns, {}, "x", {"before": ["f"]})
+    assert kept["image"].tolist() == [b"a", b"e"] and kept["label"].tolist() == [0, 0] and len(kept["joints2d"]) == 2
+    assert dropped == {"before": ["f"], "box thinner than a pixel": ["c"], "hand outside its image": ["b", "d"],
+                       "joints behind the camera": []}
 
 
 def test_orders_are_permutations():
