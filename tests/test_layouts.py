@@ -338,9 +338,16 @@ def test_definition_of_joints_is_found(definition):
     assert "(0.000 mm)" in found["found"] and "--mano" in layouts.settle(labels, vertices.numpy())["found"]
 
 
-def test_readers_take_text_and_know_their_splits(roots):
+def test_readers_take_text_and_know_their_splits(roots, tmp_path):
     columns, meta, *_ = layouts.assemblyhands(str(roots[0] / "assemblyhands"), "val")
     assert len(columns["box"]) == 5 and meta["sequences"] == {"seq": ["000000", "000001", "000002"]}
+    withheld = tmp_path / "assemblyhands"                                # as the test: a template in place of the poses
+    shutil.copytree(roots[0] / "assemblyhands", withheld)
+    (withheld / "annotations/val").rename(withheld / "annotations/test")
+    for file in (withheld / "annotations/test").iterdir():
+        file.rename(file.with_name(file.name.replace("_val_", "_test_").replace("joint_3d_v1-1", "joint_3d_v1-1_pred_template")))
+    bare, *_ = layouts.assemblyhands(withheld, "test")
+    assert len(bare["box"]) == 5 and np.isnan(bare["joints"]).all() and not bare["visible"].any()
     for kind in layouts.SPLITS:
         with pytest.raises(ValueError, match="--split elsewhere"):
             getattr(layouts, kind)(str(roots[0]), "elsewhere")
