@@ -24,7 +24,7 @@ open in milliseconds and workers share the pages.
                      keypoints (21,2) f4, keypoints_score (21,) f4     what a detector saw (score 0: nothing)
 
 `index.json`: format, name, count, labels, root, and `joints` (definition of the 21 joints: "freihand" = regressed from the
-posed mesh; "ho3d", "manopth" = the layer's own with these tips; others are nobody's mesh), `pose_mean` (true: the 45 numbers are
+posed mesh; "ho3d", "manopth" = the layer's own with these tips; all names: mano.labelled_joints), `pose_mean` (true: the 45 numbers are
 offsets to the hand's mean pose), `protocol` (how it is scored), `box` (what it was drawn around),
 `frames` and `sequences` (the official list, for files of results), `partial` (true: a label that is not known is NaN: a joint, or all
 numbers of an entry).
@@ -293,6 +293,13 @@ def crop_canvas(image, centre_x, centre_y, side, size):
     return np.array(canvas), np.clip(np.array(edges) / (side / 2), -1, 1).astype(np.float32)
 
 
+def crop_mask(path, width, centre_x, centre_y, side, size):
+    """(size,size) bool: the mask at `path` of an image `width` pixels wide, cut as crop_canvas cuts the image."""
+    mask = read_mask(path)
+    scale = mask.width / width
+    return crop_canvas(mask.convert("RGB"), centre_x * scale, centre_y * scale, side * scale, size)[0][..., 0] > 127
+
+
 # -------------------------------------------------------------------------------------------------------------- dataset
 class HandDataset(torch.utils.data.Dataset):
     """Hands of one or more indices as canvases with their labels, right-handed, in canvas coordinates.
@@ -360,9 +367,8 @@ class HandDataset(torch.utils.data.Dataset):
             path, item["has_mask"] = index.mask_path(local), np.float32(0)
             item["mask"] = torch.zeros(1, self.canvas, self.canvas, dtype=torch.uint8)
             if path and not blank:
-                mask, item["has_mask"] = read_mask(path), np.float32(1)
-                scale = mask.width / image_size(index.image_path(local))[0]
-                mask = crop_canvas(mask.convert("RGB"), centre_x * scale, centre_y * scale, side * scale, self.canvas)[0][..., 0] > 127
+                width, item["has_mask"] = image_size(index.image_path(local))[0], np.float32(1)
+                mask = crop_mask(path, width, centre_x, centre_y, side, self.canvas)
                 item["mask"][0] = torch.from_numpy(255 * np.uint8(mask[:, ::-1] if mirrored else mask))
         for name in (label for label in self.labels if label != "mask"):
             stored = index.columns.get(name)

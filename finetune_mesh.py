@@ -166,8 +166,8 @@ def training_mean(dataset, hand, box_scale, count=4000):
             continue
         labels = index.pose_ids()[rows]
         if "pose" in index.columns:
-            pose = np.stack([mirror("pose", index.columns["pose"][label]) if index.side(row) else index.columns["pose"][label]
-                             for row, label in zip(rows, labels, strict=True)])[:, :3]
+            pose, left = index.columns["pose"][labels], np.array([index.side(row) for row in rows])[:, None] == 1
+            pose = np.where(left, mirror("pose", pose), pose)[:, :3]
             turns.append(rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)])))
         if "joints" in index.columns and "joints2d" in index.columns:
             side = [square(index.columns["box"][row], box_scale)[2] for row in rows]

@@ -382,7 +382,7 @@ def interhand(root, split, hands=None):
                        "video": f"{capture}/{image['seq_name']}"}
                 if fitted:
                     with named(fit_path, f"capture {capture} frame {frame}"):
-                        fit = (fitted.get(capture) or {}).get(frame, {})[name] if (fitted.get(capture) or {}).get(frame) else None
+                        fit = ((fitted.get(capture) or {}).get(frame) or {}).get(name)
                         row |= {key: np.full(size, np.nan) if fit is None else numbers(fit, word, (size,), fit_path)
                                 for key, word, size in (("pose", "pose", 48), ("betas", "shape", 10), ("trans", "trans", 3))}
                 rows.append(row)

@@ -42,12 +42,12 @@ from data import (
     SUFFIXES,
     HandIndex,
     crop_canvas,
+    crop_mask,
     fingerprint,
     image_size,
     list_images,
     read_boxes,
     read_image,
-    read_mask,
     square,
     whole_box,
     write_index,
@@ -401,8 +401,8 @@ def contact_sheet(index, path, count=24, size=192):
             image = read_image(index.image_path(row))[0]
             tile, _ = crop_canvas(image, centre_x, centre_y, side, size)
             if index.mask_path(row):                               # what is not the hand, darker
-                mask = read_mask(index.mask_path(row)).resize(image.size).convert("RGB")
-                tile = np.where(crop_canvas(mask, centre_x, centre_y, side, size)[0] > 127, tile, tile // 2)
+                mask = crop_mask(index.mask_path(row), image.width, centre_x, centre_y, side, size)
+                tile = np.where(mask[..., None], tile, tile // 2)
         except (ValueError, OSError):
             continue
         points = "joints2d" if "joints2d" in index.columns else "keypoints"
