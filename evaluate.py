@@ -129,6 +129,7 @@ def main(argv=None):
              "crop": "made elsewhere, unknown"}
     if args.predictions:
         pred = read_predictions(args.predictions, index, protocol)
+        warn_of_units(pred[0], labels["gt_joints"], args.predictions)
         labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
     mean = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in mean_hand(arrays, definition)]
     if labels:                                                     # before hours of prediction: refuses labels that cannot be scored
@@ -138,8 +139,6 @@ def main(argv=None):
         pred = [np.round(points.astype(np.float64), 7) for points in pred]     # what pred.json holds is what is scored
         facts["crop"] = f"the index' box ({index.meta.get('box', 'as it was given')}), squared, x {box_scale:g}"
         facts["views"] = f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")
-    if args.predictions:
-        warn_of_units(pred[0], labels["gt_joints"], args.predictions)
     if not labels:
         with staged(out) as folder:
             write_predictions(folder, pred, protocol, index)
