@@ -300,7 +300,8 @@ def flags():
                        help="which similarities the joints' distances weigh (default: both for simhand, else none)")
     group.add_argument("--undo", choices=["exact", "official", "none"], default="exact",
                        help="how views are undone on the latent points: by theta (default, ours), as the public code, or not")
-    group.add_argument("--temperature", type=float, default=0.5, help="of NT-Xent, .05 to 1 (default .5, the public code's)")
+    group.add_argument("--temperature", type=float, default=0.5,
+                       help="of NT-Xent, .05 to 1 (default .5, the public code's; short runs learn more at .05, simhand at .2)")
     group.add_argument("--neighbour", type=int, default=1,
                        help="which mined neighbour is a hand's positive: 1 the nearest (default, the paper's), 0 any at random")
     group.add_argument("--gather", action="store_true",
