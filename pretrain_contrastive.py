@@ -288,29 +288,31 @@ def flags():
     cli = parser(__doc__)
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; views are cut around their keypoints")
     cli.add_argument("--method", choices=["simclr", "peclr", "simhand"], default="simhand", help="see above (default simhand)")
-    cli.add_argument("--pairs", help="simhand: pairs.npz that mine_pairs.py made of the same --data")
+    cli.add_argument("--pairs", help="simhand: pairs.npz that mine_pairs.py made of the same --data; simclr and peclr then draw the same "
+                                       "hands, those that have a neighbour, as a fair comparison needs (default: all)")
     cli.add_argument("--labelled", action="store_true", help="views and weights from the labels joints2d instead of keypoints")
     group = cli.add_argument_group("network")
     group.add_argument("--init", help="encoder to start from: an encoder.pt, or weights of ImageNet, MAE, DINO, PeCLR, SiMHand "
                                       "(default: fresh; the papers start from ImageNet)")
-    group.add_argument("--arch", choices=sorted(ARCHS), help="resnet50 (default, the papers'), or a ViT; vit_tiny on a CPU")
+    group.add_argument("--arch", choices=sorted(ARCHS), help="resnet50 (default, the papers'), or a ViT; vit_micro on a CPU")
     group.add_argument("--image-size", type=int, default=128, help="side of the views (default 128; 64 on a CPU)")
     group = cli.add_argument_group("loss")
     group.add_argument("--weights", choices=["none", "positive", "negative", "both"],
-                       help="which similarities the joints' distances weigh (default: both for simhand, else none)")
+                       help="which similarities the joints' distances weigh (default: both for simhand, the paper's, else none; none is "
+                            "better in short runs)")
     group.add_argument("--undo", choices=["exact", "official", "none"], default="exact",
                        help="how views are undone on the latent points: by theta (default, ours), as the public code, or not")
     group.add_argument("--temperature", type=float, default=0.5,
-                       help="of NT-Xent, .05 to 1 (default .5, the public code's; short runs learn more at .05, simhand at .2)")
+                       help="of NT-Xent, .05 to 1 (default .5, the public code's; short runs: .05, simhand .2)")
     group.add_argument("--neighbour", type=int, default=1,
                        help="which mined neighbour is a hand's positive: 1 the nearest (default, the paper's), 0 any at random")
     group.add_argument("--gather", action="store_true",
                        help="one loss over the pairs of all processes; default one in each, as the public code")
-    group = cli.add_argument_group("views: not for simclr, which does not rotate and takes 1.25 x the hand")
+    group = cli.add_argument_group("views (simclr: shifts alone, of 1.25 x the hand)")
     group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
     group.add_argument("--zoom", type=float, nargs=2, default=(0.9, 1.5), metavar=("LOW", "HIGH"),
                        help="half side of a view over the hand's largest radius (default .9 1.5, PeCLR)")
-    group.add_argument("--shift", type=float, default=15, help="in pixels of a crop of 224 (default 15, PeCLR; simclr too)")
+    group.add_argument("--shift", type=float, default=15, help="in pixels of a crop of 224 (default 15, PeCLR)")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["lars_adam", "adamw"], default="lars_adam",
                        help="Adam behind LARS (default, the public code's) or AdamW, for a ViT")
@@ -332,8 +334,6 @@ def check_flags(args):
         raise ValueError("--zoom: the lower number comes first")
     if args.method == "simhand" and not args.pairs:
         raise ValueError("--method simhand needs --pairs: make them with mine_pairs.py")
-    if args.method != "simhand" and args.pairs:
-        raise ValueError(f"--pairs: --method {args.method} takes two views of one hand; leave them out, or use --method simhand")
     if args.method == "peclr" and args.rotation == 0:
         raise ValueError("--rotation 0: --method peclr is SimCLR without it; use --method simclr")
     if args.batch_size < 2:
@@ -358,6 +358,7 @@ def main(argv=None):
     dataset = HandDataset(indices, args.image_size * 2, CONTEXT, (points,))
     known = np.concatenate([has_points(index, points) for index in indices])                 # (N,)
     idx = read_pairs(args.pairs, indices, points) if args.pairs else None
+    mates = idx if args.method == "simhand" else None
     anchors = np.flatnonzero(idx[:, 0] >= 0) if args.pairs else np.flatnonzero(known | (args.weights == "none"))
     if len(anchors) == 0:
         raise ValueError(f"--data: no hand has all its {points}, which --weights needs; use --weights none")
@@ -384,7 +385,7 @@ def main(argv=None):
         model.encoder.compile()
     net, parameters, failed = runtime.wrap(model), list(model.parameters()), set()
     order = make_sampler(anchors, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
-    loader = make_loader(dataset, PairSampler(order, anchors, idx, args.neighbour, args.seed), workers=runtime.workers,
+    loader = make_loader(dataset, PairSampler(order, anchors, mates, args.neighbour, args.seed), workers=runtime.workers,
                          pin=runtime.device.type == "cuda")
     if runtime.main:
         print(f"{len(anchors)} of {len(known)} hands " + ("have a neighbour" if args.pairs else "are drawn from"))
