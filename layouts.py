@@ -310,8 +310,9 @@ def assemblyhands(root, split):
     folder = root / "annotations" / split
     path, lens_path = (one_file(folder, f"assemblyhands_{split}_{name}*.json") for name in ("ego_data", "ego_calib"))
     content, calibration, poses, pose_path = read_json(path), read_json(lens_path), {"annotations": {}}, None
-    if split != "test" or any("template" not in file.name for file in folder.glob("*_joint_3d*.json")):
-        pose_path = one_file(folder, f"assemblyhands_{split}_joint_3d*.json")
+    pose_pattern = f"assemblyhands_{split}_joint_3d*.json"
+    if split != "test" or without_templates(folder, pose_pattern):
+        pose_path = one_file(folder, pose_pattern)
         poses = read_json(pose_path)
     images, annotations = entries(content, path)
     rows, sequences = [], {}
@@ -520,8 +521,13 @@ def in_parallel(function, items, workers, name):
         return list(tqdm(pool.map(function, items, chunksize=16), total=len(items), desc=name, leave=False))
 
 
+def without_templates(folder, pattern):
+    """The files that a challenge does not give to be filled in."""
+    return sorted(file for file in folder.glob(pattern) if "template" not in file.name)
+
+
 def one_file(folder, pattern):
-    files = sorted(file for file in folder.glob(pattern) if "template" not in file.name)      # a challenge's, to be filled in
+    files = without_templates(folder, pattern)
     if len(files) != 1:
         raise FileNotFoundError(f"{folder / pattern}: {len(files)} such files instead of one; ROOT must hold annotations/ and images/ "
                                 "as unpacked")

@@ -289,7 +289,7 @@ def flags():
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; views are cut around their keypoints")
     cli.add_argument("--method", choices=["simclr", "peclr", "simhand"], default="simhand", help="see above (default simhand)")
     cli.add_argument("--pairs", help="simhand: pairs.npz that mine_pairs.py made of the same --data; simclr and peclr then draw the same "
-                                       "hands, those that have a neighbour, as a fair comparison needs (default: all)")
+                                     "hands, those that have a neighbour, as a fair comparison needs (default: all)")
     cli.add_argument("--labelled", action="store_true", help="views and weights from the labels joints2d instead of keypoints")
     group = cli.add_argument_group("network")
     group.add_argument("--init", help="encoder to start from: an encoder.pt, or weights of ImageNet, MAE, DINO, PeCLR, SiMHand "
@@ -308,7 +308,7 @@ def flags():
                        help="which mined neighbour is a hand's positive: 1 the nearest (default, the paper's), 0 any at random")
     group.add_argument("--gather", action="store_true",
                        help="one loss over the pairs of all processes; default one in each, as the public code")
-    group = cli.add_argument_group("views (simclr: shifts alone, of 1.25 x the hand)")
+    group = cli.add_argument_group("views (simclr: no rotation, zoom 1.25)")
     group.add_argument("--rotation", type=float, default=45, help="degrees either way (default 45, PeCLR)")
     group.add_argument("--zoom", type=float, nargs=2, default=(0.9, 1.5), metavar=("LOW", "HIGH"),
                        help="half side of a view over the hand's largest radius (default .9 1.5, PeCLR)")
@@ -358,7 +358,6 @@ def main(argv=None):
     dataset = HandDataset(indices, args.image_size * 2, CONTEXT, (points,))
     known = np.concatenate([has_points(index, points) for index in indices])                 # (N,)
     idx = read_pairs(args.pairs, indices, points) if args.pairs else None
-    mates = idx if args.method == "simhand" else None
     anchors = np.flatnonzero(idx[:, 0] >= 0) if args.pairs else np.flatnonzero(known | (args.weights == "none"))
     if len(anchors) == 0:
         raise ValueError(f"--data: no hand has all its {points}, which --weights needs; use --weights none")
@@ -385,8 +384,8 @@ def main(argv=None):
         model.encoder.compile()
     net, parameters, failed = runtime.wrap(model), list(model.parameters()), set()
     order = make_sampler(anchors, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
-    loader = make_loader(dataset, PairSampler(order, anchors, mates, args.neighbour, args.seed), workers=runtime.workers,
-                         pin=runtime.device.type == "cuda")
+    sampler = PairSampler(order, anchors, idx if args.method == "simhand" else None, args.neighbour, args.seed)
+    loader = make_loader(dataset, sampler, workers=runtime.workers, pin=runtime.device.type == "cuda")
     if runtime.main:
         print(f"{len(anchors)} of {len(known)} hands " + ("have a neighbour" if args.pairs else "are drawn from"))
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("positive_similarity",))
