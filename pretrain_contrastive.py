@@ -250,7 +250,8 @@ def draw_curves(out, h):
         save_image(out / "samples" / f"{name}.png", curve(series, title=name, x_label="step"))
     a, b = h.chunk(2)
     bins = np.linspace(-1, 1, 61)
-    kinds = {"pairs": (a * b).sum(1), "others": (a[:CHUNK] @ b.T).flatten()}
+    similar = a[:CHUNK] @ b.T                                      # (R, N)
+    kinds = {"pairs": (a * b).sum(1), "others": similar[~torch.eye(*similar.shape, dtype=torch.bool, device=h.device)]}
     series = {name: histogram(value.cpu().numpy(), bins) for name, value in kinds.items()}
     save_image(out / "samples" / "similarity.png", curve(series, title="share of the pairs", x_label="cosine"))
 
