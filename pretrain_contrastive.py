@@ -22,15 +22,21 @@ from data import (
     HandDataset,
     HandIndex,
     PairSampler,
+    apply_color,
     apply_hsv,
+    apply_light,
     apply_theta,
+    blur,
     check_mix,
     fingerprint,
     invert_theta,
     make_loader,
     make_sampler,
     normalise,
+    random_blur,
+    random_color,
     random_hsv,
+    random_light,
     to_rgb,
     warp,
 )
@@ -58,6 +64,7 @@ from runtime import (
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 CROP, PIXELS, OUTPUT = 1.3, 112, 128                               # the public code's: crop over box, half its side, view's side
+BLUR = 3.0                                                         # widest Gaussian of --color at 224 pixels
 CHUNK = 256                                                        # rows of the similarity matrix that exist at a time
 
 
@@ -166,8 +173,19 @@ def lars(parameters, lr, weight_decay, eta=0.02):
 
 
 # --------------------------------------------------------------------------------------------------------------- views
+def draw_color(args, g):
+    """What make_views does to the colours of B views: the public code's factors (B,4) of HSV; or with --color light (B,3,4,4), colour
+    factors (B,6) and blur (B,), the strong colour of pretrain_mim.py (ours)."""
+    if args.color == 0:
+        return (random_hsv(args.batch_size, g),)
+    jitter, pixels = min(0.9, 0.4 * args.color), args.image_size / 224
+    return (random_light(args.batch_size, g, jitter),
+            random_color(args.batch_size, g, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * args.color)),
+            random_blur(args.batch_size, g, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * args.color)))
+
+
 def draw_views(args, runtime, step, joints, known):
-    """theta (2B,2,3), colour factors (2B,4), and the joints' middle (2B,2) on the canvas of this process's views a, then b.
+    """theta (2B,2,3), colours as draw_color's, and the joints' middle (2B,2) on the canvas of this process's views a, then b.
 
     joints (2B,21,2) canvas coordinates, known (2B,) where there are any: windows are drawn around their mean c, by r = their
     largest distance to it; a hand without them takes the middle of its box and half the side of the public code's crop, 1.3 x the
@@ -179,15 +197,16 @@ def draw_views(args, runtime, step, joints, known):
     draws = []
     for view in (0, 1):
         g = generator(args.seed, step, 2, view)
-        draws.append((torch.rand(args.batch_size, 4, generator=g), random_hsv(args.batch_size, g)))
-    unit, factors = (torch.cat([runtime.share(draw[i]) for draw in draws]).to(joints.device) for i in (0, 1))
+        draws.append((torch.rand(args.batch_size, 4, generator=g), *draw_color(args, g)))
+    unit, *color = (torch.cat([runtime.share(half) for half in halves]) for halves in zip(*draws, strict=True))
+    unit = unit.to(joints.device)
     turning = args.method != "simclr"
     phi = (2 * unit[:, 0] - 1) * math.radians(args.rotation) * turning
     scale = radius * (args.zoom[0] + unit[:, 1] * (args.zoom[1] - args.zoom[0]) if turning else 1.25)
     shift = unit[:, 2:] if turning and args.undo == "official" else 2 * unit[:, 2:] - 1
     turn = torch.stack([phi.cos(), -phi.sin(), phi.sin(), phi.cos()], 1).unflatten(1, (2, 2))                 # (2B, 2, 2)
     shift = (turn @ (shift * args.shift / PIXELS * CROP / CONTEXT)[:, :, None])[:, :, 0]
-    return torch.cat([scale[:, None, None] * turn, (middle + shift)[:, :, None]], 2), factors, middle
+    return torch.cat([scale[:, None, None] * turn, (middle + shift)[:, :, None]], 2), color, middle
 
 
 def instead_of_failed(failed):
@@ -196,9 +215,13 @@ def instead_of_failed(failed):
     return torch.where(failed >= 0, other, rows)
 
 
-def make_views(canvas, theta, factors, size):
+def make_views(canvas, theta, color, size):
     """Canvases (2B,3,H,W) u8 -> views (2B,3,size,size) as the encoder sees them."""
-    return normalise(apply_hsv(warp(canvas, theta, size), factors))
+    views = warp(canvas, theta, size)
+    if len(color) == 1:
+        return normalise(apply_hsv(views, color[0].to(views.device)))
+    light, factors, sigma = color
+    return normalise(blur(apply_color(apply_light(views, light.to(views.device)), factors.to(views.device)), sigma, BLUR * size / 224))
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
@@ -314,6 +337,9 @@ def flags():
     group.add_argument("--zoom", type=float, nargs=2, default=(0.9, 1.5), metavar=("LOW", "HIGH"),
                        help="half side of a view over the hand's largest radius (default .9 1.5, PeCLR)")
     group.add_argument("--shift", type=float, default=15, help="in pixels of a crop of 224 (default 15, PeCLR)")
+    group.add_argument("--color", type=float, default=0,
+                       help="strength of gains, jitter, tinted light, grey and blur, to 2 (1: pretrain_mim.py's); 0 factors of HSV instead "
+                            "(default, PeCLR)")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["lars_adam", "adamw"], default="lars_adam",
                        help="Adam behind LARS (default, the public code's) or AdamW, for a ViT")
@@ -329,7 +355,7 @@ def flags():
 def check_flags(args):
     """ValueError that names the first flag out of its range or at odds with another, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "temperature": (1e-3, 100), "neighbour": (0, 1000), "rotation": (0, 180),
-                        "zoom": (0.1, 3), "shift": (0, 100), "lr": (0, 1e3), "weight_decay": (0, 10), "warmup": (0, 1),
+                        "zoom": (0.1, 3), "shift": (0, 100), "color": (0, 2), "lr": (0, 1e3), "weight_decay": (0, 10), "warmup": (0, 1),
                         "clip": (1e-6, 1e9)})
     if args.zoom[0] > args.zoom[1]:
         raise ValueError("--zoom: the lower number comes first")
@@ -398,8 +424,8 @@ def main(argv=None):
         canvas, joints = (batch[name].to(runtime.device, non_blocking=True) for name in ("canvas", points))
         rows = torch.arange(B).repeat(2) if args.method != "simhand" else instead_of_failed(batch["failed"])
         canvas, joints, seen = canvas[rows], joints[rows], torch.from_numpy(known[batch["row"]])[rows].to(runtime.device)
-        theta, factors, middle = draw_views(args, runtime, step, joints, seen)
-        views = make_views(canvas, theta, factors, args.image_size)
+        theta, color, middle = draw_views(args, runtime, step, joints, seen)
+        views = make_views(canvas, theta, color, args.image_size)
         joints = apply_theta(invert_theta(theta), joints)          # in the view
         last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
         values = {"loss": 0.0}

@@ -241,8 +241,8 @@ def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, tmp_pat
         few = {name: file[name] for name in file}
     few["idx"][10:] = -1
     np.savez(tmp_path / "few.npz", **few)
-    flags = ("--data", hands / "train", "--method", method, "--labelled", *TINY, "--steps", 4,
-             *{"simclr": ("--accumulate", 2), "peclr": ("--pairs", tmp_path / "few.npz"), "simhand": ("--pairs", pairs)}[method])
+    own = {"simclr": ("--accumulate", 2), "peclr": ("--pairs", tmp_path / "few.npz", "--color", 1), "simhand": ("--pairs", pairs)}
+    flags = ("--data", hands / "train", "--method", method, "--labelled", *TINY, "--steps", 4, *own[method])
     whole, part = tmp_path / "whole", tmp_path / "part"
     done = call("pretrain_contrastive.py", *flags, "--out", whole, "--save-every", 2)
     assert ("10 of" in done.stdout) == (method == "peclr")
@@ -263,7 +263,7 @@ def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, tmp_pat
 
 def test_gathered_processes_are_one(hands, pairs, tmp_path):
     flags = ("--data", hands / "train", "--method", "simhand", "--pairs", pairs, "--labelled", *TINY, "--steps", 5, "--gather",
-             "--optimizer", "adamw")
+             "--optimizer", "adamw", "--color", 1)
     call("pretrain_contrastive.py", *flags, "--out", tmp_path / "one")
     call("pretrain_contrastive.py", *flags, "--out", tmp_path / "two", processes=2)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
