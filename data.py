@@ -53,6 +53,7 @@ LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vert
 DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32}     # others float32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+BLUR = 3.0                                                    # widest Gaussian of strong_color, in pixels at 224
 MAX_PIXELS = 2**28                                            # a larger image is a mistake or an attack; checked before
 Image.MAX_IMAGE_PIXELS = None                                 # decoding, in place of Pillow's own limit, which warns
 
@@ -617,6 +618,21 @@ def blur(images, sigma, widest):
         padded = F.pad(blurred, pad, mode="reflect")
         blurred = sum(taps[:, i] * padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
     return images.index_copy(0, rows, blurred)
+
+
+def strong_color(strength, size):
+    """The three draws (batch, generator) whose results apply_strong_color takes: tinted light, gains and jitter with a share of grey, blur.
+    Strength 1: factors of 1 +- .4, a fifth grey, three tenths blurred by up to 3 pixels at 224 (ours, after iBOT)."""
+    jitter, pixels = min(0.9, 0.4 * strength), size / 224
+    return (lambda batch, generator: random_light(batch, generator, jitter),
+            lambda batch, generator: random_color(batch, generator, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength)),
+            lambda batch, generator: random_blur(batch, generator, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength)))
+
+
+def apply_strong_color(images, light, factors, sigma):
+    """Views (B,3,S,S) in [0,1] with the draws of strong_color, which may lie on the CPU; sigma must."""
+    images = apply_color(apply_light(images, light.to(images.device)), factors.to(images.device))
+    return blur(images, sigma, BLUR * images.shape[-1] / 224)
 
 
 def normalise(images):

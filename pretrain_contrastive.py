@@ -22,21 +22,17 @@ from data import (
     HandDataset,
     HandIndex,
     PairSampler,
-    apply_color,
     apply_hsv,
-    apply_light,
+    apply_strong_color,
     apply_theta,
-    blur,
     check_mix,
     fingerprint,
     invert_theta,
     make_loader,
     make_sampler,
     normalise,
-    random_blur,
-    random_color,
     random_hsv,
-    random_light,
+    strong_color,
     to_rgb,
     warp,
 )
@@ -64,7 +60,6 @@ from runtime import (
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 CROP, PIXELS, OUTPUT = 1.3, 112, 128                               # the public code's: crop over box, half its side, view's side
-BLUR = 3.0                                                         # widest Gaussian of --color at 224 pixels
 CHUNK = 256                                                        # rows of the similarity matrix that exist at a time
 
 
@@ -173,19 +168,8 @@ def lars(parameters, lr, weight_decay, eta=0.02):
 
 
 # --------------------------------------------------------------------------------------------------------------- views
-def draw_color(args, g):
-    """What make_views does to the colours of B views: the public code's factors (B,4) of HSV; or with --color light (B,3,4,4), colour
-    factors (B,6) and blur (B,), the strong colour of pretrain_mim.py (ours)."""
-    if args.color == 0:
-        return (random_hsv(args.batch_size, g),)
-    jitter, pixels = min(0.9, 0.4 * args.color), args.image_size / 224
-    return (random_light(args.batch_size, g, jitter),
-            random_color(args.batch_size, g, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * args.color)),
-            random_blur(args.batch_size, g, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * args.color)))
-
-
 def draw_views(args, runtime, step, joints, known):
-    """theta (2B,2,3), colours as draw_color's, and the joints' middle (2B,2) on the canvas of this process's views a, then b.
+    """theta (2B,2,3), what make_views does to the colours, and the joints' middle (2B,2) on the canvas of this process's views a, then b.
 
     joints (2B,21,2) canvas coordinates, known (2B,) where there are any: windows are drawn around their mean c, by r = their
     largest distance to it; a hand without them takes the middle of its box and half the side of the public code's crop, 1.3 x the
@@ -194,11 +178,12 @@ def draw_views(args, runtime, step, joints, known):
     ones (ours)."""
     middle = torch.where(known[:, None], joints.mean(1), 0.0)
     radius = torch.where(known, (joints - middle[:, None]).norm(dim=2).amax(1), CROP / CONTEXT).clamp(0.1, 2)
-    draws = []
+    drawn = []
+    color = strong_color(args.color, args.image_size) if args.color else (random_hsv,)
     for view in (0, 1):
         g = generator(args.seed, step, 2, view)
-        draws.append((torch.rand(args.batch_size, 4, generator=g), *draw_color(args, g)))
-    unit, *color = (torch.cat([runtime.share(half) for half in halves]) for halves in zip(*draws, strict=True))
+        drawn.append([torch.rand(args.batch_size, 4, generator=g), *(draw(args.batch_size, g) for draw in color)])
+    unit, *color = (torch.cat([runtime.share(half) for half in halves]) for halves in zip(*drawn, strict=True))
     unit = unit.to(joints.device)
     turning = args.method != "simclr"
     phi = (2 * unit[:, 0] - 1) * math.radians(args.rotation) * turning
@@ -215,13 +200,10 @@ def instead_of_failed(failed):
     return torch.where(failed >= 0, other, rows)
 
 
-def make_views(canvas, theta, color, size):
-    """Canvases (2B,3,H,W) u8 -> views (2B,3,size,size) as the encoder sees them."""
-    views = warp(canvas, theta, size)
-    if len(color) == 1:
-        return normalise(apply_hsv(views, color[0].to(views.device)))
-    light, factors, sigma = color
-    return normalise(blur(apply_color(apply_light(views, light.to(views.device)), factors.to(views.device)), sigma, BLUR * size / 224))
+def make_views(canvas, theta, color, args):
+    """Canvases (2B,3,H,W) u8 -> views (2B,3,S,S) as the encoder sees them."""
+    views = warp(canvas, theta, args.image_size)
+    return normalise(apply_strong_color(views, *color) if args.color else apply_hsv(views, color[0].to(views.device)))
 
 
 # --------------------------------------------------------------------------------------------------------- diagnostics
@@ -338,8 +320,8 @@ def flags():
                        help="half side of a view over the hand's largest radius (default .9 1.5, PeCLR)")
     group.add_argument("--shift", type=float, default=15, help="in pixels of a crop of 224 (default 15, PeCLR)")
     group.add_argument("--color", type=float, default=0,
-                       help="strength of gains, jitter, tinted light, grey and blur, to 2 (1: pretrain_mim.py's); 0 factors of HSV instead "
-                            "(default, PeCLR)")
+                       help="strength, to 2, of gains, jitter, tinted light, grey and blur (1: pretrain_mim.py's); 0, the default: not "
+                            "none, but PeCLR's factors of HSV in their place")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--optimizer", choices=["lars_adam", "adamw"], default="lars_adam",
                        help="Adam behind LARS (default, the public code's) or AdamW, for a ViT")
@@ -374,8 +356,8 @@ def main(argv=None):
     args = flags().parse_args(argv)
     check_flags(args)
     runtime = setup(args)
-    if args.batch_size // runtime.world < 2 and not args.gather:
-        raise ValueError("--batch-size: fewer than two pairs for each process; raise it, or use --gather")
+    if args.batch_size // (runtime.world * args.accumulate) < 2 and not args.gather:
+        raise ValueError("--batch-size: fewer than two pairs for each process and part; raise it, or use --gather")
     indices = [HandIndex(path) for path in args.data]
     points = "joints2d" if args.labelled else "keypoints"
     lacking = [index for index in indices if points not in index.columns]
@@ -425,7 +407,7 @@ def main(argv=None):
         rows = torch.arange(B).repeat(2) if args.method != "simhand" else instead_of_failed(batch["failed"])
         canvas, joints, seen = canvas[rows], joints[rows], torch.from_numpy(known[batch["row"]])[rows].to(runtime.device)
         theta, color, middle = draw_views(args, runtime, step, joints, seen)
-        views = make_views(canvas, theta, color, args.image_size)
+        views = make_views(canvas, theta, color, args)
         joints = apply_theta(invert_theta(theta), joints)          # in the view
         last, logged = step + 1 == steps, (step + 1) % args.log_every == 0 or step + 1 == steps
         values = {"loss": 0.0}

@@ -24,19 +24,15 @@ from torch import nn
 from data import (
     HandDataset,
     HandIndex,
-    apply_color,
-    apply_light,
+    apply_strong_color,
     apply_theta,
-    blur,
     check_mix,
     invert_theta,
     make_loader,
     make_sampler,
     normalise,
-    random_blur,
-    random_color,
-    random_light,
     random_theta,
+    strong_color,
     to_rgb,
     warp,
 )
@@ -63,7 +59,7 @@ from runtime import (
     update,
 )
 
-CELLS, DIRECTIONS, BLUR = 8, 8, 3.0                                # of a sketch, a side; widest Gaussian at 224 pixels
+CELLS, DIRECTIONS = 8, 8                                           # of a sketch, a side
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 STUDENT_TEMPERATURE, CENTER_MOMENTUM, CONTRAST_TEMPERATURE, SPREAD = 0.1, 0.9, 0.2, 0.4              # iBOT, iBOT, ours
 
@@ -262,8 +258,8 @@ def for_both_views(args, runtime, step, purpose, draw):
 
 
 def draw_views(args, runtime, step):
-    """theta (2B,2,3), and light, colour factors and blur of the step's views; the blur stays on the CPU."""
-    zoom, strength, pixels = 1.5 / CONTEXT, args.color, args.image_size / 224
+    """theta (2B,2,3), and light, colour factors and blur of the step's views, which stay on the CPU."""
+    zoom = 1.5 / CONTEXT
 
     def theta(batch, g):
         drawn = random_theta(batch, g, np.deg2rad(args.rotation), (zoom * args.zoom[0], zoom * args.zoom[1]), zoom * args.shift)
@@ -271,18 +267,14 @@ def draw_views(args, runtime, step):
         drawn[:, :, 2] = drawn[:, :, 2].clamp(-room, room)
         return drawn
 
-    jitter = min(0.9, 0.4 * strength)
-    draws = (theta, lambda batch, g: random_light(batch, g, jitter),
-             lambda batch, g: random_color(batch, g, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength)),
-             lambda batch, g: random_blur(batch, g, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength)))
+    draws = (theta, *strong_color(args.color, args.image_size))
     theta, light, factors, sigma = (for_both_views(args, runtime, step, purpose, draw) for purpose, draw in enumerate(draws))
-    return theta.to(runtime.device), light.to(runtime.device), factors.to(runtime.device), sigma
+    return theta.to(runtime.device), light, factors, sigma
 
 
 def make_views(canvas, theta, light, factors, sigma, size):
     """Canvases (B,3,H,W) u8 -> views (2B,3,size,size) as the encoder sees them, u of all hands, then v."""
-    views = warp(canvas.repeat(2, 1, 1, 1), theta, size)
-    return normalise(blur(apply_color(apply_light(views, light), factors), sigma, BLUR * size / 224))
+    return normalise(apply_strong_color(warp(canvas.repeat(2, 1, 1, 1), theta, size), light, factors, sigma))
 
 
 def to_patches(images, patch):

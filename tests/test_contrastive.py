@@ -13,7 +13,21 @@ from scipy.spatial.distance import cdist
 
 import mine_pairs
 import pretrain_contrastive as pc
-from data import EpochSampler, HandIndex, PairSampler, apply_hsv, apply_theta, invert_theta, random_hsv, write_index
+from data import (
+    EpochSampler,
+    HandIndex,
+    PairSampler,
+    apply_color,
+    apply_hsv,
+    apply_light,
+    apply_theta,
+    blur,
+    invert_theta,
+    normalise,
+    random_hsv,
+    warp,
+    write_index,
+)
 from mine_pairs import mine, normalise_pose
 from runtime import generator
 
@@ -134,16 +148,30 @@ def test_weights_are_one_for_the_closest_and_all_one_where_all_are_equal():
 
 
 # --------------------------------------------------------------------------------------------------------------- views
-def drawn(method, undo="exact", pairs=512):
+def drawn(method, undo="exact", pairs=512, color=0):
     """theta (2B,2,3), middle, and joints (2B,21,2) on the canvas: both views of each hand."""
-    args = pc.flags().parse_args(["--data", "x", "--out", "y", "--method", method, "--undo", undo, "--batch-size", str(pairs)])
+    args = pc.flags().parse_args(["--data", "x", "--out", "y", "--method", method, "--undo", undo, "--batch-size", str(pairs),
+                                  "--color", str(color), "--image-size", "32"])
 
     class One:
         def share(self, x):
             return x
     joints = (torch.randn(pairs, 21, 2, generator=generator(5)) * 0.15 + 0.05).repeat(2, 1, 1)
-    theta, factors, middle = pc.draw_views(args, One(), 0, joints, torch.ones(2 * pairs, dtype=torch.bool))
+    theta, args.drawn, middle = pc.draw_views(args, One(), 0, joints, torch.ones(2 * pairs, dtype=torch.bool))
     return args, theta, middle, joints
+
+
+def test_strong_color_changes_looks_and_not_geometry():
+    plain, strong = drawn("peclr", pairs=4), drawn("peclr", pairs=4, color=1)
+    assert torch.equal(plain[1], strong[1])
+    canvas = (255 * torch.rand(8, 3, 64, 64, generator=generator(3))).byte()
+    views, other = (pc.make_views(canvas, theta, args.drawn, args) for args, theta, *_ in (plain, strong))
+    a, b = (x.flatten(1) for x in (views, other))
+    assert views.shape == other.shape == (8, 3, 32, 32) and ((a - b).abs().mean(1) > 0.2).all()
+    light, factors, sigma = strong[0].drawn
+    assert light.shape == (8, 3, 4, 4) and factors.shape == (8, 6) and sigma.shape == (8,) and (light - 1).abs().max() <= 0.4
+    expected = blur(apply_color(apply_light(warp(canvas, strong[1], 32), light), factors), sigma, 3 * 32 / 224)
+    torch.testing.assert_close(other, normalise(expected))
 
 
 def test_an_ideal_latent_agrees_once_undone():
