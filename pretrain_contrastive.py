@@ -229,19 +229,19 @@ def diagnose(h, w):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 @torch.no_grad()
-def picture(views, theta, joints, latent, args, hands=12):
-    """Pairs as the network sees them, with the joints they were weighed by and the latent points: a's dots, b's as rings, both undone
-    and brought to the view; what agrees lies on one spot."""
+def picture(views, theta, middle, joints, latent, args, hands=12):
+    """Pairs as the network sees them, with the joints they were weighed by and every fourth latent point: a view's own as dots, the other's
+    as rings, undone by theta about the middle of its hand and brought to this one; what agrees lies on one spot."""
     N, size = len(views) // 2, views.shape[-1]
     tiles = []
     points = latent.unflatten(1, (-1, 2))[:, ::4] if args.method != "simclr" else None
-    canvas = apply_theta(theta, points) if points is not None else None
+    undone = apply_theta(theta, points) - middle[:, None] if points is not None else None
     for row in range(min(N, hands)):
         for at, other in ((row, row + N), (row + N, row)):
             image = to_rgb(views[at:at + 1])[0]
             image = draw_joints(image, ((joints[at] + 1) * size / 2 - 0.5).cpu().numpy())
             if points is not None:
-                theirs = apply_theta(invert_theta(theta[at:at + 1]), canvas[other:other + 1])[0]
+                theirs = apply_theta(invert_theta(theta[at:at + 1]), (undone[other] + middle[at])[None])[0]
                 image = draw_points(image, *(((p + 1) * size / 2 - 0.5).cpu().numpy() for p in (points[at], theirs)))
             tiles.append(image)
     return grid(tiles, 6, ["a", "b"] * (len(tiles) // 2), cell=160)
@@ -397,6 +397,8 @@ def main(argv=None):
     loader = make_loader(dataset, sampler, workers=runtime.workers, pin=runtime.device.type == "cuda")
     if runtime.main:
         print(f"{len(anchors)} of {len(known)} hands " + ("have a neighbour" if args.pairs else "are drawn from"))
+        if args.batch_size > len(anchors):
+            print(f"warning: --batch-size {args.batch_size} draws hands more than once, each a negative of itself")
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every, show=("positive_similarity",))
     losses = args.accumulate * (1 if args.gather else runtime.world)                         # in an update, each over its own pairs
     lr_base, B = args.lr * math.sqrt(args.batch_size / losses), args.batch_size // runtime.world
@@ -436,7 +438,8 @@ def main(argv=None):
             log.warn(step + 1, f"the loss is glued to ln {len(h) - 1}: all hands look the same; lower --lr or --temperature")
         if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
             marked = torch.where(seen[rows, None, None], joints[rows], torch.nan)            # not what the detector missed
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(views[rows], theta[rows], marked, own(latent), args))
+            shown = picture(views[rows], theta[rows], middle[rows], marked, own(latent), args)
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
         if runtime.main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out, h.detach())
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
