@@ -179,10 +179,10 @@ def draw_views(args, runtime, step, joints, known):
     middle = torch.where(known[:, None], joints.mean(1), 0.0)
     radius = torch.where(known, (joints - middle[:, None]).norm(dim=2).amax(1), CROP / CONTEXT).clamp(0.1, 2)
     drawn = []
-    color = strong_color(args.color, args.image_size) if args.color else (random_hsv,)
+    color_draws = strong_color(args.color, args.image_size) if args.color else (random_hsv,)
     for view in (0, 1):
         g = generator(args.seed, step, 2, view)
-        drawn.append([torch.rand(args.batch_size, 4, generator=g), *(draw(args.batch_size, g) for draw in color)])
+        drawn.append([torch.rand(args.batch_size, 4, generator=g), *(draw(args.batch_size, g) for draw in color_draws)])
     unit, *color = (torch.cat([runtime.share(half) for half in halves]) for halves in zip(*drawn, strict=True))
     unit = unit.to(joints.device)
     turning = args.method != "simclr"
