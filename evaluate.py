@@ -44,16 +44,12 @@ import metrics
 from data import (
     HandDataset,
     HandIndex,
-    centre_theta,
     crop_canvas,
     image_size,
     list_images,
     make_loader,
-    normalise,
     read_image,
     square,
-    theta_rotation,
-    warp,
     whole_box,
     write_index,
 )
@@ -64,13 +60,15 @@ from mano import (
     MANO_TO_FREIHAND,
     Mano,
     crop_to_full_camera,
-    fingerprint,
+    hand_fingerprint,
     labelled_joints,
-    load_hand,
+    read_mano,
     rotmat_from_axis_angle,
 )
 from model import build_encoder, load_encoder, load_mesh
 from runtime import add_device_flags, load_checkpoint, parser, read_json, run, setup
+from synthetic_hand import synthetic_mano
+from views import centre_theta, normalise, theta_rotation, warp
 
 CONTEXT = 2.0                              # canvas over box, as in training
 PROBE_SCALE, PROBE_HANDS = 1.3, 10_000     # side of the probe's views over the box; labelled hands that it looks at
@@ -121,7 +119,7 @@ def main(argv=None):
         raise ValueError("--data is missing: name the index to score")
     if args.probe:
         return probe(args, out)
-    index, arrays = HandIndex(args.data), load_hand(args.mano)
+    index, arrays = HandIndex(args.data), read_mano(args.mano) if args.mano else synthetic_mano()
     protocol = args.protocol or index.meta.get("protocol", "freihand")
     definition = index.meta.get("joints", "freihand")
     labels, unlabelled = read_labels(index, protocol, args.checkpoint)
@@ -209,7 +207,7 @@ def predict_index(args, index, arrays, definition):
     ValueError that names the first image that cannot be read: a blank one would be scored as a bad prediction.
     """
     runtime, state = setup(args), load_checkpoint(args.checkpoint, "mesh")
-    if state["hand"] != fingerprint(arrays):
+    if state["hand"] != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file with --mano "
                          "(none for the synthetic hand)")
     net, zoom = load_mesh(state, Mano(arrays)).to(runtime.device), state["box_scale"] / CONTEXT
@@ -543,7 +541,7 @@ def probe_poses(args, index, networks, size, runtime):
     count, train_count = len(labels[0]), len(train_labels[0])
     if min(count, train_count) < 10:
         raise ValueError(f"{train_count} hands to fit the probe on and {count} to test it on: at least 10 are needed")
-    mean = mean_hand(load_hand(args.mano), index.meta.get("joints", "freihand"))[0][0]                        # (21, 3)
+    mean = mean_hand(read_mano(args.mano) if args.mano else synthetic_mano(), index.meta.get("joints", "freihand"))[0][0]                        # (21, 3)
     table = {key: metrics.probe_pose(train_x[key], *train_labels, x[key], *labels, mean) for key in x}
     guess = metrics.procrustes(np.broadcast_to(mean, labels[0].shape), labels[0])
     return table, {"count": count, "train_count": train_count, "unread": len(rows) + len(train_rows) - count - train_count,

@@ -11,27 +11,9 @@ import copy
 import numpy as np
 import torch
 
-from data import (
-    HandDataset,
-    HandIndex,
-    apply_color,
-    apply_theta,
-    centre_theta,
-    check_mix,
-    invert_theta,
-    make_loader,
-    make_sampler,
-    mirror,
-    normalise,
-    random_color,
-    random_theta,
-    square,
-    theta_rotation,
-    to_rgb,
-    warp,
-)
+from data import HandDataset, HandIndex, check_mix, make_loader, make_sampler, mirror, square
 from draw import curve, draw_joints, grid, overlay, save_image
-from mano import Mano, fingerprint, labelled_joints, load_hand, rotmat_from_axis_angle, weak_perspective
+from mano import Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
@@ -53,6 +35,19 @@ from runtime import (
     start_run,
     total_steps,
     update,
+)
+from synthetic_hand import synthetic_mano
+from views import (
+    apply_color,
+    apply_theta,
+    centre_theta,
+    invert_theta,
+    normalise,
+    random_color,
+    random_theta,
+    theta_rotation,
+    to_rgb,
+    warp,
 )
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
@@ -302,7 +297,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     check_flags(args)
     runtime = setup(args)
-    hand_arrays = load_hand(args.mano)
+    hand_arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     hand = Mano(hand_arrays)
     indices, val_index = open_labelled(args.data, "--data"), open_labelled([args.val], "--val")[0]
     rows = label_rows(indices, args.label_fraction, args.seed)
@@ -345,7 +340,7 @@ def main(argv=None):
         theta, color = draw_views(args, runtime, step)
         torch.manual_seed(generator(args.seed, step, 2 + runtime.rank).initial_seed())         # dropout, stochastic depth
         views, target = make_views(batch["canvas"], theta, args.image_size, color), make_target(batch, theta, hand.hands_mean)
-        if step == 0 and runtime.main:
+        if step == 0 and runtime.is_main:
             marked = [draw_joints(image, (joints + 1) * args.image_size / 2 - 0.5)
                       for image, joints in zip(to_rgb(views[:16]), target["joints2d"][:16].cpu().numpy(), strict=True)]
             save_image(out / "samples" / "views.png", grid(marked, 8, cell=144))
@@ -369,17 +364,17 @@ def main(argv=None):
         if done or (step + 1) % args.eval_every == 0:
             pa_joints, pa_vertices, unread = validate(ema, val_loader, runtime, args, hand_arrays, definition_of(val_index))
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
-            if runtime.main:
+            if runtime.is_main:
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, shown, runtime, args, hand_arrays["f"]))
-        if runtime.main and (done or (step + 1) % args.save_every == 0):
-            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=fingerprint(hand_arrays), box_scale=args.box_scale,
+        if runtime.is_main and (done or (step + 1) % args.save_every == 0):
+            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=hand_fingerprint(hand_arrays), box_scale=args.box_scale,
                             encoder={"arch": model.encoder.arch, "config": model.encoder.config}, head=model.head.config,
                             model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=model.encoder.arch, config=model.encoder.config,
                             state_dict=ema.encoder.state_dict())
     log.close()
     failed = runtime.union(failed)
-    if runtime.main and start < steps:
+    if runtime.is_main and start < steps:
         rows = read_log(out / "log.jsonl")
         for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
             points = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names}

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data import mirror, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
-from mano import TIPS, Mano, joints_from_vertices, load_hand, rotmat_from_axis_angle
+from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import parser, run
+from synthetic_hand import synthetic_mano
 
 MIDDLE = 9  # joint whose place FreiHAND's labels hold
 FINGER_JOINTS = ((13, 14, 15), (1, 2, 3), (4, 5, 6), (10, 11, 12), (7, 8, 9))  # the file's joints, thumb to little
@@ -569,7 +570,7 @@ def main(argv=None):
             raise ValueError(f"--{flag} {getattr(args, flag)}: must be from {least} to {most}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it first")
-    arrays, begin = load_hand(args.mano), time.time()
+    arrays, begin = read_mano(args.mano) if args.mano else synthetic_mano(), time.time()
     if np.diff(arrays["J"][[0, 4], 0]) > 0:  # MANO's right hand points to -x
         raise ValueError(f"--mano {args.mano}: a left hand; give MANO_RIGHT.pkl, its mirror images are the left hands")
     names, joints2d, side = {"index": write_index_layout, "freihand": write_freihand_layout}[args.layout](args, arrays)

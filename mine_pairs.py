@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import HandDataset, HandIndex, fingerprint
+from data import HandDataset, HandIndex, index_fingerprint
 from draw import curve, draw_joints, grid, histogram, save_image
 from metrics import procrustes
 from runtime import check_ranges, finish, parser, run, save_arrays, setup
@@ -244,16 +244,16 @@ def main(argv=None):
     videos = np.concatenate([np.unique(video_ids(index), return_inverse=True)[1] for index in indices])
     videos = videos.astype(np.int64) * len(indices) + source      # the same number in two indices is not the same video
     found = mine(points, videos, args.neighbours, args.components, None if args.mix else source, (runtime.rank, runtime.world),
-                 args.workers, progress=runtime.main)
+                 args.workers, progress=runtime.is_main)
     if runtime.world > 1:                                          # what a process has not answered is -1 and inf
         for name, how in (("idx", dist.ReduceOp.MAX), ("dist", dist.ReduceOp.MIN)):
             dist.all_reduce(torch.from_numpy(found[name]), how)
     if (found["idx"] < 0).all():
         raise ValueError("--data: all comparable hands are of one video: nothing to pair")
-    if runtime.main:
+    if runtime.is_main:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         name = "joints2d" if args.labelled else "keypoints"
-        save_arrays(args.out, **found, fingerprint=fingerprint([index.columns for index in indices], name))
+        save_arrays(args.out, **found, fingerprint=index_fingerprint([index.columns for index in indices], name))
         report(indices, points, found, [reasons for _, reasons in poses], args)
     finish()
 

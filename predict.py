@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import centre_theta, crop_canvas, list_images, normalise, read_boxes, read_image, square, warp, whole_box
+from data import crop_canvas, list_images, read_boxes, read_image, square, whole_box
 from draw import overlay, save_image
-from mano import Mano, crop_to_full_camera, fingerprint, joints_from_vertices, load_hand, weak_perspective
+from mano import Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective
 from model import load_mesh
 from runtime import add_device_flags, load_checkpoint, parser, run, setup
+from synthetic_hand import synthetic_mano
+from views import centre_theta, normalise, warp
 
 CONTEXT = 2.0                                                      # canvas over box, as in training
 
@@ -110,8 +112,8 @@ def main(argv=None):
         raise ValueError("--batch-size and --focal must be positive")
     runtime = setup(args)
     state = load_checkpoint(args.checkpoint, "mesh")
-    arrays = load_hand(args.mano)
-    if state["hand"] != fingerprint(arrays):
+    arrays = read_mano(args.mano) if args.mano else synthetic_mano()
+    if state["hand"] != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model than {args.mano or 'the synthetic hand'}: "
                          "pass its file with --mano")
     hand_model = Mano(arrays)

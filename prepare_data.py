@@ -43,8 +43,8 @@ from data import (
     HandIndex,
     crop_canvas,
     crop_mask,
-    fingerprint,
     image_size,
+    index_fingerprint,
     list_images,
     read_boxes,
     read_image,
@@ -265,7 +265,7 @@ def cut_out(jobs, args, meta, made_of):
     same; processes take turns."""
     runtime, parts = setup(argparse.Namespace(device="cpu", precision="fp32")), args.out / "parts"
     facts = [str(fact) for fact in made_of] + [name for name, _ in jobs]
-    if runtime.main:
+    if runtime.is_main:
         parts.mkdir(parents=True, exist_ok=True)
         if not (parts / "job.json").exists():
             write_atomically(parts / "job.json", lambda path: path.write_text(json.dumps(facts)))
@@ -273,12 +273,12 @@ def cut_out(jobs, args, meta, made_of):
     if read_json(parts / "job.json") != facts:
         raise ValueError(f"--out {args.out} was begun with other videos, detections or flags: choose another folder, or delete it")
     mine = range(runtime.rank, len(jobs), runtime.world)
-    for number in tqdm(mine, desc="videos", disable=not runtime.main):
+    for number in tqdm(mine, desc="videos", disable=not runtime.is_main):
         part = parts / f"{number:07d}.npz"
         if not part.exists():
             save_arrays(part, **cut_video(*jobs[number], args.out, number))
     barrier()
-    if not runtime.main:
+    if not runtime.is_main:
         finish()
         return None
     merged = [dict(np.load(parts / f"{number:07d}.npz")) for number in range(len(jobs))]
@@ -456,7 +456,7 @@ def main(argv=None):
     columns, meta, images, dropped, *pairs = made
     columns.pop("hand", None)
     if pairs:                                                      # before the index, which closes the job
-        save_arrays(args.out / "pairs.npz", **pairs[0], fingerprint=fingerprint([columns], "keypoints"))
+        save_arrays(args.out / "pairs.npz", **pairs[0], fingerprint=index_fingerprint([columns], "keypoints"))
     write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")

@@ -18,24 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (
-    HandDataset,
-    HandIndex,
-    PairSampler,
-    apply_hsv,
-    apply_strong_color,
-    apply_theta,
-    check_mix,
-    fingerprint,
-    invert_theta,
-    make_loader,
-    make_sampler,
-    normalise,
-    random_hsv,
-    strong_color,
-    to_rgb,
-    warp,
-)
+from data import HandDataset, HandIndex, PairSampler, check_mix, index_fingerprint, make_loader, make_sampler
 from draw import curve, draw_joints, draw_points, grid, histogram, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
 from runtime import (
@@ -56,6 +39,17 @@ from runtime import (
     start_run,
     total_steps,
     update,
+)
+from views import (
+    apply_hsv,
+    apply_strong_color,
+    apply_theta,
+    invert_theta,
+    normalise,
+    random_hsv,
+    strong_color,
+    to_rgb,
+    warp,
 )
 
 CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
@@ -272,7 +266,7 @@ def read_pairs(path, indices, points):
     except Exception as error:                                     # zipfile and numpy raise a dozen types
         raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({type(error).__name__}: {error})") from None
     count = sum(len(index) for index in indices)
-    if made_for != fingerprint([index.columns for index in indices], points):
+    if made_for != index_fingerprint([index.columns for index in indices], points):
         raise ValueError(f"--pairs {path}: mined from other indices, in another order, or from other points than {points}; mine these "
                          "with mine_pairs.py")
     if idx.ndim != 2 or idx.shape[0] != count or not idx.shape[1] or idx.dtype.kind != "i" or idx.max() >= count or idx.min() < -1 or (
@@ -395,7 +389,7 @@ def main(argv=None):
     order = make_sampler(anchors, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
     sampler = PairSampler(order, anchors, idx if args.method == "simhand" else None, args.neighbour, args.seed)
     loader = make_loader(dataset, sampler, workers=runtime.workers, pin=runtime.device.type == "cuda")
-    if runtime.main:
+    if runtime.is_main:
         print(f"{len(anchors)} of {len(known)} hands " + ("have a neighbour" if args.pairs else "are drawn from"))
         if args.batch_size > len(anchors):
             print(f"warning: --batch-size {args.batch_size} draws hands more than once, each a negative of itself")
@@ -436,11 +430,11 @@ def main(argv=None):
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         if logged and step > 0.2 * steps and abs(float(values["loss"]) - math.log(len(h) - 1)) < 0.01 and args.weights == "none":
             log.warn(step + 1, f"the loss is glued to ln {len(h) - 1}: all hands look the same; lower --lr or --temperature")
-        if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
+        if runtime.is_main and (step == 0 or last or (step + 1) % args.save_every == 0):
             marked = torch.where(seen[rows, None, None], joints[rows], torch.nan)            # not what the detector missed
             shown = picture(views[rows], theta[rows], middle[rows], marked, own(latent), args)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
-        if runtime.main and (last or (step + 1) % args.save_every == 0):
+        if runtime.is_main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out, h.detach())
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
                             state_dict=encoder.state_dict())
@@ -448,7 +442,7 @@ def main(argv=None):
                             scaler=scaler.state_dict())
     log.close()
     failed = runtime.union(failed)
-    if runtime.main and start < steps:
+    if runtime.is_main and start < steps:
         print(f"{out / 'encoder.pt'}: step {steps}; look at {out / 'samples'}")
         if failed:
             print(dataset.unread(failed))

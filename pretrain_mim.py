@@ -21,21 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (
-    HandDataset,
-    HandIndex,
-    apply_strong_color,
-    apply_theta,
-    check_mix,
-    invert_theta,
-    make_loader,
-    make_sampler,
-    normalise,
-    random_theta,
-    strong_color,
-    to_rgb,
-    warp,
-)
+from data import HandDataset, HandIndex, check_mix, make_loader, make_sampler
 from draw import curve, draw_edges, draw_points, grid, save_image
 from model import ARCHS, DistanceHead, KeypointHead, PrototypeHead, choose_encoder
 from runtime import (
@@ -57,6 +43,16 @@ from runtime import (
     start_run,
     total_steps,
     update,
+)
+from views import (
+    apply_strong_color,
+    apply_theta,
+    invert_theta,
+    normalise,
+    random_theta,
+    strong_color,
+    to_rgb,
+    warp,
 )
 
 CELLS, DIRECTIONS = 8, 8                                           # of a sketch, a side
@@ -625,9 +621,9 @@ def main(argv=None):
                 if stuck[name] >= 10 and name not in warned:       # ten logged steps in a row
                     warned.append(name)
                     log.warn(step + 1, problems[name])
-        if runtime.main and (step == 0 or last or (step + 1) % args.save_every == 0):
+        if runtime.is_main and (step == 0 or last or (step + 1) % args.save_every == 0):
             save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(masked, whole, views[rows], theta[rows], mask[rows], patch))
-        if runtime.main and (last or (step + 1) % args.save_every == 0):
+        if runtime.is_main and (last or (step + 1) % args.save_every == 0):
             draw_curves(out)
             save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=encoder.arch, config=encoder.config,
                             state_dict=teacher.encoder.state_dict())
@@ -635,7 +631,7 @@ def main(argv=None):
                             centers=centers, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), stuck=stuck, warned=warned)
     log.close()
     failed = runtime.union(failed)
-    if runtime.main and start < steps:
+    if runtime.is_main and start < steps:
         print(f"{out / 'encoder.pt'}: step {steps}, the teacher's encoder; look at {out / 'samples'}")
         if failed:
             print(dataset.unread(failed))

@@ -109,7 +109,7 @@ class Runtime:
     workers: int
 
     @property
-    def main(self):
+    def is_main(self):
         return self.rank == 0
 
     def autocast(self):
@@ -287,16 +287,16 @@ def start_run(args, runtime):
     A fresh run refuses a folder that is not empty; --resume refuses flags that differ from config.json."""
     out = Path(args.out)
     flags = json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "resume"}, default=str))
-    verdict = [check_run(out, flags, args.resume) if runtime.main else None]
+    verdict = [check_run(out, flags, args.resume) if runtime.is_main else None]
     if runtime.world > 1:
         dist.broadcast_object_list(verdict)                        # nobody writes before process 0 has judged
     if verdict[0]:
         raise ValueError(verdict[0])
     checkpoint = out / "last.pt"
     state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
-    if args.resume and state is None and runtime.main:
+    if args.resume and state is None and runtime.is_main:
         print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
-    if runtime.main:
+    if runtime.is_main:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         facts = {"command": " ".join(sys.argv), "torch": torch.__version__, "numpy": np.__version__,
                  "python": platform.python_version(), "revision": git_revision(), "world_size": runtime.world,
@@ -389,11 +389,11 @@ class Log:
     def __init__(self, path, step, total, images, runtime, every, show=()):
         self.path, self.images, self.every, self.runtime, self.show = Path(path), images, every, runtime, show
         self.last_step, self.last_time = step, time.perf_counter()
-        if runtime.main:
+        if runtime.is_main:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             write_atomically(self.path, lambda part: part.write_text("".join(line + "\n" for line in kept)))
-        self.bar = tqdm(total=total, initial=step, disable=not runtime.main, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=total, initial=step, disable=not runtime.is_main, unit="step", dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 15)
 
     def __call__(self, step, values):
@@ -413,14 +413,14 @@ class Log:
         self.write(row)
 
     def write(self, row):
-        if self.runtime.main:
+        if self.runtime.is_main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def warn(self, step, text):
         """One line above the bar and in the log."""
         self.write({"step": step, "warning": text})
-        if self.runtime.main:
+        if self.runtime.is_main:
             tqdm.write(f"warning, step {step}: {text}", file=sys.stderr)
 
     def close(self):

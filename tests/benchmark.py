@@ -219,7 +219,8 @@ def detected_poses(count, videos, seed=0):
     make_synthetic.py draws them, seen from anywhere by a camera and a detector with its noise."""
     from scipy.spatial.transform import Rotation
 
-    from mano import MANO_TO_FREIHAND, synthetic_mano
+    from mano import MANO_TO_FREIHAND
+    from synthetic_hand import synthetic_mano
 
     hand, rng, frames, made = synthetic_mano(), np.random.default_rng(seed), count // videos, []
     rest, parent = hand["J"], hand["kintree_table"][0].astype(int)

@@ -17,8 +17,9 @@ from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
 from data import HandDataset, HandIndex, image_size
-from mano import Mano, joints_from_vertices, load_hand, rotmat_from_axis_angle
+from mano import Mano, joints_from_vertices, rotmat_from_axis_angle
 from model import load_encoder
+from synthetic_hand import synthetic_mano
 
 TINY = ["--arch", "vit_tiny", "--image-size", "32", "--head-width", "32", "--batch-size", "8", "--log-every", "1", "--workers", "0"]
 
@@ -148,7 +149,7 @@ def test_one_hand_is_learned_by_heart(tmp_path):
 def test_freihands_own_files_are_read_back(freihand, tmp_path):
     """Joints reproject within 0.01 px; vertices rebuilt from the 61 numbers within 1e-6 m (T1, T7, T8)."""
     root = freihand / "FreiHAND"
-    arrays = load_hand()
+    arrays = synthetic_mano()
     hand = Mano(arrays).double()
     for split in ("training", "evaluation"):
         call("prepare_data.py", "freihand", root, "--split", split, "--out", tmp_path / split)

@@ -13,10 +13,10 @@ from scipy.spatial.distance import cdist
 
 import mine_pairs
 import pretrain_contrastive as pc
-from data import (
-    EpochSampler,
-    HandIndex,
-    PairSampler,
+from data import EpochSampler, HandIndex, PairSampler, write_index
+from mine_pairs import mine, normalise_pose
+from runtime import generator
+from views import (
     apply_color,
     apply_hsv,
     apply_light,
@@ -26,10 +26,7 @@ from data import (
     normalise,
     random_hsv,
     warp,
-    write_index,
 )
-from mine_pairs import mine, normalise_pose
-from runtime import generator
 
 
 # -------------------------------------------------------------------------------------------------------------- mining

@@ -8,22 +8,8 @@ import torch
 from PIL import Image
 
 import data
-from data import (
-    EpochSampler,
-    HandDataset,
-    HandIndex,
-    apply_theta,
-    compose_theta,
-    crop_canvas,
-    invert_theta,
-    mirror,
-    random_theta,
-    read_image,
-    square,
-    theta_rotation,
-    warp,
-    write_index,
-)
+from data import EpochSampler, HandDataset, HandIndex, crop_canvas, mirror, read_image, square, write_index
+from views import apply_theta, compose_theta, invert_theta, random_theta, theta_rotation, warp
 
 
 def thetas(count=64, seed=0):

@@ -11,8 +11,9 @@ from PIL import Image
 import evaluate
 import metrics
 from data import HandIndex, write_index
-from mano import FREIHAND_TO_MANO, Mano, fingerprint, joints_from_vertices, load_hand, rotmat_from_axis_angle
+from mano import FREIHAND_TO_MANO, Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
 from runtime import Runtime
+from synthetic_hand import synthetic_mano
 
 N, SIZE, FOCAL = 10, 96, 150.0
 
@@ -20,7 +21,7 @@ N, SIZE, FOCAL = 10, 96, 150.0
 def posed_hands(seed=0):
     """vertices (N,778,3), kinematic joints (N,21,3) of right hands, relative to the kinematic wrist; which are left."""
     rng = np.random.default_rng(seed)
-    hand = Mano(load_hand())
+    hand = Mano(synthetic_mano())
     pose = torch.tensor(rng.normal(0, 0.25, (N, 16, 3)), dtype=torch.float32)
     pose[:, 1:] += hand.hands_mean
     betas = torch.tensor(rng.normal(0, 0.5, (N, 10)), dtype=torch.float32)
@@ -36,7 +37,7 @@ def index(tmp_path_factory):
     vertices, _, left = posed_hands()
     vertices = vertices * np.where(left[:, None, None], [-1, 1, 1], 1)
     vertices += rng.uniform([-0.03, -0.03, 0.55], [0.03, 0.03, 0.7], (N, 1, 3))
-    joints = joints_from_vertices(torch.tensor(vertices, dtype=torch.float32), load_hand()).numpy()
+    joints = joints_from_vertices(torch.tensor(vertices, dtype=torch.float32), synthetic_mano()).numpy()
     K = np.tile([[FOCAL, 0, 47.5], [0, FOCAL, 47.5], [0, 0, 1]], (N, 1, 1))
     seen = joints @ K[0].T
     joints2d = seen[..., :2] / seen[..., 2:]
@@ -162,7 +163,7 @@ class TrueHands(torch.nn.Module):
 
 
 def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatch):
-    state = {"hand": fingerprint(load_hand()), "box_scale": 1.4}
+    state = {"hand": hand_fingerprint(synthetic_mano()), "box_scale": 1.4}
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, kind: state)
     monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: TrueHands(index, 1.4 / evaluate.CONTEXT))
     flags = ["--data", str(index), "--device", "cpu", "--workers", "0", "--batch-size", "4", "--out"]

@@ -16,8 +16,9 @@ import metrics
 from data import HandDataset, HandIndex, make_sampler
 from evaluate import read_labels, read_predictions, write_predictions
 from finetune_mesh import mesh_losses
-from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, labelled_joints, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
+from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, labelled_joints, mirror_arrays, rotmat_from_axis_angle
 from prepare_data import Hands, usable
+from synthetic_hand import synthetic_mano
 
 ARRAYS = synthetic_mano()
 FLIP = np.array([1.0, -1.0, -1.0])

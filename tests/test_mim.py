@@ -18,9 +18,9 @@ from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
 import pretrain_mim
-from data import apply_theta, blur, invert_theta, normalise, random_theta, warp
 from model import DistanceHead, KeypointHead, PrototypeHead, build_encoder, load_encoder
 from runtime import Runtime, ema_update, generator
+from views import apply_theta, blur, invert_theta, normalise, random_theta, warp
 
 TINY = ["--arch", "vit_tiny", "--image-size", "64", "--batch-size", "8", "--prototypes", "64", "--head-width", "32", "--log-every", "1",
         "--workers", "0"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fixtures import write_official_pickle
 
-from mano import load_hand
+from synthetic_hand import synthetic_mano
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -39,7 +39,7 @@ def test_every_command_and_snippet_of_the_readme_runs(tmp_path):
     for script in ROOT.glob("*.*"):
         if script.suffix in (".py", ".html"):
             (tmp_path / script.name).symlink_to(script)
-    write_official_pickle(tmp_path / "MANO_RIGHT.pkl", load_hand())
+    write_official_pickle(tmp_path / "MANO_RIGHT.pkl", synthetic_mano())
     run([sys.executable, "make_synthetic.py", "--out", "FreiHAND_pub_v2", "--hands", "26", "--size", "96",
          "--layout", "freihand"], tmp_path)
     (tmp_path / "my_photographs").mkdir()

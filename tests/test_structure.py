@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = ["mano", "model", "data", "metrics", "runtime", "draw", "layouts"]
+LIBRARY = ["mano", "synthetic_hand", "model", "data", "views", "metrics", "runtime", "draw", "layouts"]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in LIBRARY)
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 import draw
 import make_synthetic
 from data import HandIndex
-from mano import Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle, synthetic_mano
+from mano import Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle
+from synthetic_hand import synthetic_mano
 
 
 @pytest.fixture(scope="module")

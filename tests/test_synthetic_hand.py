@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from mano import TIPS, Mano, rotmat_from_axis_angle, synthetic_mano
+from mano import TIPS, Mano, rotmat_from_axis_angle
+from synthetic_hand import synthetic_mano
 
 FINGERS = {"index": 1, "middle": 4, "little": 7, "ring": 10}              # first of three joints
 
