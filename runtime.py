@@ -1,7 +1,23 @@
-"""Plumbing that every training script shares: flags, device and processes, precision, schedules, checkpoints, the log.
+"""What every training script shares and nobody needs to read: flags, device and processes, precision,
+schedules, checkpoints, the log.
 
-Nothing here knows about hands. One process needs no process group; `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK.
-Randomness is a function of (seed, step), so a checkpoint holds no generator and resuming is exact.
+Nothing here knows about hands. One process needs no process group; `torchrun` sets RANK, WORLD_SIZE and
+LOCAL_RANK. Randomness is a function of (seed, step), so a checkpoint holds no generator and resuming is
+exact.
+
+Example::
+
+    import torch
+    from runtime import adamw, cosine, param_groups, set_lr
+
+    model = torch.nn.Linear(3, 1)
+    optimizer = adamw(param_groups(model.named_parameters(), weight_decay=0.05), torch.device("cpu"))
+    for step in range(10):
+        set_lr(optimizer, cosine(step, total=10, base=1e-3, warmup=2))
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import argparse
@@ -14,6 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,82 +42,108 @@ from tqdm import tqdm
 
 # Flags that may differ when a run is continued: they change where and how fast it runs, not what it computes.
 FREE_ON_RESUME = {"resume", "out", "workers", "device", "log_every", "save_every"}
+# What this version writes, by kind of file ("run": config.json). A file without a number was written before
+# there were any and counts as 1.
+FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 2}
 
 
-def run(main):
-    """Calls main(); a mistake of the user (ValueError, OSError) or a diverged run becomes one line and exit status 2.
-    With DEBUG=1 in the environment the traceback is shown instead."""
+def run(main: Callable):
+    """Calls main(); a mistake of the user (ValueError, OSError) or a diverged run becomes one line and exit
+    status 2.
+
+    With DEBUG=1 in the environment the traceback is shown instead.
+    """
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEBUG"):
             raise
         text = str(error).strip()
-        text = text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text      # from a loader's process
-        for bar in list(getattr(tqdm, "_instances", ())):          # the line begins where a bar would stand
+        if "Original Traceback" in text:  # raised in a process of the loader
+            text = text.splitlines()[-1].partition(": ")[2]
+        for bar in list(getattr(tqdm, "_instances", ())):  # the line begins where a bar would stand
             bar.close()
-        rank = int(os.environ.get("RANK", 0))                      # a mistake in the flags is every process's, a full disk one's
-        print(f"error{f' (process {rank})' if rank else ''}: {' '.join(text.split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))  # a wrong flag is wrong in all processes, a full disk in one
+        process = f" (process {rank})" if rank else ""
+        print(f"error{process}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
+def parser(description: str) -> argparse.ArgumentParser:
+    """ArgumentParser whose help keeps the docstring's lines."""
+    return argparse.ArgumentParser(description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def add_device_flags(cli, workers=True):
     group = cli.add_argument_group("machine")
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-                       help="auto takes cuda, then cpu; mps on request: torch lacks the sampling's backward there, so set "
-                            "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment (untested)")
+                       help="device to compute on. auto: cuda where there is one, else cpu. mps (untested) "
+                            "needs PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment")
     group.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                       help="of the encoder; hand model and losses are always fp32. auto: bf16 on a GPU that has it, else fp32")
+                       help="number type of the encoder; the hand model and the losses are always fp32. "
+                            "auto: bf16 on a GPU that has it, else fp32")
     if workers:
         group.add_argument("--workers", type=int, default=-1,
-                           help="processes that decode images; -1 takes the free cores on a GPU machine and 1 on a CPU")
+                           help="processes that decode images. -1: the free cores with a GPU, else 1")
 
 
 def add_training_flags(cli, batch_size, epochs):
-    """The flags of every training command; defaults that depend on the stage are arguments."""
+    """The flags of every training command; the defaults that depend on the stage are arguments."""
     add_device_flags(cli)
     group = cli.add_argument_group("run")
-    group.add_argument("--out", required=True, help="folder RUN for config.json, log.jsonl, last.pt, encoder.pt and samples/")
-    group.add_argument("--resume", action="store_true", help="continue RUN exactly where last.pt stands, with the same flags")
+    group.add_argument("--out", required=True, metavar="RUN",
+                       help="folder for config.json, log.jsonl, last.pt, encoder.pt and samples/")
+    group.add_argument("--resume", action="store_true",
+                       help="continue RUN exactly where last.pt stands, with the same flags")
     group.add_argument("--mix", nargs="+", type=float, metavar="SHARE",
-                       help="of a batch, one for each --data, drawn with replacement (default: every hand once an epoch)")
+                       help="shares of a batch, one for each --data; hands are then drawn with replacement "
+                       "(default: every hand once an epoch)")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, default=epochs, help=f"passes over the data (default {epochs:g})")
+    length.add_argument("--epochs", type=float, default=epochs,
+                        help=f"passes over the data (default {epochs:g})")
     length.add_argument("--steps", type=int, help="optimiser updates, instead of --epochs")
     group.add_argument("--batch-size", type=int, default=batch_size,
-                       help=f"images an update, over all processes (default {batch_size})")
-    group.add_argument("--accumulate", type=int, default=1, help="split each update into this many parts to save memory")
-    group.add_argument("--seed", type=int, default=0, help="every draw is a function of (seed, step, sample)")
-    group.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default 10)")
-    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default 500); the end always saves")
+                       help=f"hands an update, over all processes (default {batch_size})")
+    group.add_argument("--accumulate", type=int, default=1,
+                       help="parts of each update, one after the other, to save memory")
+    group.add_argument("--seed", type=int, default=0,
+                       help="seed: every draw is a function of (seed, step, sample)")
+    group.add_argument("--log-every", type=int, default=10,
+                       help="steps between lines of log.jsonl (default 10)")
+    group.add_argument("--save-every", type=int, default=500,
+                       help="steps between checkpoints (default 500); the last step always saves")
 
 
-def total_steps(args, count):
-    """Optimiser updates of a run over `count` hands; ValueError where the flags contradict each other."""
-    for name, least in (("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("save_every", 1), ("eval_every", 1), ("seed", 0)):
-        if getattr(args, name, least) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
-    steps = args.steps if args.steps is not None else math.ceil(args.epochs * count / args.batch_size)
+def total_steps(args, hands: int) -> int:
+    """Optimiser updates of a run over this many hands; ValueError where the flags contradict each other."""
+    least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "seed": 0}
+    for name, low in least.items():
+        if getattr(args, name, low) < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
+    steps = args.steps if args.steps is not None else math.ceil(args.epochs * hands / args.batch_size)
     if steps < 1:
         raise ValueError("--steps or --epochs asks for no step at all")
     return steps
 
 
-def check_ranges(args, ranges):
-    """ranges: name -> (low, high). ValueError that names the first flag with a value outside, before anything is written."""
+def check_ranges(args, ranges: dict):
+    """ranges: name -> (low, high). ValueError that names the first flag with a value outside."""
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        if not all(low <= x <= high for x in (value if isinstance(value, (tuple, list)) else (value,))):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(low <= x <= high for x in values if x is not None):
             raise ValueError(f"--{name.replace('_', '-')} {value}: must lie in {low} .. {high}")
 
 
-# -------------------------------------------------------------------------------------------------------------- machine
+# ---------------------------------------------------------------------------------------------------- machine
 @dataclass
 class Runtime:
-    """Where this process computes: device, number type, its rank among `world` processes."""
+    """Where this process computes: its device, number type, and rank among `world` processes."""
+
     device: torch.device
     dtype: torch.dtype
     rank: int
@@ -110,6 +153,7 @@ class Runtime:
 
     @property
     def is_main(self):
+        """True in the process that prints and writes."""
         return self.rank == 0
 
     def autocast(self):
@@ -119,30 +163,37 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scaler(self):
-        """Loss scaling, needed by fp16 alone."""
+        """The loss scaler, which only fp16 needs."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def wrap(self, model):
-        """The model that the loop calls: averages gradients over the processes where there are several."""
+        """The model that the loop calls; with several processes their gradients are averaged."""
         if self.world == 1:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, [self.local_rank] if self.device.type == "cuda" else None)
+        return torch.nn.parallel.DistributedDataParallel(model,
+                                                         [self.local_rank] if self.device.type == "cuda"
+                                                         else None)
 
-    def exchange(self, model, last):
-        """Context of one part of an accumulated batch: the processes exchange gradients with the last part alone."""
-        return contextlib.nullcontext() if self.world == 1 or last else model.no_sync()
+    def sync_gradients(self, model, now):
+        """Context of a forward and backward pass; the processes exchange gradients only where `now`."""
+        return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
 
-    def share(self, array):
-        """This process's consecutive part of something drawn for the whole batch."""
-        return array[self.rank * len(array) // self.world:(self.rank + 1) * len(array) // self.world]
+    def local_rows(self, array, dim=0):
+        """This process's consecutive rows of something that was drawn for the whole batch."""
+        size = array.shape[dim]
+        first = self.rank * size // self.world
+        return (array.narrow(dim, first, (self.rank + 1) * size // self.world - first) if self.world > 1
+                else array)
 
     def gather(self, value):
-        """The processes' tensors (...,B,...) joined along dimension 1, gradients included, so that a loss over the whole batch is
-        the same on every process: its gradients are summed on the way back, and averaged again with those of the model."""
-        return value if self.world == 1 else Gather.apply(value, self.rank, self.world)
+        """Tensors (2,B,...) of all processes joined along dimension 1, with their gradients.
 
-    def union(self, values):
-        """The set of what is in any process's set."""
+        A loss over the whole batch is then the same in every process. Its gradients are summed on the way
+        back, and the model's are averaged afterwards."""
+        return value if self.world == 1 else _Gather.apply(value, self.rank, self.world)
+
+    def union(self, values: set) -> set:
+        """The union of the processes' sets."""
         everywhere = [values]
         if self.world > 1:
             everywhere = [None] * self.world
@@ -150,7 +201,7 @@ class Runtime:
         return set().union(*everywhere)
 
     def mean(self, value):
-        """Mean of a tensor over the processes."""
+        """The mean of a tensor over the processes."""
         if self.world > 1:
             value = value.clone()
             dist.all_reduce(value)
@@ -158,12 +209,12 @@ class Runtime:
         return value
 
 
-class Gather(torch.autograd.Function):
-    """all_gather along dimension 1 whose backward sums the processes' gradients."""
+class _Gather(torch.autograd.Function):
+    """all_gather along dimension 1; the backward pass sums the processes' gradients."""
 
     @staticmethod
     def forward(ctx, value, rank, world):
-        ctx.share = slice(rank * value.shape[1], (rank + 1) * value.shape[1])
+        ctx.rows = slice(rank * value.shape[1], (rank + 1) * value.shape[1])
         parts = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(world)]
         dist.all_gather(parts, value.contiguous())
         return torch.cat(parts, dim=1)
@@ -172,36 +223,44 @@ class Gather(torch.autograd.Function):
     def backward(ctx, gradient):
         gradient = gradient.clone()
         dist.all_reduce(gradient)
-        return gradient[:, ctx.share], None, None
+        return gradient[:, ctx.rows], None, None
 
 
-def setup(args):
-    """Runtime from the flags and torchrun's environment. ValueError where the flags ask for what is not there."""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    mps = torch.backends.mps.is_available()
+def setup(args) -> Runtime:
+    """The Runtime that the flags and torchrun's environment ask for; ValueError where the machine does not
+    have it."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[name]:
         raise ValueError(f"--device {name}: this machine has none; use --device auto")
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"--nproc_per_node asks for more processes than this machine's {torch.cuda.device_count()} GPUs")
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"--nproc_per_node asks for more processes than this machine's {gpus} GPUs")
     if name == "mps" and args.precision not in ("auto", "fp32"):
         raise ValueError(f"--precision {args.precision}: on mps only fp32 is supported")
-    batch, accumulate = getattr(args, "batch_size", world), getattr(args, "accumulate", 1)
-    if "accumulate" in args and batch % (world * accumulate):
-        raise ValueError(f"--batch-size {batch} must be a multiple of processes x --accumulate = {world * accumulate}")
+    if "accumulate" in args and args.batch_size % (world * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of processes x --accumulate = "
+                         f"{world * args.accumulate}")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"    # products outside the encoder stay exact: views, losses
+        # products outside the encoder stay exact: views, losses
+        torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     bf16 = name == "cuda" and torch.cuda.is_bf16_supported()
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if world > 1 and not dist.is_initialized():
-        patience = timedelta(minutes=30) if name == "cuda" else timedelta(days=7)            # a process may wait for another's last video
+        # one may wait for another's last video
+        patience = timedelta(minutes=30) if name == "cuda" else timedelta(days=7)
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=patience)
-    free = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1) if name == "cuda" else 1
-    return Runtime(torch.device(name, local_rank) if name == "cuda" else torch.device(name),
-                   {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],
-                   rank, world, local_rank, args.workers if getattr(args, "workers", -1) >= 0 else min(free, 16))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = getattr(args, "workers", -1)
+    if workers < 0:
+        workers = min(16, max(1, cores - 1)) if name == "cuda" else 1
+    device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    return Runtime(device, dtype, rank, world, local_rank, workers)
 
 
 def barrier():
@@ -217,52 +276,66 @@ def finish():
         dist.destroy_process_group()
 
 
-def generator(*key):
-    """CPU torch generator that is a function of the integers in key: (seed, step, purpose)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of the integers in key: (seed, step, stream, ...)."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1,
+                                                                                        np.uint64)[0]) >> 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ schedules
-def cosine(step, total, base, final=0.0, warmup=0):
-    """Linear from 0 to base over `warmup` steps, then half a cosine to final at `total`. A pure function of the step."""
+# -------------------------------------------------------------------------------------- schedules and updates
+def cosine(step: int, total: int, base: float, final: float = 0.0, warmup: int = 0) -> float:
+    """Linear from 0 to base over `warmup` steps, then half a cosine to final at `total`: a pure function of
+    the step."""
     if step < warmup:
         return base * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return final + (base - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer, lr, weight_decay=None):
-    """Sets this step's rate in every group, times the group's lr_scale, and this step's decay where a group has one."""
+def set_lr(optimizer, lr: float, weight_decay: float | None = None):
+    """Sets this step's rate in every group, times the group's lr_scale, and this step's decay in the groups
+    that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if weight_decay is not None and group["decays"]:
             group["weight_decay"] = weight_decay
 
 
-def param_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
-    """AdamW groups: no weight decay on 1-D tensors (biases, norms); lr_scale(name) multiplies the rate."""
+def param_groups(named_parameters, weight_decay: float,
+                 lr_scale: Callable[[str], float] = lambda name: 1.0) -> list:
+    """AdamW's groups: no weight decay on 1-D tensors (biases, norms); lr_scale(name) multiplies the rate."""
     groups = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            key = (parameter.ndim > 1, lr_scale(name))
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "decays": decays}
-            for (decays, scale), params in groups.items()]
+            groups.setdefault((parameter.ndim > 1, lr_scale(name)), []).append(parameter)
+    return [{"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale,
+             "decays": decays} for (decays, scale), parameters in groups.items()]
 
 
-def adamw(groups, device):
-    """AdamW in one kernel where this torch has it for the device (for a CPU since 2.4): a seventh of a small step."""
-    return torch.optim.AdamW(groups, fused=device.type == "cuda" or (device.type == "cpu" and torch.__version__ >= (2, 4)))
+def adamw(groups: list, device: torch.device):
+    """AdamW in one kernel where this torch has it for the device (CPU: since 2.4): a seventh of a small
+    step."""
+    fused = device.type == "cuda" or (device.type == "cpu" and torch.__version__ >= (2, 4))
+    return torch.optim.AdamW(groups, fused=fused)
 
 
-def update(optimizer, scaler, parameters, clip, adapt=None):
-    """One optimiser update after the backward passes; returns the gradient's norm before clipping. adapt(): changes the clipped
-    gradients in place, as LARS does.
-    A gradient that is not finite ends the run (fp16 halves its loss scale and skips the update instead)."""
+def batch_parts(size: int, accumulate: int) -> Iterator[tuple]:
+    """Yields (rows, last) for each of the parts that a batch of `size` is split into."""
+    parts = torch.arange(size).chunk(accumulate)
+    for i, rows in enumerate(parts, 1):
+        yield rows, i == len(parts)
+
+
+def update(optimizer, scaler, parameters, clip: float = math.inf, adapt: Callable | None = None):
+    """One optimiser update after the backward passes; returns the gradient's norm before clipping.
+
+    adapt() changes the clipped gradients in place, as LARS does. A gradient that is not finite ends the run
+    (FloatingPointError); with fp16 the loss scale is halved and the update skipped instead.
+    """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    if not scaler.is_enabled() and not torch.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite: lower --lr or use --precision fp32; --resume continues from the last save")
+    if not scaler.is_enabled():
+        require_finite(norm, "gradient")
     if adapt:
         adapt()
     scaler.step(optimizer)
@@ -271,57 +344,97 @@ def update(optimizer, scaler, parameters, clip, adapt=None):
     return norm
 
 
+def require_finite(value, what: str):
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"the {what} is not finite: lower --lr or use --precision fp32; "
+                                 "--resume continues from the last save")
+
+
 @torch.no_grad()
-def ema_update(average, model, decay):
-    """average <- decay average + (1 - decay) model, parameters; buffers are copied."""
-    ours, theirs = list(average.parameters()), list(model.parameters())
-    torch._foreach_lerp_(ours, theirs, 1 - decay)
+def ema_update(average, model, decay: float):
+    """Parameters: average <- decay average + (1 - decay) model. Buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for mine, other in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(other)
 
 
-# ------------------------------------------------------------------------------------------------------------------ run
-def start_run(args, runtime):
+def is_due(step: int, every: int, steps: int) -> bool:
+    """True after step `step` (0 based) where something happens `every` steps and at the last one."""
+    return (step + 1) % every == 0 or step + 1 == steps
+
+
+# -------------------------------------------------------------------------------------------------------- run
+def start_run(args, runtime: Runtime):
     """Prepares RUN; returns its path and the checkpoint to continue from, or None.
 
-    A fresh run refuses a folder that is not empty; --resume refuses flags that differ from config.json."""
+    A new run refuses a folder that is not empty; --resume refuses flags that differ from config.json.
+    """
     out = Path(args.out)
-    flags = json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "resume"}, default=str))
-    verdict = [check_run(out, flags, args.resume) if runtime.is_main else None]
+    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    flags = json.loads(json.dumps(flags, default=str))
+    problem = [_problem_with_run(out, flags, args.resume) if runtime.is_main else None]
     if runtime.world > 1:
-        dist.broadcast_object_list(verdict)                        # nobody writes before process 0 has judged
-    if verdict[0]:
-        raise ValueError(verdict[0])
+        dist.broadcast_object_list(problem)  # nobody writes before process 0 has judged
+    if problem[0]:
+        raise ValueError(problem[0])
     checkpoint = out / "last.pt"
     state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
     if args.resume and state is None and runtime.is_main:
         print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
     if runtime.is_main:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        facts = {"command": " ".join(sys.argv), "torch": torch.__version__, "numpy": np.__version__,
-                 "python": platform.python_version(), "revision": git_revision(), "world_size": runtime.world,
-                 "machine": str(runtime.device)}
-        write_atomically(out / "config.json", lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
+        facts = {"format": FORMATS["run"], "command": " ".join(sys.argv), "torch": torch.__version__,
+                 "numpy": np.__version__, "python": platform.python_version(), "revision": _git_revision(),
+                 "world_size": runtime.world, "machine": str(runtime.device)}
+        write_atomically(out / "config.json",
+                         lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
     return out, state
 
 
-def check_run(out, flags, resume):
-    """What is wrong where the folder `out` holds something else than a run of the same flags to be continued, else None."""
+def _problem_with_run(out, flags, resume):
+    """What is wrong with the folder `out` for these flags, in one line; None where nothing is."""
     config = out / "config.json"
-    if resume and not config.is_file():
-        return f"--resume: there is no run in {out} (no config.json); check --out, or start it without --resume"
-    if resume:
-        before = read_json(config)
-        if not isinstance(before, dict):
-            return f"{config}: not the configuration of a run; choose another --out"
-        for name, value in flags.items():
-            if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                return f"--{name.replace('_', '-')} is {value}, but {config} says {before[name]}: resume with the same flags"
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return f"--out {out} is not empty: choose another folder, or continue that run with --resume"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            return f"--out {out} is not empty: choose another folder, or continue that run with --resume"
+        return None
+    if not config.is_file():
+        return f"--resume: there is no run in {out} (no config.json); check --out, or leave --resume out"
+    before = read_json(config)
+    if not isinstance(before, dict):
+        return f"{config}: not the configuration of a run; choose another --out"
+    if before.get("format", 1) != FORMATS["run"]:
+        return (f"{config}: a run of an older version (format {before.get('format', 1)}, needed "
+                f"{FORMATS['run']}), whose flags have changed since: start a new run in another --out")
+    for name, value in flags.items():
+        if name not in FREE_ON_RESUME and before.get(name, value) != value:
+            flag = f"--{name.replace('_', '-')}"
+            return f"{flag} is {value}, but {config} says {before[name]}: resume with the same flags"
     return None
 
 
+def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int):
+    """One line at the start of a run: parameters, hands, steps, epochs, device, precision, where it
+    writes."""
+    if runtime.is_main:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        processes = f" x {runtime.world}" if runtime.world > 1 else ""
+        print(f"{parameters / 1e6:.1f} M parameters; {hands:,} hands, {steps:,} steps of {batch_size} = "
+              f"{steps * batch_size / hands:.3g} epochs; {runtime.device}{processes}, "
+              f"{str(runtime.dtype).removeprefix('torch.')}; writes {out}", flush=True)
+
+
+def _git_revision():
+    try:
+        folder = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True,
+                              text=True, timeout=10)
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------ files
 def read_json(path):
     """The JSON in a file; ValueError or OSError that names it."""
     try:
@@ -335,81 +448,105 @@ def read_json(path):
         raise ValueError(f"{path}: broken JSON ({error})") from None
 
 
-def git_revision():
-    try:
-        folder = Path(__file__).resolve().parent
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True,
-                              timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-
-
-def write_atomically(path, write):
+def write_atomically(path: Path, write: Callable[[Path], object]):
     """write(temporary path), then rename: a reader sees the old file or the whole new one."""
     part = path.with_name(path.name + ".part")
     write(part)
     os.replace(part, path)
 
 
-def save_arrays(path, **arrays):
+def save_arrays(path: Path | str, **arrays):
     """A .npz of plain arrays, whole or not at all."""
+
     def write(part):
-        with open(part, "wb") as file:                             # a name would get .npz appended
+        with open(part, "wb") as file:  # np.savez would append .npz to a name
             np.savez(file, **arrays)
+
     write_atomically(Path(path), write)
 
 
-def save_checkpoint(path, **state):
-    """Tensors and plain values only, so that it loads with weights_only=True; must hold `kind` and `step`."""
+def save_checkpoint(path: Path | str, kind: str, **state):
+    """Tensors and plain values, so that the file loads with weights_only=True. kind: as in FORMATS; state:
+    step, ..."""
+    state = {"kind": kind, "format": FORMATS[kind]} | state
     write_atomically(Path(path), lambda part: torch.save(state, part))
 
 
-def load_checkpoint(path, kind):
-    """The dict that save_checkpoint wrote, on the CPU. kind: "mesh", "mim", "contrastive", "encoder" or "any".
-    Runs no code from the file. ValueError or OSError that names it."""
+def load_checkpoint(path: Path | str, kind: str) -> dict:
+    """The dict that save_checkpoint wrote, on the CPU. kind: as in FORMATS, or "any".
+
+    Runs no code from the file. ValueError or OSError that names it: damaged, of another kind, of another
+    format."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
-    except Exception as error:                                     # a damaged file can fail in any way
+    except Exception as error:  # a damaged file can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: no checkpoint of plain tensors and values ({reason[:120]})") from None
     found = state.get("kind") if isinstance(state, dict) else None
-    if found is None or (kind != "any" and found != kind):
+    if found not in FORMATS or (kind != "any" and found != kind):
         raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}")
+    number = state.get("format", 1)
+    if number != FORMATS[found]:
+        raise ValueError(f"{path}: format {number} of {found!r}, this version reads {FORMATS[found]}; "
+                         "train again, or use the revision in the run's config.json")
     return state
 
 
+def restore(state: dict | None, **parts) -> int:
+    """Loads the named parts (modules, optimiser, scaler) from a checkpoint; returns the step to go on with, 0
+    without one."""
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
+
+
+# -------------------------------------------------------------------------------------------------------- log
 class Log:
-    """log.jsonl and the progress bar, which shows the loss and the values named in `show`. Lines after `step` are dropped
-    first: a killed run may have logged past last.pt."""
+    """log.jsonl and the progress bar, which shows the loss and the values named in `show`.
+
+    step: where the run goes on. total: its steps. images: per step. every: steps between lines. Lines after
+    `step` are dropped first, because a killed run may have logged past last.pt."""
 
     def __init__(self, path, step, total, images, runtime, every, show=()):
-        self.path, self.images, self.every, self.runtime, self.show = Path(path), images, every, runtime, show
-        self.last_step, self.last_time = step, time.perf_counter()
+        self.path = Path(path)
+        self.images = images
+        self.every = every
+        self.runtime = runtime
+        self.show = show
+        self.last_step = step
+        self.last_time = time.perf_counter()
         if runtime.is_main:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             write_atomically(self.path, lambda part: part.write_text("".join(line + "\n" for line in kept)))
-        self.bar = tqdm(total=total, initial=step, disable=not runtime.is_main, unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.bar = tqdm(total=total, initial=step, disable=not runtime.is_main, unit="step",
+                        dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
 
     def __call__(self, step, values):
-        """After update number `step` (1 based): a line every `every` steps. values: name -> number or tensor, the mean over
-        the processes is logged; `loss` is shown on the bar."""
+        """After update number `step` (1 based): a line every `every` steps.
+
+        values: name -> number or tensor; the mean over the processes is logged. `loss` is shown on the bar.
+        """
         self.bar.update(step - self.bar.n)
-        if step % self.every and step != self.bar.total:
+        if not is_due(step - 1, self.every, self.bar.total):
             return
-        numbers = self.runtime.mean(torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.runtime.device)
-                                                 for v in values.values()])).tolist()
+        device = self.runtime.device
+        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v
+                               in values.values()])
         now = time.perf_counter()
-        row = {"step": step} | dict(zip(values, numbers, strict=True))
+        row = {"step": step} | dict(zip(values, self.runtime.mean(numbers).tolist(), strict=True))
         row["images_per_second"] = (step - self.last_step) * self.images / max(now - self.last_time, 1e-9)
-        self.last_step, self.last_time = step, now
+        self.last_step = step
+        self.last_time = now
         shown = {name: f"{row[name]:.3g}" for name in self.show if name in row}
-        self.bar.set_postfix(loss=f"{row['loss']:.4g}", **shown, lr=f"{row['lr']:.1e}", img_s=f"{row['images_per_second']:.0f}")
+        speed = f"{row['images_per_second']:.0f}"
+        self.bar.set_postfix(loss=f"{row['loss']:.4g}", **shown, lr=f"{row['lr']:.1e}", img_s=speed)
         self.write(row)
 
     def write(self, row):
@@ -427,11 +564,6 @@ class Log:
         self.bar.close()
 
 
-def read_log(path):
+def read_log(path) -> list[dict]:
     """The lines of log.jsonl as dicts."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def parser(description):
-    """ArgumentParser whose help keeps the docstring's lines."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

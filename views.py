@@ -1,73 +1,122 @@
-"""Views: one 2x3 matrix theta from view to canvas coordinates; warps, colours and normalisation of batches."""
+"""Views: the one idea that every stage rests on.
+
+A hand is stored once, as a square canvas. A view is a cut of the canvas, and one 2x3 matrix theta says which:
+
+    theta = [A | t] maps VIEW coordinates to CANVAS coordinates        p_canvas = A p_view + t
+
+Coordinates are [-1, 1], x right, y down, +-1 at the image's edges (align_corners=False). So
+
+    the image of a view        warp(canvas, theta, size)               reads the canvas at A p + t
+    points, view -> canvas     apply_theta(theta, points)              "undoing the view" IS applying theta
+    labels, canvas -> view     apply_theta(invert_theta(theta), points)
+    3-D labels                 theta_rotation(theta) @ joints          turn with the content of the view
+
+Functions that draw (`random_...`) return theta or factors and change nothing; functions that apply (`warp`,
+`apply_...`) draw nothing. So an image, its joints and the undoing of both use the same numbers. theta may
+have leading axes: the two views of B hands are theta (2, B, 2, 3), and the other view is `.flip(0)`.
+
+Example::
+
+    import math, torch
+    from views import apply_theta, invert_theta, random_theta, warp
+
+    canvas = torch.rand(4, 3, 256, 256)                                # four hands
+    theta = random_theta(4, torch.Generator().manual_seed(0), math.radians(45), (0.5, 0.8), 0.1)
+    view = warp(canvas, theta, 224)                                    # (4, 3, 224, 224)
+    joints = torch.zeros(4, 21, 2)                                     # at the middle of each canvas
+    seen = apply_theta(invert_theta(theta), joints)                    # where the view shows them
+    assert torch.allclose(apply_theta(theta, seen), joints, atol=1e-6)
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # ImageNet, in every stage
-BLUR = 3.0                                                    # widest Gaussian of strong_color, in pixels at 224
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, in every stage
+STD = (0.229, 0.224, 0.225)
+BLUR = 3.0  # widest Gaussian of strong_color, in pixels of a view of 224
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
+# --------------------------------------------------------------------------------------------------- geometry
 def random_theta(batch, generator, rotation, scale, shift):
-    """(B,2,3) views: A = s R(phi), t; phi ~ U(-rotation, rotation) radians, log s ~ U over scale = (low, high), t ~
-    U(-shift, shift) per axis in canvas units. phi > 0 turns the window clockwise on screen, the content the other way."""
-    phi, zoom, move_x, move_y = torch.rand(4, batch, generator=generator)
+    """Random views (B,2,3): A = s R(phi), t.
+
+    phi ~ U(-rotation, rotation), radians. log s ~ U over scale = (low, high). t ~ U(-shift, shift) in x and
+    in y, in canvas units. phi > 0 turns the window clockwise on the screen, so the content turns the other
+    way."""
+    phi, zoom, shift_x, shift_y = torch.rand(4, batch, generator=generator)
     phi = (2 * phi - 1) * rotation
     zoom = torch.exp(math.log(scale[0]) + zoom * math.log(scale[1] / scale[0]))
-    cos, sin = zoom * phi.cos(), zoom * phi.sin()
-    rows = [torch.stack([cos, -sin, (2 * move_x - 1) * shift], -1), torch.stack([sin, cos, (2 * move_y - 1) * shift], -1)]
-    return torch.stack(rows, 1)
+    cos = zoom * phi.cos()
+    sin = zoom * phi.sin()
+    row_x = torch.stack([cos, -sin, (2 * shift_x - 1) * shift], -1)
+    row_y = torch.stack([sin, cos, (2 * shift_y - 1) * shift], -1)
+    return torch.stack([row_x, row_y], 1)
 
 
 def centre_theta(batch, scale):
-    """(B,2,3) the upright view in the middle of the canvas, `scale` of its size."""
+    """The upright view (B,2,3) in the middle of the canvas; its side is `scale` times the canvas'."""
     return torch.tensor([[scale, 0.0, 0.0], [0.0, scale, 0.0]]).expand(batch, 2, 3)
 
 
 def apply_theta(theta, points):
-    """Points (B,K,2) of the views -> canvas coordinates: A p + t. Undoing a view IS this."""
-    return points @ theta[:, :, :2].transpose(1, 2) + theta[:, None, :, 2]
+    """Points (...,K,2) of the views -> canvas coordinates, A p + t. theta (...,2,3)."""
+    return points @ theta[..., :2].transpose(-1, -2) + theta[..., None, :, 2]
 
 
 def invert_theta(theta):
-    """(B,2,3) such that compose_theta(theta, inverse) is the identity: canvas -> view coordinates."""
-    linear = torch.linalg.inv(theta[:, :, :2])
-    return torch.cat([linear, -linear @ theta[:, :, 2:]], dim=2)
+    """The inverse (...,2,3) of theta: canvas -> view coordinates."""
+    linear = torch.linalg.inv(theta[..., :2])
+    return torch.cat([linear, -linear @ theta[..., 2:]], dim=-1)
 
 
 def compose_theta(outer, inner):
-    """(B,2,3): first inner, then outer, p -> outer(inner(p))."""
-    linear = outer[:, :, :2]
-    return torch.cat([linear @ inner[:, :, :2], linear @ inner[:, :, 2:] + outer[:, :, 2:]], dim=2)
+    """theta (...,2,3) of first inner, then outer: p -> outer(inner(p))."""
+    linear = outer[..., :2]
+    return torch.cat([linear @ inner[..., :2], linear @ inner[..., 2:] + outer[..., 2:]], dim=-1)
 
 
 def theta_rotation(theta):
-    """(B,3,3) R_z(-phi): turns 3-D labels of the canvas with the content of the view (camera axes x right, y down)."""
+    """R_z(-phi) (B,3,3) of theta (B,2,3): turns 3-D labels with the content of the view (camera x right, y
+    down)."""
     phi = torch.atan2(theta[:, 1, 0], theta[:, 0, 0])
-    cos, sin, zero, one = phi.cos(), phi.sin(), torch.zeros_like(phi), torch.ones_like(phi)
+    cos, sin = phi.cos(), phi.sin()
+    zero, one = torch.zeros_like(phi), torch.ones_like(phi)
     return torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(-1, 3, 3)
 
 
-def warp(images, theta, size):
-    """Canvases (B,C,H,W) u8 or float -> views (B,C,size,size) float, u8 scaled to [0,1]; outside is reflected.
+def warp(canvas, theta, size):
+    """Canvases (B,C,H,W), u8 or float, seen through theta (...,B,2,3) -> views (...,B,C,size,size), float; u8
+    becomes [0,1].
 
-    Bilinear sampling aliases when the view is coarser than about 1.5 canvas pixels: then the view is drawn twice as fine
-    and averaged 2x2, which is exact under this convention.
-    """
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
-    step = theta[:, :, :2].norm(dim=1).amax() * images.shape[-1] / size
-    finer = 1 if step <= 1.5 else 2 ** math.ceil(math.log2(float(step) / 1.5))
-    grid = F.affine_grid(theta, [len(images), images.shape[1], size * finer, size * finer], align_corners=False)
-    views = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return F.avg_pool2d(views, finer) if finer > 1 else views
+    What lies outside the canvas is reflected. Bilinear sampling aliases where a view's pixel is wider than
+    about 1.5 of the canvas; then all views are drawn finer and averaged, which is exact under this
+    convention."""
+    canvas = canvas.float() / 255 if canvas.dtype == torch.uint8 else canvas
+    leading = theta.shape[:-3]
+    canvas = canvas.expand(*leading, *canvas.shape).reshape(-1, *canvas.shape[1:])
+    theta = theta.reshape(-1, 2, 3)
+    # of the coarsest view, in canvas pixels
+    pixel = (theta[:, :, :2].norm(dim=1).amax() * canvas.shape[-1] / size)
+    finer = 1 if pixel <= 1.5 else 2 ** math.ceil(math.log2(float(pixel) / 1.5))
+    places = F.affine_grid(theta, [len(theta), canvas.shape[1], size * finer, size * finer],
+                           align_corners=False)
+    views = F.grid_sample(canvas, places, padding_mode="reflection", align_corners=False)
+    if finer > 1:
+        views = F.avg_pool2d(views, finer)
+    return views.unflatten(0, (*leading, -1))
 
 
-# --------------------------------------------------------------------------------------------------------------- colour
+# ----------------------------------------------------------------------------------------------------- colour
 def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, saturation=0.3, grey=0.0):
-    """(B,6) factors for apply_color: three channel gains, brightness, contrast, saturation, each U(1-x, 1+x); a share `grey`
-    of the views loses its colours."""
+    """Factors (B,6) for apply_color: three channel gains, brightness, contrast, saturation, each ~ U(1-x,
+    1+x).
+
+    A share `grey` of the views gets saturation 0.
+    """
     spread = torch.tensor([gain, gain, gain, brightness, contrast, saturation])
     factors = 1 + (2 * torch.rand(batch, 6, generator=generator) - 1) * spread
     if grey:
@@ -76,91 +125,123 @@ def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, satur
 
 
 def apply_color(images, factors):
-    """Views (B,3,H,W) in [0,1] with the factors of random_color; stays in [0,1]."""
+    """Images (B,3,H,W) in [0,1] with the factors of random_color (B,6); the result stays in [0,1]."""
     factors = factors[:, :, None, None]
     images = images * (factors[:, :3] * factors[:, 3:4])
-    images = (images - images.mean((1, 2, 3), keepdim=True)) * factors[:, 4:5] + images.mean((1, 2, 3), keepdim=True)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = (images - mean) * factors[:, 4:5] + mean
     grey = images.mean(1, keepdim=True)
     return ((images - grey) * factors[:, 5:6] + grey).clamp(0, 1)
 
 
 def random_hsv(batch, generator):
-    """(B,4) for apply_hsv: factors of hue U(.01,1), saturation U(.01,1) and value U(.5,1), and U(5,20)/255 added to the value
-    (dahiyaaneesh/peclr src/data_loader/sample_augmenter.py, which takes BGR for RGB; here the channels are in order)."""
-    low, high = torch.tensor([[0.01, 0.01, 0.5, 5 / 255], [1.0, 1.0, 1.0, 20 / 255]])
+    """Factors (B,4) for apply_hsv: hue U(.01,1), saturation U(.01,1), value U(.5,1), and U(5,20)/255 added to
+    the value.
+
+    PeCLR's ranges (dahiyaaneesh/peclr src/data_loader/sample_augmenter.py, which takes BGR for RGB; here the
+    order is right)."""
+    low = torch.tensor([0.01, 0.01, 0.5, 5 / 255])
+    high = torch.tensor([1.0, 1.0, 1.0, 20 / 255])
     return low + (high - low) * torch.rand(batch, 4, generator=generator)
 
 
 def apply_hsv(images, factors):
-    """Views (B,3,H,W) in [0,1] with hue, saturation and value times the factors of random_hsv (B,4)."""
-    hue, saturation, value = (factors[:, i, None, None] for i in range(3))
-    top, channel = images.max(1)                                   # (B,H,W)
-    spread = top - images.amin(1)
+    """Images (B,3,H,W) in [0,1] with hue, saturation and value times the factors of random_hsv (B,4)."""
+    hue, saturation, value, added = factors[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    brightest, channel = images.max(1)  # (B, H, W)
+    spread = brightest - images.amin(1)
     r, g, b = images.unbind(1)
     sector = torch.stack([(g - b) % (6 * spread).clamp(min=1e-6), b - r + 2 * spread, r - g + 4 * spread], 1)
-    h = sector.gather(1, channel[:, None])[:, 0] / spread.clamp(min=1e-6) * hue              # 0 .. 6
-    chroma, top = spread / top.clamp(min=1e-6) * saturation, top * value + factors[:, 3, None, None]
-    chroma = chroma * top
+    h = sector.gather(1, channel[:, None])[:, 0] / spread.clamp(min=1e-6) * hue  # (B, H, W), 0 .. 6
+    chroma = spread / brightest.clamp(min=1e-6) * saturation
+    brightest = brightest * value + added
+    chroma = chroma * brightest
     corner = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
     k = (corner + h[:, None]) % 6
-    return (top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
+    return (brightest[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
 
 def random_light(batch, generator, spread):
-    """(B,3,4,4) gains U(1-spread, 1+spread) on a coarse grid: tinted light that changes smoothly over the view (ours)."""
+    """Gains (B,3,4,4) ~ U(1-spread, 1+spread) on a coarse grid: tinted light that changes smoothly over the
+    view (ours)."""
     return 1 + (2 * torch.rand(batch, 3, 4, 4, generator=generator) - 1) * spread
 
 
 def apply_light(images, light):
-    """Views (B,3,H,W) in [0,1] times the grid of random_light, interpolated."""
+    """Images (B,3,H,W) in [0,1] times the grid of random_light, interpolated."""
     return (images * F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)).clamp(0, 1)
 
 
 def random_blur(batch, generator, sigma, share):
-    """(B,) Gaussian widths, U over sigma = (low, high) in pixels for a share of the views, 0 for the others."""
+    """Widths (B,) of Gaussians in pixels: U over sigma = (low, high) for a share of the views, 0 for the
+    others."""
     width, chosen = torch.rand(2, batch, generator=generator)
     return torch.where(chosen < share, sigma[0] + (sigma[1] - sigma[0]) * width, 0.0)
 
 
 def blur(images, sigma, widest):
-    """Views (B,3,H,W) convolved with Gaussians of widths sigma (B,) pixels, cut at three times the widest there can be; edges are
-    reflected. sigma lies on the CPU, so that the views left sharp cost nothing."""
-    rows, radius = sigma.nonzero().squeeze(1), math.ceil(3 * widest)
+    """Images (B,3,H,W) convolved with Gaussians of widths sigma (B,), cut off at three times `widest`,
+    pixels.
+
+    Edges are reflected. sigma lies on the CPU, so that the images that stay sharp cost nothing.
+    """
+    rows = sigma.nonzero().squeeze(1)
     if not len(rows):
         return images
+    radius = math.ceil(3 * widest)
     offsets = torch.arange(-radius, radius + 1)
     taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)
-    taps = (taps / taps.sum(1, keepdim=True)).to(images.device)[:, :, None, None, None]      # (R, 2r+1, 1, 1, 1)
+    # (R, 2 radius + 1, 1, 1, 1)
+    taps = (taps / taps.sum(1, keepdim=True)).to(images.device)[:, :, None, None, None]
     rows = rows.to(images.device)
     blurred = images[rows]
-    for pad, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
-        padded = F.pad(blurred, pad, mode="reflect")
-        blurred = sum(taps[:, i] * padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
+    for padding, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
+        padded = F.pad(blurred, padding, mode="reflect")
+        shifted = (padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
+        blurred = sum(taps[:, i] * image for i, image in enumerate(shifted))
     return images.index_copy(0, rows, blurred)
 
 
 def strong_color(strength, size):
-    """The three draws (batch, generator) whose results apply_strong_color takes: tinted light, gains and jitter with a share of grey, blur.
-    Strength 1: factors of 1 +- .4, a fifth grey, three tenths blurred by up to 3 pixels at 224 (ours, after iBOT)."""
-    jitter, pixels = min(0.9, 0.4 * strength), size / 224
-    return (lambda batch, generator: random_light(batch, generator, jitter),
-            lambda batch, generator: random_color(batch, generator, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength)),
-            lambda batch, generator: random_blur(batch, generator, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength)))
+    """The three draws (batch, generator) -> tensor whose results apply_strong_color takes: light, color,
+    blur.
+
+    Strength 1: factors of 1 +- .4, a fifth of the views grey, three tenths blurred by up to 3 pixels at 224
+    (ours, after iBOT)."""
+    jitter = min(0.9, 0.4 * strength)
+    pixels = size / 224
+
+    def light(batch, generator):
+        return random_light(batch, generator, jitter)
+
+    def color(batch, generator):
+        return random_color(batch, generator, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength))
+
+    def sigma(batch, generator):
+        return random_blur(batch, generator, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength))
+
+    return light, color, sigma
 
 
-def apply_strong_color(images, light, factors, sigma):
-    """Views (B,3,S,S) in [0,1] with the draws of strong_color, which may lie on the CPU; sigma must."""
-    images = apply_color(apply_light(images, light.to(images.device)), factors.to(images.device))
-    return blur(images, sigma, BLUR * images.shape[-1] / 224)
+def apply_strong_color(images, light, color, sigma):
+    """Images (...,3,S,S) in [0,1] with the draws of strong_color for them, which lie on the CPU."""
+    leading = images.shape[:-3]
+    images = images.flatten(0, -4)
+    images = apply_light(images, light.reshape(-1, 3, 4, 4).to(images.device))
+    images = apply_color(images, color.reshape(-1, 6).to(images.device))
+    return blur(images, sigma.flatten(), BLUR * images.shape[-1] / 224).unflatten(0, leading)
 
 
+# ---------------------------------------------------------------------------------------------- normalisation
 def normalise(images):
-    """RGB in [0,1] -> what the encoders see: ImageNet's mean and standard deviation."""
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
+    """RGB (...,3,H,W) in [0,1] -> what the encoders see: minus ImageNet's mean, over its standard
+    deviation."""
+    mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
     return (images - mean) / std
 
 
 def to_rgb(views):
-    """Normalised views (B,3,S,S) -> pictures (B,S,S,3) u8."""
+    """Normalised views (B,3,S,S) -> pictures (B,S,S,3), u8 numpy."""
     images = views.float().cpu() * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
