@@ -1,90 +1,81 @@
-"""What every stage uses to show its work: a software rasteriser without OpenGL, mesh overlays, skeletons, picture
-grids and curves. numpy and Pillow only. Images are (H, W, 3) uint8 RGB."""
+"""How every stage shows its work: a rasteriser without OpenGL, mesh overlays, skeletons, grids, curves.
+
+numpy and Pillow only. Images are (H, W, 3) uint8, RGB. All of it is ours.
+
+Example::
+
+    import numpy as np
+    from draw import curve, grid, overlay, save_image
+
+    points = np.array([[10, 50, 1.0], [54, 52, 1.2], [30, 8, 0.9]])    # x, y in pixels, depth
+    faces = np.array([[0, 1, 2]])
+    photograph = np.full((64, 64, 3), 200, np.uint8)
+    triangle = overlay(photograph, points, faces)
+    steps = np.arange(100)
+    chart = curve({"loss": (steps, np.exp(-steps / 30))}, title="loss", x_label="step")
+    save_image("example.png", grid([triangle, chart], columns=2, labels=["triangle", "curve"]))
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
 
 import colorsys
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Bones of the 21 joints in FreiHAND order (0 wrist, then thumb, index, middle, ring, little, base to tip), one colour
-# a finger.
+# Bones of the 21 joints in FreiHAND order (0 wrist, then thumb, index, middle, ring, little, base to tip):
+# first joint, second joint, finger. One colour a finger.
+BONES = [(4 * finger + k if k else 0, 4 * finger + k + 1, finger) for finger in range(5) for k in range(4)]
 FINGER_COLORS = ((235, 64, 52), (240, 175, 32), (76, 190, 76), (56, 150, 240), (176, 90, 220))
-BONES = [(0 if k == 0 else 4 * finger + k, 4 * finger + k + 1, finger) for finger in range(5) for k in range(4)]
 CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75))
+BLACK = (0, 0, 0)
+WHITE = (255, 255, 255)
 CHUNK = 1 << 20  # pixels handled at once: about 60 MB of temporaries
 
 
-def rasterise(points, faces, size, cull=False):
+# ----------------------------------------------------------------------------------------------------- meshes
+def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull: bool = False):
     """Z-buffer of a triangle mesh, without a loop over faces (ours).
 
-    points: (N, 3); x, y in pixel-EDGE coordinates (the image spans 0..W, 0..H; pixel (r, c) is sampled at its centre
-        (c + 0.5, r + 0.5)), z = depth, smaller is nearer. What is behind the camera is the caller's to remove.
-    faces: (F, 3) indices. Degenerate faces and those with a non-finite corner are left out; at equal depth the lower
-        face wins.
+    points: (N, 3); x, y in pixel-EDGE coordinates, z = depth, smaller is nearer. The image spans 0..W, 0..H,
+        and pixel (r, c) is sampled at its centre (c + 0.5, r + 0.5). What lies behind the camera must be
+        removed before.
+    faces: (F, 3) indices. Degenerate faces and faces with a non-finite corner are left out. At equal depth
+        the lower face wins.
     size: (H, W).
-    cull: leave out faces seen from behind, i.e. those that run clockwise seen from outside in a frame of x right,
+    cull: leave out faces seen from behind, where faces run clockwise seen from outside in a frame of x right,
         y down, z forward (MANO's right hand). Twice as fast on a closed mesh.
 
-    Returns face (H, W) int32, -1 where nothing is; bary (H, W, 3) float32, the weights of the face's corners in the
-    image plane (affine, not perspective-correct: depth varies little within a face); depth (H, W) float32, inf where
-    nothing is.
+    Returns
+        face (H, W) int32, -1 where nothing is;
+        bary (H, W, 3) float32, the weights of the face's corners in the image plane. They are affine, not
+            perspective-correct: depth varies little within a face;
+        depth (H, W) float32, inf where nothing is.
     """
     height, width = size
     faces = np.asarray(faces).reshape(-1, 3)
-    x, y, z = np.asarray(points, np.float64).T[:, faces.T]  # (3, F) each: corners first, which numpy reduces faster
-    with np.errstate(invalid="ignore", over="ignore"):
-        area = (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])  # (F,) twice the signed area
-        keep = np.isfinite(area + z.sum(0)) & ((area < -1e-12) if cull else (np.abs(area) > 1e-12))
-        keep &= (x.min(0) < width) & (x.max(0) > 0) & (y.min(0) < height) & (y.max(0) > 0)
-    kept = np.flatnonzero(keep)
-    x, y, z, area = x[:, kept], y[:, kept], z[:, kept], area[kept]
+    points = np.asarray(points, np.float64)
+    x, y, z = points.T[:, faces.T]  # (3, F) each: corners first, which numpy reduces faster
+    kept = _faces_to_draw(x, y, z, size, cull)
+    x, y, z = x[:, kept], y[:, kept], z[:, kept]
 
-    # Weight k of the image point (x, y) is the plane a x + b y + c through 1 at corner k and 0 at the other two.
-    nxt, last = [1, 2, 0], [2, 0, 1]
-    a = (y[nxt] - y[last]) / area  # (3, F)
-    b = (x[last] - x[nxt]) / area
-    c = (x[nxt] * y[last] - x[last] * y[nxt]) / area
-
-    # Every face cut into rows of pixel centres, every row into the columns between the face's edges. Pixels within
-    # 1e-9 of an edge belong to both of its faces, so that rounding leaves no holes.
-    top = np.ceil(np.clip(y.min(0), 0, height) - 0.5).astype(np.int64)
-    bottom = np.minimum(np.floor(np.clip(y.max(0), 0, height) - 0.5).astype(np.int64) + 1, height)
-    rows = np.maximum(bottom - top, 0)
-    owner = np.repeat(np.arange(len(kept)), rows)  # (R,) face of each row
-    row = np.arange(len(owner)) + np.repeat(top - np.cumsum(rows) + rows, rows)
-    slope, offset = a[:, owner], b[:, owner] * (row + 0.5) + c[:, owner]  # (3, R)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        zero = -offset / slope - 0.5  # column where the weight passes 0; not-a-number along a horizontal edge
-    outside = np.where((slope < 0) | (offset >= -1e-12), -np.inf, np.inf)
-    first = np.where(slope > 0, zero, outside).max(0)
-    final = np.where(slope < 0, zero, np.inf).min(0)
-    first = np.ceil(np.clip(first, 0, width) - 1e-9).astype(np.int64)
-    final = np.floor(np.clip(final, -1, width - 1) + 1e-9).astype(np.int64)
-    count = np.maximum(final - first + 1, 0)  # (R,) pixels of each row
+    # Every face is cut into rows of pixel centres, every row into the columns between the face's edges.
+    a, b, c = _corner_weights(x, y)
+    owner, row = _rows_of_faces(y, height)  # (R,) each
+    slope = a[:, owner]  # (3, R) along a row, a corner's weight is slope * (column + 0.5) + offset
+    offset = b[:, owner] * (row + 0.5) + c[:, owner]
+    first, length = _columns_of_rows(slope, offset, width)
     z = z[:, owner]
-    z_slope = (slope * z).sum(0)  # (R,) depth along the row is z_slope * column + z_start
+    z_slope = (slope * z).sum(0)  # (R,) along a row, depth is z_slope * column + z_start
     z_start = (offset * z).sum(0) + 0.5 * z_slope
-
-    face = np.full(height * width, -1, np.int32)
-    depth = np.full(height * width, np.inf, np.float32)
-    ends, start = np.cumsum(count), 0
-    while start < len(owner):
-        done = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, done + CHUNK, side="right")))
-        part, n = slice(start, stop), count[start:stop]
-        column = np.arange(n.sum()) + np.repeat(first[part] - (ends[part] - n - done), n)  # (M,) all pixels of all rows
-        pixel = column + np.repeat(row[part] * width, n)
-        near = (np.repeat(z_slope[part], n) * column + np.repeat(z_start[part], n)).astype(np.float32)
-        before = depth[pixel]
-        np.minimum.at(depth, pixel, near)
-        # Reversed, because the last write to a pixel stays and the lowest face shall win.
-        wins = np.flatnonzero((near == depth[pixel]) & (near < before))[::-1]
-        face[pixel[wins]] = np.repeat(owner[part], n)[wins]
-        start = stop
+    face, depth = _fill(owner, row, first, length, z_slope, z_start, size)
 
     hit = np.flatnonzero(face >= 0)
-    owner, row, column = face[hit], hit // width + 0.5, hit % width + 0.5
+    owner = face[hit]
+    row = hit // width + 0.5
+    column = hit % width + 0.5
     bary = np.zeros((height * width, 3), np.float32)
     for k in range(3):
         bary[hit, k] = a[k, owner] * column + b[k, owner] * row + c[k, owner]
@@ -92,209 +83,378 @@ def rasterise(points, faces, size, cull=False):
     return face.reshape(height, width), bary.reshape(height, width, 3), depth.reshape(height, width)
 
 
-def vertex_normals(vertices, faces):
-    """Unit normals (N, 3) of vertices (N, 3): the mean of the faces' normals, weighted by their area. They point
-    outward where faces run counter-clockwise seen from outside, as MANO's do."""
+def _twice_area(x, y):
+    """(F,) signed, from corners (3, F)."""
+    return (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
+
+
+def _faces_to_draw(x, y, z, size, cull):
+    """Numbers (F',) of the faces that are finite, not degenerate, not culled and not beside the image."""
+    height, width = size
+    with np.errstate(invalid="ignore", over="ignore"):
+        area = _twice_area(x, y)
+        drawn = area < -1e-12 if cull else np.abs(area) > 1e-12
+        drawn &= np.isfinite(area + z.sum(0))
+        drawn &= (x.min(0) < width) & (x.max(0) > 0)
+        drawn &= (y.min(0) < height) & (y.max(0) > 0)
+    return np.flatnonzero(drawn)
+
+
+def _corner_weights(x, y):
+    """a, b, c (3, F): the weight of a corner at (x, y) is a x + b y + c, 1 there and 0 at the other two."""
+    area = _twice_area(x, y)
+    x1, y1 = x[[1, 2, 0]], y[[1, 2, 0]]
+    x2, y2 = x[[2, 0, 1]], y[[2, 0, 1]]
+    a = (y1 - y2) / area
+    b = (x2 - x1) / area
+    c = (x1 * y2 - x2 * y1) / area
+    return a, b, c
+
+
+def _rows_of_faces(y, height):
+    """owner (R,) and row (R,): every row of pixel centres that a face covers, face after face."""
+    top = np.ceil(np.clip(y.min(0), 0, height) - 0.5).astype(np.int64)
+    bottom = np.floor(np.clip(y.max(0), 0, height) - 0.5).astype(np.int64) + 1
+    rows = np.maximum(np.minimum(bottom, height) - top, 0)  # (F,)
+    owner = np.repeat(np.arange(len(rows)), rows)
+    before = np.cumsum(rows) - rows  # rows of the faces before this one
+    row = np.arange(len(owner)) + np.repeat(top - before, rows)
+    return owner, row
+
+
+def _columns_of_rows(slope, offset, width):
+    """The part of each row where all three weights are positive: first (R,) column, length (R,) in pixels."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zero = -offset / slope - 0.5  # column where the weight passes 0; not-a-number along a horizontal edge
+    level = np.where((slope < 0) | (offset >= -1e-12), -np.inf, np.inf)  # a weight that bounds no left end
+    first = np.where(slope > 0, zero, level).max(0)
+    last = np.where(slope < 0, zero, np.inf).min(0)
+    # Pixels within 1e-9 of an edge belong to both of its faces, so that rounding leaves no holes.
+    first = np.ceil(np.clip(first, 0, width) - 1e-9).astype(np.int64)
+    last = np.floor(np.clip(last, -1, width - 1) + 1e-9).astype(np.int64)
+    return first, np.maximum(last - first + 1, 0)
+
+
+def _fill(owner, row, first, length, z_slope, z_start, size):
+    """Pixels of all rows into face (H * W,) and depth (H * W,), about CHUNK pixels at a time."""
+    height, width = size
+    face = np.full(height * width, -1, np.int32)
+    depth = np.full(height * width, np.inf, np.float32)
+    ends = np.cumsum(length)  # pixels up to the end of each row
+    start = 0
+    while start < len(owner):
+        done = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, done + CHUNK, side="right"))
+        stop = max(stop, start + 1)
+        part = slice(start, stop)
+        n = length[part]
+        before = ends[part] - n - done
+        column = np.arange(n.sum()) + np.repeat(first[part] - before, n)  # (M,) every pixel of these rows
+        pixel = column + np.repeat(row[part] * width, n)
+        near = np.repeat(z_slope[part], n) * column + np.repeat(z_start[part], n)
+        near = near.astype(np.float32)
+        nearest_before = depth[pixel]
+        np.minimum.at(depth, pixel, near)
+        # Reversed, because the last write to a pixel stays and the lowest face shall win.
+        wins = np.flatnonzero((near == depth[pixel]) & (near < nearest_before))[::-1]
+        face[pixel[wins]] = np.repeat(owner[part], n)[wins]
+        start = stop
+    return face, depth
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Unit normals (N, 3) of vertices (N, 3): the mean of the faces' normals, weighted by area.
+
+    They point outward where faces run counter-clockwise seen from outside, as MANO's do.
+    """
     corners = vertices[faces]  # (F, 3, 3)
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # (F, 3)
-    total = np.stack([np.bincount(faces.ravel(), np.repeat(normal[:, k], 3), len(vertices)) for k in range(3)], 1)
+    sums = [np.bincount(faces.ravel(), np.repeat(normal[:, k], 3), len(vertices)) for k in range(3)]
+    total = np.stack(sums, 1)
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-20)
 
 
-def overlay(image, points, faces, color=(120, 170, 240), alpha=0.85):
-    """The mesh, shaded, blended over a photograph; edges are antialiased by drawing at twice the size.
+def overlay(image: np.ndarray, points: np.ndarray, faces: np.ndarray, color=(120, 170, 240), alpha=0.85):
+    """The mesh, shaded, blended over a photograph. Edges are antialiased.
 
-    image (H, W, 3) uint8; points and faces as in rasterise (z in any unit: it is brought to the scale of x and y for
-    shading only); color RGB 0..255; alpha 1 hides the photograph. Returns a new (H, W, 3) uint8.
+    image (H, W, 3) uint8; points and faces as in `rasterise`, with z in any unit; color RGB 0..255; alpha 1
+    hides the photograph. Returns a new (H, W, 3) uint8.
     """
-    image, points, faces = np.asarray(image), np.asarray(points, np.float64), np.asarray(faces)
+    image = np.asarray(image)
+    points = np.asarray(points, np.float64)
+    faces = np.asarray(faces)
     height, width = image.shape[:2]
-    face, bary, _ = rasterise(points * [2, 2, 1], faces, (2 * height, 2 * width))
+    twice = (2 * height, 2 * width)  # drawn at twice the size and averaged
+    face, bary, _ = rasterise(points * [2, 2, 1], faces, twice)
     hit = face >= 0
     if not hit.any():
         return image.copy()
-    # Depth may be in metres or in pixels. Edges of a hand's mesh run in all directions, so equal spread along z and
-    # across gives a scale good enough for shading.
+
+    # Depth may be in metres or in pixels. Edges of a hand's mesh run in all directions, so equal spread along
+    # z and across gives a scale good enough for shading.
     edges = points[faces] - points[np.roll(faces, 1, axis=1)]  # (F, 3, 3)
     spread = np.sqrt((edges**2).mean((0, 1)))  # (3,)
-    scaled = points * [1, 1, np.hypot(spread[0], spread[1]) / np.sqrt(2) / max(spread[2], 1e-12)]
-    normals = vertex_normals(scaled, faces)
-    shade = np.einsum("nk,nkc->nc", bary[hit], normals[faces[face[hit]]])
-    shade /= np.maximum(np.linalg.norm(shade, axis=1, keepdims=True), 1e-9)
+    z_scale = np.hypot(spread[0], spread[1]) / np.sqrt(2) / max(spread[2], 1e-12)
+    normals = vertex_normals(points * [1, 1, z_scale], faces)
+    normal = np.einsum("nk,nkc->nc", bary[hit], normals[faces[face[hit]]])  # (P, 3) of the pixels hit
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
     light = np.array([-0.35, -0.55, -0.76])  # towards the light: the viewer's upper left
-    # abs: left hands and open meshes show faces from either side.
-    lambert = 0.35 + 0.65 * np.maximum(shade @ light * np.where(shade[:, 2] > 0, -1, 1), 0)
-    layer = np.zeros((2 * height, 2 * width, 4))
-    layer[hit, :3], layer[hit, 3] = np.minimum(lambert[:, None] * np.asarray(color) * 1.1, 255), 1.0
+    facing = np.where(normal[:, 2] > 0, -1, 1)  # left hands and open meshes show faces from either side
+    shade = 0.35 + 0.65 * np.maximum(normal @ light * facing, 0)
+
+    layer = np.zeros((*twice, 4))
+    layer[hit, :3] = np.minimum(shade[:, None] * np.asarray(color) * 1.1, 255)
+    layer[hit, 3] = 1.0
     layer = layer.reshape(height, 2, width, 2, 4).mean((1, 3))  # colours weighted by coverage, and coverage
     blended = image * (1 - alpha * layer[..., 3:]) + alpha * layer[..., :3]
     return np.clip(blended + 0.5, 0, 255).astype(np.uint8)
 
 
-def draw_joints(image, joints, visible=None, thickness=None):
-    """The skeleton of one hand in per-finger colours, antialiased.
+# ------------------------------------------------------------------------------------------ joints and points
+def draw_joints(image: np.ndarray, joints: np.ndarray, visible=None, thickness=None) -> np.ndarray:
+    """The skeleton of one hand in per-finger colours, antialiased. Returns a new image.
 
-    image (H, W, 3) uint8; joints (21, 2) in pixel-CENTRE coordinates, FreiHAND order, not-a-number = not drawn;
-    visible (21,) 0..1: bones with an end below 0.5 are drawn faint; thickness of bones in pixels. Returns a new image.
+    image (H, W, 3) uint8; joints (21, 2) in pixel-CENTRE coordinates, FreiHAND order, not-a-number = not
+    drawn; visible (21,) 0..1: bones with an end below 0.5 are drawn faint; thickness of bones in pixels
+    (default: the image's shorter side / 110).
     """
-    image, factor = np.asarray(image), 4
-    height, width = image.shape[:2]
-    thick = max(1.0, min(height, width) / 110) if thickness is None else thickness
+    factor = 4  # drawn large and averaged
+    photo = Image.fromarray(np.asarray(image))
+    if thickness is None:
+        thickness = max(1.0, min(photo.size) / 110)
     visible = np.ones(len(joints)) if visible is None else np.asarray(visible)
-    at = (np.asarray(joints, np.float64) + 0.5) * factor
-    layer = Image.new("RGBA", (width * factor, height * factor), (0, 0, 0, 0))
+    places = (np.asarray(joints, np.float64) + 0.5) * factor
+    layer = Image.new("RGBA", (photo.width * factor, photo.height * factor), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
     for start, end, finger in BONES:
-        if np.isfinite(at[[start, end]]).all():
-            strong = min(visible[start], visible[end]) >= 0.5
-            ends = [tuple(at[start]), tuple(at[end])]
-            pen.line(ends, fill=(*FINGER_COLORS[finger], 255 if strong else 110), width=max(1, round(thick * factor)))
-    for joint, point in enumerate(at):
-        if np.isfinite(point).all():
-            radius = thick * factor * 0.95
-            box = [*(point - radius), *(point + radius)]
-            color = (255, 255, 255) if joint == 0 else FINGER_COLORS[(joint - 1) // 4]
-            pen.ellipse(box, fill=(*color, 255 if visible[joint] >= 0.5 else 110))
-    photo = Image.fromarray(image).convert("RGBA")
-    # Averaging must not bleed the transparent black of the layer into the colours: Pillow's RGBa is premultiplied.
+        if np.isfinite(places[[start, end]]).all():
+            ends = [tuple(places[start]), tuple(places[end])]
+            opacity = _opacity(min(visible[start], visible[end]))
+            pen.line(ends, fill=(*FINGER_COLORS[finger], opacity), width=max(1, round(thickness * factor)))
+    radius = thickness * factor * 0.95
+    for joint, place in enumerate(places):
+        if np.isfinite(place).all():
+            color = FINGER_COLORS[(joint - 1) // 4] if joint else WHITE
+            pen.ellipse(_circle(place, radius), fill=(*color, _opacity(visible[joint])))
+    # Averaging must not bleed the transparent black of the layer into the colours: Pillow's RGBa is
+    # premultiplied.
     small = layer.convert("RGBa").reduce(factor).convert("RGBA")
-    return np.asarray(Image.alpha_composite(photo, small).convert("RGB"))
+    return np.asarray(Image.alpha_composite(photo.convert("RGBA"), small).convert("RGB"))
 
 
-def draw_points(image, points, rings=(), radius=None):
-    """Unconnected points (K,2) in pixel-CENTRE coordinates as dots, others as rings, number k always in the same colour. Returns a
-    new image."""
-    image, factor = np.asarray(image), 4
-    small = Image.fromarray(image)
+def _opacity(visible):
+    return 255 if visible >= 0.5 else 110
+
+
+def _circle(place, radius):
+    """Bounding box of a circle, as Pillow takes it."""
+    return [*(place - radius), *(place + radius)]
+
+
+def draw_points(image: np.ndarray, points: np.ndarray, rings=(), radius=None) -> np.ndarray:
+    """Unconnected points as dots and others as rings; number k has the same colour in both.
+
+    image (H, W, 3) uint8; points (K, 2) and rings (K', 2) in pixel-CENTRE coordinates; radius in pixels
+    (default: the image's shorter side / 60). Returns a new image.
+    """
+    factor = 4  # drawn large and averaged
+    small = Image.fromarray(np.asarray(image))
+    if radius is None:
+        radius = max(1.2, min(small.size) / 60)
     large = small.resize((small.width * factor, small.height * factor), Image.Resampling.BICUBIC)
-    pen, r = ImageDraw.Draw(large), factor * (max(1.2, min(small.size) / 60) if radius is None else radius)
-    for places, solid in ((points, True), (rings, False)):
-        for k, point in enumerate((np.asarray(places, np.float64) + 0.5) * factor):
-            color = tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.85, 1.0))
-            pen.ellipse([*(point - r), *(point + r)], fill=color if solid else None, outline=(0, 0, 0) if solid else color,
-                        width=max(1, factor // 2))
+    pen = ImageDraw.Draw(large)
+    line = max(1, factor // 2)
+    for k, place in enumerate((np.asarray(points, np.float64) + 0.5) * factor):
+        pen.ellipse(_circle(place, radius * factor), fill=_point_color(k), outline=BLACK, width=line)
+    for k, place in enumerate((np.asarray(rings, np.float64) + 0.5) * factor):
+        pen.ellipse(_circle(place, radius * factor), outline=_point_color(k), width=line)
     return np.asarray(large.resize(small.size, Image.Resampling.BOX))
 
 
-def draw_edges(cells, size, strongest=3.0):
-    """Histograms of edge directions as strokes along the edges, white on black.
-
-    cells (D, C, C): strength of the edges whose gradient points k x 180 / D degrees from x towards y, in C x C cells; `strongest`
-    is drawn white. Returns (size, size, 3) uint8."""
-    directions, count = len(cells), cells.shape[1]
-    page = Image.new("L", (3 * size, 3 * size))
-    pen, cell = ImageDraw.Draw(page), 3 * size / count
-    shade = (255 * np.clip(np.asarray(cells, np.float64) / strongest, 0, 1)).astype(int)
-    for k, y, x in sorted(np.ndindex(shade.shape), key=lambda at: shade[at]):              # the strongest last, on top
-        angle = np.pi * k / directions + np.pi / 2                                           # an edge lies across its gradient
-        middle, half = np.array([x + 0.5, y + 0.5]) * cell, 0.45 * cell * np.array([np.cos(angle), np.sin(angle)])
-        pen.line([*(middle - half), *(middle + half)], fill=int(shade[k, y, x]), width=3)
-    return np.asarray(page.reduce(3).convert("RGB"))
+def _point_color(k):
+    """Neighbouring numbers differ much: the hue goes on by the golden ratio."""
+    rgb = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.85, 1.0)
+    return tuple(int(255 * value) for value in rgb)
 
 
-def grid(images, columns, labels=None, cell=None, gap=4):
+def draw_hog(cells: np.ndarray, size: int, strongest: float = 3.0) -> np.ndarray:
+    """Histograms of oriented gradients (HOG) as strokes along the edges, white on black.
+
+    cells (D, C, C): strength of the edges whose gradient points k x 180 / D degrees from x towards y, in
+    C x C cells; `strongest` is drawn white. Returns (size, size, 3) uint8.
+    """
+    factor = 3  # drawn large and averaged
+    cell = size * factor / cells.shape[1]
+    page = Image.new("L", (size * factor, size * factor))
+    pen = ImageDraw.Draw(page)
+    shade = np.clip(np.asarray(cells, np.float64) / strongest, 0, 1)
+    shade = (255 * shade).astype(int)
+    weakest_first = sorted(np.ndindex(shade.shape), key=lambda place: shade[place])
+    for k, y, x in weakest_first:
+        angle = np.pi * k / len(cells) + np.pi / 2  # an edge lies across its gradient
+        middle = np.array([x + 0.5, y + 0.5]) * cell
+        half = 0.45 * cell * np.array([np.cos(angle), np.sin(angle)])
+        pen.line([*(middle - half), *(middle + half)], fill=int(shade[k, y, x]), width=factor)
+    return np.asarray(page.reduce(factor).convert("RGB"))
+
+
+# ------------------------------------------------------------------------------------------------------ pages
+def grid(images, columns: int, labels=None, cell: int | None = None, gap: int = 4) -> np.ndarray:
     """Several pictures in one, row by row, on white.
 
-    images: list of (H, W, 3) uint8, any sizes; columns: how many a row; labels: one short text for each, written
-    underneath; cell: side in pixels to which the longer side of every picture is brought (default: the largest there
-    is, nothing resized). Returns (H', W', 3) uint8.
+    images: list of (H, W, 3) uint8, any sizes; columns: how many in a row; labels: one short text for each,
+    written underneath; cell: side in pixels to which the longer side of every picture is brought (default:
+    none is resized). Returns (H', W', 3) uint8. ValueError: no image.
     """
     if not len(images):
         raise ValueError("grid: there is no image to show")
     pictures = [Image.fromarray(np.ascontiguousarray(image)) for image in images]
     if cell:
-        sizes = [(max(1, round(p.width * cell / max(p.size))), max(1, round(p.height * cell / max(p.size))))
-                 for p in pictures]
-        pictures = [p if p.size == s else p.resize(s, Image.Resampling.BICUBIC)
-                    for p, s in zip(pictures, sizes, strict=True)]
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    text = 14 if labels is not None else 0
+        pictures = [_fit(picture, cell) for picture in pictures]
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text + gap) + gap), (255, 255, 255))
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default()
+    rows = math.ceil(len(pictures) / columns)
+    text = 0 if labels is None else 14
+    step_x = gap + max(picture.width for picture in pictures)
+    step_y = gap + max(picture.height for picture in pictures) + text
+    page = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), WHITE)
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default()
     for k, picture in enumerate(pictures):
-        x, y = gap + k % columns * (width + gap), gap + k // columns * (height + text + gap)
+        x = gap + k % columns * step_x
+        y = gap + k // columns * step_y
         page.paste(picture, (x, y))
         if labels is not None:
-            pen.text((x + 1, y + height + 1), str(labels[k]), fill=(0, 0, 0), font=font)
+            pen.text((x + 1, y + step_y - gap - text + 1), str(labels[k]), fill=BLACK, font=font)
     return np.asarray(page)
 
 
-def _ticks(low, high):
-    """About five round numbers from low to high."""
-    step = 10.0 ** np.floor(np.log10((high - low) / 4))
-    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5.01)
-    return np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step + 0.0  # + 0.0: no "-0"
+def _fit(picture, side):
+    """The picture with its longer side brought to `side`."""
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(edge * scale)) for edge in picture.size)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def curve(series, size=(480, 320), title="", x_label="", y_label=""):
-    """Line chart. series: dict name -> (x, y), two sequences of equal length, not-a-number where a line breaks;
-    size (W, H) in pixels. Returns (H, W, 3) uint8."""
+def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label="", y_label="") -> np.ndarray:
+    """Line chart.
+
+    series: dict name -> (x, y), two sequences of equal length, not-a-number where a line breaks; size (W, H)
+    in pixels. Returns (H, W, 3) uint8.
+    """
     width, height = size
-    lines = {name: (np.asarray(x, np.float64), np.asarray(y, np.float64)) for name, (x, y) in series.items()}
-    limits = []
-    for axis in range(2):
-        values = np.concatenate([line[axis] for line in lines.values()] or [np.zeros(0)])
-        values = values[np.isfinite(values)]
-        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-        margin = (high - low or abs(high) or 1.0) * (0.05 if axis else 0.0)
-        limits.append((low - margin, high + margin if high > low or axis else high + 1.0))
-    left, right, top, bottom = 62, width - 14, 26, height - 38
-
-    def place(x, y):
-        (x0, x1), (y0, y1) = limits
-        across, up = (x - x0) / (x1 - x0), (y - y0) / (y1 - y0)
-        return np.stack([left + across * (right - left), bottom - up * (bottom - top)], -1)
-
     factor = 3  # lines are drawn large and averaged; text is written afterwards at its own size
-    page = Image.new("RGB", (width * factor, height * factor), (255, 255, 255))
+    left, top, right, bottom = 62, 26, width - 14, height - 38
+    lines = {name: np.stack([x, y], 1).astype(np.float64) for name, (x, y) in series.items()}  # (K, 2) each
+    colors = {name: CURVE_COLORS[k % len(CURVE_COLORS)] for k, name in enumerate(lines)}
+    low, high = _limits(list(lines.values()))
+
+    def place(points):
+        return [left, bottom] + (points - low) / (high - low) * [right - left, top - bottom]
+
+    x_ticks = [(place([tick, low[1]])[0], tick) for tick in _ticks(low[0], high[0])]
+    y_ticks = [(place([low[0], tick])[1], tick) for tick in _ticks(low[1], high[1])]
+
+    page = Image.new("RGB", (width * factor, height * factor), WHITE)
     pen = ImageDraw.Draw(page)
-    x_ticks, y_ticks = _ticks(*limits[0]), _ticks(*limits[1])
-    for tick in x_ticks:
-        x = place(tick, limits[1][0])[0] * factor
-        pen.line([(x, top * factor), (x, bottom * factor)], fill=(228, 228, 228), width=factor)
-    for tick in y_ticks:
-        y = place(limits[0][0], tick)[1] * factor
-        pen.line([(left * factor, y), (right * factor, y)], fill=(228, 228, 228), width=factor)
-    pen.rectangle([left * factor, top * factor, right * factor, bottom * factor], outline=(90, 90, 90), width=factor)
-    for k, (x, y) in enumerate(lines.values()):
-        at, color = place(x, y) * factor, CURVE_COLORS[k % len(CURVE_COLORS)]
-        good = np.isfinite(at).all(1)
-        for piece in np.split(np.arange(len(at)), np.flatnonzero(~good)):
-            piece = piece[good[piece]]
-            if len(piece) == 1:
-                pen.ellipse([*(at[piece[0]] - 2 * factor), *(at[piece[0]] + 2 * factor)], fill=color)
-            elif len(piece):
-                pen.line([tuple(p) for p in at[piece]], fill=color, width=round(1.6 * factor), joint="curve")
+    frame = np.array([left, top, right, bottom]) * factor
+    for x, _ in x_ticks:
+        pen.line([x * factor, frame[1], x * factor, frame[3]], fill=(228, 228, 228), width=factor)
+    for y, _ in y_ticks:
+        pen.line([frame[0], y * factor, frame[2], y * factor], fill=(228, 228, 228), width=factor)
+    pen.rectangle(frame.tolist(), outline=(90, 90, 90), width=factor)
+    for name, points in lines.items():
+        _draw_line(pen, place(points) * factor, colors[name], round(1.6 * factor))
     page = page.reduce(factor)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default()
 
-    def write(x, y, text, align=0.0, fill=(30, 30, 30)):
-        pen.text((x - align * pen.textlength(text, font=font), y), text, fill=fill, font=font)
+    pen = ImageDraw.Draw(page)
+    font = ImageFont.load_default()
 
-    for tick in x_ticks:
-        write(place(tick, limits[1][0])[0], bottom + 4, f"{tick:.6g}", 0.5)
-    for tick in y_ticks:
-        write(left - 5, place(limits[0][0], tick)[1] - 6, f"{tick:.6g}", 1.0)
+    def write(x, y, text, align=0.0):
+        """align: 0 begins at x, 0.5 is centred on it, 1 ends there."""
+        pen.text((x - align * pen.textlength(text, font=font), y), text, fill=(30, 30, 30), font=font)
+
+    for x, tick in x_ticks:
+        write(x, bottom + 4, f"{tick:.6g}", 0.5)
+    for y, tick in y_ticks:
+        write(left - 5, y - 6, f"{tick:.6g}", 1.0)
     write((left + right) / 2, 6, title, 0.5)
     write((left + right) / 2, bottom + 19, x_label, 0.5)
     write(4, 6, y_label)
     widest = max((pen.textlength(name, font=font) for name in lines), default=0)
     for k, name in enumerate(lines):
-        x, y, color = right - widest - 30, top + 6 + 14 * k, CURVE_COLORS[k % len(CURVE_COLORS)]
-        pen.line([(x, y + 6), (x + 18, y + 6)], fill=color, width=3)
+        x = right - widest - 30
+        y = top + 6 + 14 * k
+        pen.line([x, y + 6, x + 18, y + 6], fill=colors[name], width=3)
         write(x + 23, y, name)
     return np.asarray(page)
 
 
-def histogram(values, bins):
-    """A line for `curve`: share of the values (N,) between the edges `bins` (B+1,), at the middles of the bins."""
-    return (bins[1:] + bins[:-1]) / 2, np.histogram(values, bins)[0] / max(1, len(values))
+def _limits(lines):
+    """low (2,) and high (2,), the x and y that a chart spans; y with a margin of 5 %."""
+    points = np.concatenate([*lines, np.zeros((0, 2))])
+    points = points[np.isfinite(points).all(1)]
+    if not len(points):
+        points = np.array([[0.0, 0.0], [1.0, 1.0]])
+    low, high = points.min(0), points.max(0)
+    span = high - low
+    span = np.where(span > 0, span, np.where(high == 0, 1.0, np.abs(high)))
+    margin = span * [0, 0.05]
+    return low - margin, np.maximum(high + margin, low + span * [1, 0])
 
 
-def save_image(path, array):
+def _ticks(low, high):
+    """About five round numbers from low to high."""
+    rough = (high - low) / 5
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= 0.998 * rough)
+    numbers = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1)
+    return numbers * step + 0.0  # + 0.0: no "-0"
+
+
+def _draw_line(pen, points, color, width):
+    """A line through points (K, 2) that breaks at not-a-number; a point between two breaks is a dot."""
+    breaks = np.flatnonzero(~np.isfinite(points).all(1))
+    for piece in np.split(points, breaks):
+        piece = piece[np.isfinite(piece).all(1)]
+        if len(piece) == 1:
+            pen.ellipse(_circle(piece[0], 1.25 * width), fill=color)
+        elif len(piece):
+            pen.line(piece.ravel().tolist(), fill=color, width=width, joint="curve")
+
+
+def histogram(values: np.ndarray, bins: np.ndarray):
+    """A line for `curve`: middles of the bins, and the part of the values (N,) in each.
+
+    bins: edges (K + 1,). Returns two arrays (K,).
+    """
+    middles = (bins[1:] + bins[:-1]) / 2
+    numbers = np.histogram(values, bins)[0]
+    return middles, numbers / max(1, len(values))
+
+
+# ------------------------------------------------------------------------------------------------------ files
+def save_image(path: Path | str, array: np.ndarray):
     """Writes (H, W, 3) uint8 to path; the ending decides the format. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(array)).save(path)
+
+
+def save_curves(folder: Path | str, rows: list[dict], pictures: dict[str, tuple]):
+    """One chart folder/NAME.png over the steps for each NAME of `pictures`, a dict NAME -> names of columns.
+
+    rows: the dicts of log.jsonl, each with "step". A value that is missing or not finite is left out of its
+    line, a column without values out of its chart. A chart without any column is not written.
+    """
+    for title, columns in pictures.items():
+        series = {}
+        for column in columns:
+            points = [(row["step"], row[column]) for row in rows if _is_finite(row.get(column))]
+            if points:
+                series[column] = np.array(points).T
+        if series:
+            save_image(Path(folder) / f"{title}.png", curve(series, title=title, x_label="step"))
+
+
+def _is_finite(value):
+    return value is not None and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The rasteriser against a double loop, and that every picture maker draws where it is told."""
+"""The rasteriser against a double loop; every picture shows its points at their places."""
 
 import numpy as np
 import pytest
@@ -66,8 +66,8 @@ def test_rasterise_interpolates_positions_and_meets_without_holes():
 
 
 def test_rasterise_clips_culls_and_skips_bad_faces():
-    points = np.array([[-1e6, -1e6, 1.0], [1e6, -1e6, 1], [0, 1e6, 1], [np.nan, 0, 1], [50, 50, 1], [60, 50, 1],
-                       [50, 60, 1]])
+    large = [[-1e6, -1e6, 1.0], [1e6, -1e6, 1], [0, 1e6, 1]]
+    points = np.array([*large, [np.nan, 0, 1], [50, 50, 1], [60, 50, 1], [50, 60, 1]])
     whole, broken, outside = [0, 1, 2], [3, 1, 2], [4, 5, 6]
     assert (draw.rasterise(points, np.array([broken, outside, whole]), (9, 7))[0] == 2).all()
     assert (draw.rasterise(points, np.array([broken, outside]), (9, 7))[0] == -1).all()
@@ -103,28 +103,80 @@ def test_joints_are_drawn_at_pixel_centres():
     assert faint.sum() < 0.6 * out.sum()
 
 
-def test_edges_run_across_their_gradients():
+def test_hog_strokes_run_across_their_gradients():
     cells = np.zeros((8, 2, 2))
-    cells[0, 0, 0], cells[4, 0, 1], cells[2, 1, 0] = 3, 3, 1.5                                 # gradients along x, y and down to the right
-    page = draw.draw_edges(cells, 40)[..., 0].astype(int)
-    upright, level, slanted, empty = page[:20, :20], page[:20, 20:], page[20:, :20], page[20:, 20:]
-    assert upright[4:16, 9:11].min() > 80 and upright[:, :7].max() == 0 and np.abs(level - upright.T).mean() < 5
+    cells[0, 0, 0] = 3  # a gradient along x
+    cells[4, 0, 1] = 3  # along y
+    cells[2, 1, 0] = 1.5  # down to the right
+    page = draw.draw_hog(cells, 40)[..., 0].astype(int)
+    upright, level = page[:20, :20], page[:20, 20:]
+    slanted, empty = page[20:, :20], page[20:, 20:]
+    assert upright[4:16, 9:11].min() > 80 and upright[:, :7].max() == 0
+    assert np.abs(level - upright.T).mean() < 5
     assert empty.max() == 0 < slanted.max() < 140
     y, x = np.nonzero(slanted)
-    assert np.corrcoef(x, y)[0, 1] < -0.9                                                      # up to the right
+    assert np.corrcoef(x, y)[0, 1] < -0.9  # up to the right
 
 
-def test_grid_curve_and_save(tmp_path):
+def test_points_and_rings_of_a_number_share_a_colour():
+    points = np.array([[10.0, 10.0], [40.0, 12.0]])
+    rings = points + [0, 30]
+    out = draw.draw_points(np.zeros((60, 60, 3), np.uint8), points, rings, radius=4).astype(int)
+    for (x, y), (u, v) in zip(points.astype(int), rings.astype(int), strict=True):
+        assert out[y, x].max() == 255 and out[v, u].max() == 0  # a dot is full, a ring is empty
+        assert np.abs(out[v, u + 2 : u + 7].max(0) / 255 - out[y, x] / 255).max() < 0.5
+    assert (out[10, 10] != out[12, 40]).any()
+
+
+def test_grid_places_and_saves(tmp_path):
     images = [np.full((10, 20, 3), k * 40, np.uint8) for k in range(5)]
     page = draw.grid(images, 3, labels=list("abcde"), cell=30)
     assert page.shape == (2 * (15 + 14 + 4) + 4, 3 * 34 + 4, 3)
     assert (page[5, 5] == 0).all() and (page[5, 5 + 34] == 40).all()
+    assert (page[4 + 33 : 4 + 33 + 15, 4:34] == 120).all()  # the second row begins with the fourth
     with pytest.raises(ValueError, match="no image"):
         draw.grid([], 3)
-    chart = draw.curve({"loss": ([0, 1, 2, 3], [3, 2, np.nan, 1]), "flat": ([0, 3], [2, 2]), "one": ([1], [1])},
-                       title="training", x_label="step", y_label="mm")
-    assert chart.shape == (320, 480, 3) and (chart == draw.CURVE_COLORS[0]).all(2).any()
-    assert draw.curve({}).shape == (320, 480, 3)
-    assert draw.curve({"constant": ([0, 0], [5, 5])}).shape == (320, 480, 3)
-    draw.save_image(tmp_path / "new" / "chart.png", chart)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "chart.png")), chart)
+    draw.save_image(tmp_path / "new" / "page.png", page)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "page.png")), page)
+
+
+def line_of(chart, k):
+    """Rows and columns of the pixels in the colour of line k, without the legend."""
+    rows, columns = np.nonzero((chart == draw.CURVE_COLORS[k]).all(2))
+    plot = columns < 380
+    return rows[plot], columns[plot]
+
+
+def test_curve_goes_through_its_points_and_breaks():
+    x = np.arange(101.0)
+    y = np.where((x > 40) & (x < 60), np.nan, x)
+    chart = draw.curve({"rising": (x, y), "flat": (x, 0 * x)}, title="t", x_label="step", y_label="mm")
+    assert chart.shape == (320, 480, 3)
+    rows, columns = line_of(chart, 0)
+    assert np.corrcoef(rows, columns)[0, 1] < -0.999  # up to the right
+    gaps = np.diff(np.unique(columns))
+    assert gaps.max() > 0.15 * np.ptp(columns) and (gaps > 2).sum() == 1
+    flat_rows, flat_columns = line_of(chart, 1)
+    assert np.ptp(flat_rows) <= 1 and flat_rows.min() > rows.max() - 5
+    assert np.ptp(flat_columns) > 300
+
+
+@pytest.mark.parametrize("x, y", [([], []), ([0, 0], [5, 5]), ([1], [0]), ([0], [np.nan])])
+def test_curve_takes_little(x, y):
+    assert draw.curve({"line": (x, y)}).shape == draw.curve({}).shape == (320, 480, 3)
+
+
+def test_curves_of_a_log(tmp_path):
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan"), "val": 7.0}, {"step": 3, "val": None},
+            {"step": 4, "loss": 1.0}]
+    pictures = {"training": ("loss", "hinge"), "validation": ("val",), "collapse": ("entropy",)}
+    draw.save_curves(tmp_path / "samples", rows, pictures)
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["training.png", "validation.png"]
+    expected = draw.curve({"loss": ([1, 4], [3, 1])}, title="training", x_label="step")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "training.png")), expected)
+
+
+def test_histogram_shares():
+    middles, shares = draw.histogram(np.array([0.1, 0.2, 0.9, 5.0]), np.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(middles, [0.25, 0.75])
+    np.testing.assert_allclose(shares, [0.5, 0.25])
