@@ -325,8 +325,8 @@ def read_boxes(path: Path | str) -> dict:
                     raise ValueError
                 boxes.setdefault(row["image"], []).append((box, side))
             except (KeyError, TypeError, ValueError, AttributeError):
-                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 "
-                                 "and side right or left") from None
+                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, "
+                                 "y0 < y1 and side right or left") from None
     return boxes
 
 
@@ -629,10 +629,10 @@ def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({reason})") from None
     if number != PAIRS_FORMAT:
-        raise ValueError(f"--pairs {path}: format {number}, this version reads {PAIRS_FORMAT}; mine them again")
+        raise ValueError(f"--pairs {path}: format {number}, this version reads {PAIRS_FORMAT}: mine again")
     if made_for != index_fingerprint([index.columns for index in indices], points):
-        raise ValueError(f"--pairs {path}: mined from other indices, in another order, or from other points than "
-                         f"{points}; mine these with mine_pairs.py")
+        raise ValueError(f"--pairs {path}: mined from other indices, in another order, or from other points "
+                         f"than {points}; mine these with mine_pairs.py")
     hands = sum(len(index) for index in indices)
     shaped = idx.ndim == 2 and idx.shape[0] == hands and idx.shape[1] > 0 and idx.dtype.kind == "i"
     in_range = shaped and -1 <= idx.min() and idx.max() < hands

@@ -413,6 +413,12 @@ def _problem_with_run(out, flags, resume):
     return None
 
 
+def initial_weights(args):
+    """The file that the encoder starts from: with --resume the run's own, because --init may be gone."""
+    saved = Path(args.out) / "encoder.pt"
+    return saved if args.resume and saved.exists() else args.init
+
+
 def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int):
     """One line at the start of a run: parameters, hands, steps, epochs, device, precision, where it
     writes."""
