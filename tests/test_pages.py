@@ -1,0 +1,185 @@
+"""README, docs and recipes are true: every command and snippet runs on smaller data; links and flags exist.
+
+The shell reads the pages' blocks and the recipes. In place of `python` and `torchrun` it finds stand-ins, which
+only write down how they were called. The calls then run in their order in one process, so that torch starts
+once: python tests/test_pages.py CALLS.json. What torchrun starts stays processes of its own.
+"""
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = ["README.md", *(f"docs/{name}.md" for name in (
+    "data", "handmim", "contrastive", "mesh", "evaluation", "experiments", "benchmarks"))]
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*ORDER, "CONTRIBUTING.md")}
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
+
+# What is changed in a call, and nothing else: values in place, and flags at its end, which overrule others.
+IN_PLACE = [
+    (r"--(epochs|steps) \S+", ""),
+    (r"--arch \S+", "--arch vit_micro"),
+    (r"--videos \d+", "--videos 9"),
+]
+TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
+AT_THE_END = {
+    "make_synthetic.py": ["--hands", "26", "--size", "64", "--workers", "1"],
+    "pretrain_mim.py": [*TRAINING, "--prototypes", "64"],
+    "pretrain_contrastive.py": TRAINING,
+    "finetune_mesh.py": [*TRAINING, "--head-width", "32"],
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.M | re.S)
+
+
+def calls_of(script, folder):
+    """The calls of python and torchrun that the shell makes when it reads `script` in `folder`."""
+    record = folder / "record"
+    record.write_bytes(b"")
+    path = f"{folder / 'stand-ins'}:{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "RECORD": str(record), "SEEDS": "0"}
+    done = subprocess.run(["bash", "-eu"], input=script, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stderr}"
+    return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+
+
+def smaller(call):
+    """The same call on smaller data."""
+    text = "\0".join(call)
+    for pattern, replacement in IN_PLACE:
+        text = re.sub(pattern.replace(" ", "\0"), replacement.replace(" ", "\0"), text)
+    call = [word for word in text.split("\0") if word]
+    script = next(word for word in call if word.endswith(".py"))
+    return call + AT_THE_END.get(script, [])
+
+
+def write_downloads(folder):
+    """What a reader has before the first command: data sets, MANO's files, photographs, a video, its keypoints."""
+    from fixtures import write_official_pickle
+    from PIL import Image
+    from test_layouts import write_assemblyhands, write_dexycb, write_ho3d, write_interhand
+
+    from mano import mirror_arrays
+    from synthetic_hand import synthetic_mano
+
+    hand = synthetic_mano()
+    write_official_pickle(folder / "MANO_RIGHT.pkl", hand)
+    write_official_pickle(folder / "MANO_LEFT.pkl", mirror_arrays(hand))
+    write_ho3d(folder / "HO3D_v2")
+    write_dexycb(folder / "DEX_YCB")
+    write_assemblyhands(folder / "ASSEMBLYHANDS", split="train")
+    write_interhand(folder / "InterHand2.6M", split="train")
+    for picture in ("photo.jpg", "my_photographs/photo.jpg", "my_videos/film/frame_000000.png"):
+        (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((120, 100), 60).convert("RGB").save(folder / picture)
+    (folder / "boxes.csv").write_text("image,x0,y0,x1,y1,side\nphoto.jpg,10,10,80,80,left\n")
+    points = [f"{20 + 3 * k},{30 + 2 * k}" for k in range(21)]
+    head = ["image", "side", "score", *(f"{axis}{k}" for k in range(21) for axis in "xy")]
+    row = ["film/frame_000000.png", "right", "0.9", *points]
+    (folder / "keypoints.csv").write_text(",".join(head) + "\n" + ",".join(row) + "\n")
+
+
+def test_every_command_and_snippet_runs(tmp_path):
+    (tmp_path / "stand-ins").mkdir()
+    for name in ("python", "torchrun"):
+        stand_in = tmp_path / "stand-ins" / name
+        stand_in.write_text(f"""#!/bin/sh\n{{ printf '%s\\0' {name} "$@"; echo; }} >> "$RECORD"\n""")
+        stand_in.chmod(0o755)
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    write_downloads(tmp_path)
+    calls = [["python", "make_synthetic.py", "--out", "FreiHAND_pub_v2", "--layout", "freihand"]]
+    for page in ORDER:
+        for block in blocks(page, "bash"):
+            calls += calls_of(block, tmp_path)
+    for recipe in RECIPES:
+        calls += calls_of(f"bash recipes/{recipe}", tmp_path)
+    calls = [smaller(call) for call in calls]
+    calls = [call for k, call in enumerate(calls) if call not in calls[:k]]
+    assert len(calls) >= 60
+    calls += [["snippet", block] for page in ORDER for block in blocks(page, "python")]
+    (tmp_path / "calls.json").write_text(json.dumps(calls))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, "calls.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout[-600:]}\n{done.stderr[-3000:]}"
+
+
+def anchors(page):
+    """The anchors that a page's headings make on code-hosting sites."""
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", prose, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            if anchor:
+                assert anchor in anchors(os.path.relpath(file.resolve(), ROOT)), f"{page}: {target}"
+
+
+def test_flags_files_and_make_targets_exist():
+    sources = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    texts = PAGES | {name: (ROOT / "recipes" / name).read_text(encoding="utf-8") for name in RECIPES}
+    for name, text in texts.items():
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - {"--help"}:
+            assert flag == "--nproc" or f'"{flag}"' in "".join(sources.values()), f"{name}: {flag}"
+        for script, rest in re.findall(r"^\S*python (\w+\.py)((?:.*\\\n)*.*)$", text, flags=re.M):
+            for flag in re.findall(r"(?<!\w)--[a-z][a-z0-9-]+", rest):
+                assert f'"{flag}"' in sources[script] + sources["runtime.py"], f"{name}: {script} {flag}"
+        for file in re.findall(r"\b\w+\.py\b", text):
+            assert (ROOT / file).exists() or (ROOT / "tests" / file).exists(), f"{name}: {file}"
+        for recipe in re.findall(r"recipes/(\w+\.sh)", text):
+            assert recipe in RECIPES, f"{name}: {recipe}"
+        for target in re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.M):
+            assert re.search(rf"^{target}:", makefile, flags=re.M), f"{name}: make {target}"
+    tree = PAGES["README.md"]
+    assert all(re.search(rf"\b{re.escape(path)}\b", tree) for path in sources), "README's tree lacks a file"
+    assert all(f"{name}.sh" in tree for name in ("laptop", "freihand", "table_handmim", "table_contrastive"))
+
+
+def test_pages_are_short_and_nothing_waits_to_be_filled_in():
+    assert (ROOT / "README.md").stat().st_size <= 14 * 1024
+    for name, text in PAGES.items():
+        assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", text), name
+        wide = [line for line in text.splitlines() if len(line) > 140 and not line.startswith("|")]
+        assert not wide, f"{name}: {wide[0]}"
+
+
+# -------------------------------------------------------------------------------------------- as a script
+def run_call(call):
+    """One call, in this process; ends it where the call would have ended with an error."""
+    if call[0] == "snippet":
+        exec(compile(call[1], "snippet of a page", "exec"), {})
+    elif call[0] == "torchrun":
+        words = [str(ROOT / word) if word.endswith(".py") else word for word in call[2:]]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        subprocess.run([*launcher, *words], check=True)
+    else:
+        script = importlib.import_module(call[1].removesuffix(".py"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main(call[2:])
+
+
+if __name__ == "__main__":
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        start = time.perf_counter()
+        print(*each, end=" ", flush=True)
+        run_call(each)
+        print(f"[{time.perf_counter() - start:.1f} s]", flush=True)
