@@ -332,7 +332,7 @@ def test_truncated_missing_and_incomplete_files(tmp_path):
     with pytest.raises(ValueError, match="larger than any MANO file"):
         read_mano(tmp_path / "big.pkl")
     for name, value, reason in [
-            ("f", random_mano()["f"] + 700, "vertex"), ("weights", np.zeros((16, 778)), "weights has shape"),
+            ("f", random_mano()["f"] + 700, "f names vertices"), ("weights", np.zeros((16, 778)), "weights has shape"),
             ("kintree_table", np.zeros((2, 16), int), "kintree_table"), ("J", np.full((16, 3), np.inf), "J holds")]:
         np.savez(tmp_path / "odd.npz", **{**random_mano(), name: value})
         with pytest.raises(ValueError, match=reason):
