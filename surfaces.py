@@ -1,0 +1,297 @@
+"""What a drawn picture of a hand shows: skin with creases and nails, a forearm, a sleeve, objects.
+
+Shapes and colours only: `photo.py` lights and photographs them. Lengths are metres. Directions are those of
+the camera's frame (x right, y down, z forward) or, where it says "at rest", of the hand model's file. The
+recipe is ours.
+
+Example::
+
+    import numpy as np
+    from PIL import Image
+    from surfaces import random_skin, skin_color
+
+    along, across = np.mgrid[-0.01:0.01:200j, -0.005:0.005:100j]  # 20 x 10 mm around a joint
+    coordinates = np.ones((200, 100, 9), np.float32)  # 1: the back of a finger, far from creases and nail
+    coordinates[..., 0] = along  # place at rest
+    coordinates[..., 1] = across
+    coordinates[..., 4] = along  # distance from the finger's first joint
+    albedo, gloss = skin_color(random_skin(np.random.default_rng(0)), coordinates.reshape(-1, 9))
+    picture = 255 * albedo.reshape(200, 100, 3) ** (1 / 2.2)
+    Image.fromarray(picture.astype(np.uint8)).save("skin.png")
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+# Colours of skin, light to dark, sRGB 0..1.
+SKIN_TONES = np.array([(250, 222, 202), (236, 194, 162), (212, 160, 122),
+                       (168, 114, 78), (118, 76, 52), (78, 50, 40)]) / 255
+MOTTLING_WAVES = np.array([90, 200, 380, 650, 1000, 1500])  # rad/m
+# Joints of the hand model's file: of each finger, thumb to little, and at the base of three of them.
+FINGER_JOINTS = ((13, 14, 15), (1, 2, 3), (4, 5, 6), (10, 11, 12), (7, 8, 9))
+INDEX_BASE, MIDDLE_BASE, LITTLE_BASE = 1, 4, 7
+NO_CREASE = 1.0  # metres: far away
+NO_NAIL = 9.0  # in radii of a nail: far away
+ARM_RINGS = np.array([0.012, 0.03, 0.06, 0.11, 0.18, 0.30])  # metres from the wrist along the forearm
+SLEEVE_RINGS = np.array([0, 0, 0.005, 0.06, 0.28])  # metres from the sleeve's edge
+SLEEVE_WIDTHS = np.array([1.02, 1, 1.03, 1.05, 1.2])
+ARM_STEP = 0.005  # metres between points of the forearm's path
+f4 = np.float32  # pixels are coloured in float32
+
+
+def _unit(x):
+    # einsum in place of @, here and below: BLAS may add in another order when it has other threads, and the
+    # same seed shall give the same bytes.
+    return x / np.maximum(np.sqrt(np.einsum("...k,...k->...", x, x)), 1e-12)[..., None]
+
+
+# ----------------------------------------------------------------------------------------------- hand at rest
+class HandSurface:
+    """Where a hand has its creases, nails, palm and wrist, from the arrays of any hand with MANO's topology.
+
+    arrays: as `mano.read_mano` returns them; normals (V, 3): of the template's vertices; tips: numbers of the
+    five vertices at the fingertips, thumb to little.
+
+    coordinates (V + A, 9): what `skin_color` needs, for the hand's V vertices and then the A of the forearm:
+        place at rest (3); how much it faces the hand's back, -1..1; distance along the finger from its three
+        joints (3); place on the nail, which is the unit disc (2).
+    faces: of hand and forearm; sleeve_faces: of the rings that `forearm` returns for a sleeve.
+    back, across, wrist_axis: unit vectors at rest, from palm to back, from little to index finger, out of the
+        wrist along the forearm. palm: its middle at rest. wrist: numbers of the vertices around the opening.
+    """
+
+    def __init__(self, arrays, normals, tips):
+        rest = arrays["v_template"]
+        joints = arrays["J_regressor"] @ rest
+        faces = arrays["f"].astype(np.int64)
+        self.back = _unit(np.cross(joints[LITTLE_BASE] - joints[0], joints[INDEX_BASE] - joints[0]))
+        self.across = _unit(joints[INDEX_BASE] - joints[LITTLE_BASE])
+        self.palm = (joints[0] + 2 * joints[MIDDLE_BASE]) / 3
+        self.wrist = _wrist_opening(faces)
+        self.wrist_axis = _unit(rest[self.wrist].mean(0) - joints[MIDDLE_BASE])
+
+        bends = arrays["hands_mean"] + arrays["hands_coeffs"] @ arrays["hands_components"]
+        bends = bends.reshape(-1, 15, 3).mean(0)  # mean axis-angle of joints 1 to 15
+        dorsal, creases, nail = self._fingers(arrays["weights"].argmax(1), rest, normals, joints, tips, bends)
+        hand = np.concatenate([rest, dorsal[:, None], creases, nail], 1)
+        rings = [hand[self.wrist] + np.r_[self.wrist_axis * t, np.zeros(6)] for t in ARM_RINGS]
+        arm = np.concatenate(rings)
+        arm[:, 4:7] = NO_CREASE
+        arm[:, 7:] = NO_NAIL
+        self.coordinates = np.concatenate([hand, arm]).astype(f4)
+
+        ring = len(self.wrist)
+        self.faces = np.concatenate([faces, tube(self.wrist, len(rest), len(ARM_RINGS))])
+        self.sleeve_faces = tube(np.arange(ring), ring, len(SLEEVE_RINGS) - 1)
+
+    def _fingers(self, owner, rest, normals, joints, tips, bends):
+        """dorsal (V,), creases (V, 3) and nail (V, 2); owner (V,): the joint that moves each vertex most."""
+        dorsal = normals @ self.back
+        creases = np.full((len(rest), 3), NO_CREASE)
+        nail = np.full((len(rest), 2), NO_NAIL)
+        for finger, tip in zip(FINGER_JOINTS, tips, strict=True):
+            last = finger[2]
+            axis = _unit(rest[tip] - joints[last])
+            up = _unit(np.cross(axis, bends[last - 1])) + 0.2 * self.back  # a nail lies opposite to the bend
+            up = _unit(up)
+            up = _unit(up - axis * (up @ axis))
+            skin = np.isin(owner, finger)
+            dorsal[skin] = normals[skin] @ up
+            ends = [joints[finger[1]], joints[finger[2]], rest[tip]]
+            for k, end in enumerate(ends):
+                start = joints[finger[k]]
+                creases[skin, k] = (rest[skin] - start) @ _unit(end - start)
+            top = owner == last
+            from_tip = rest[top] - rest[tip]
+            nail[top, 0] = (from_tip @ axis + 0.0065) / 0.0062
+            nail[top, 1] = from_tip @ np.cross(axis, up) / 0.0056
+        return dorsal, creases, nail
+
+
+def _wrist_opening(faces):
+    """The vertices around the opening of the wrist, in the direction in which its faces run."""
+    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()
+    reversed_edges = {(b, a) for a, b in edges}
+    following = {a: b for a, b in edges if (a, b) not in reversed_edges}  # edges that only one face has
+    opening = [min(following)]
+    while following[opening[-1]] != opening[0]:
+        opening.append(following[opening[-1]])
+    return np.array(opening)
+
+
+def tube(first, start, rings):
+    """Faces (F, 3) of a tube: the ring of vertices `first` (n,), then `rings` more, numbered from `start`."""
+    numbers = start + np.arange(rings * len(first)).reshape(rings, -1)
+    faces = []
+    near = first
+    for far in numbers:
+        next_near = np.roll(near, -1)
+        next_far = np.roll(far, -1)
+        faces.append(np.stack([next_near, near, far], 1))
+        faces.append(np.stack([next_near, far, next_far], 1))
+        near = far
+    return np.concatenate(faces)
+
+
+# ------------------------------------------------------------------------------------------------------- skin
+@dataclass
+class Skin:
+    """The skin of one person. Colours are sRGB 0..1."""
+
+    color: np.ndarray  # (3,)
+    darkness: float  # 0..1, place among SKIN_TONES
+    gloss: float
+    redness: float  # of the fingertips
+    nail: np.ndarray  # (3,)
+    waves: np.ndarray  # (3, 6) rad/m, and
+    phases: np.ndarray  # (6,) rad: the mottling
+
+
+def random_skin(rng: np.random.Generator) -> Skin:
+    tone = rng.uniform(0, len(SKIN_TONES) - 1.001)
+    k = int(tone)
+    mix = tone % 1
+    color = SKIN_TONES[k] * (1 - mix) + SKIN_TONES[k + 1] * mix
+    color = np.clip(color + rng.normal(0, 0.02, 3), 0.05, 0.98)
+    plain = rng.random() < 0.8
+    varnish = rng.uniform(-0.05, 0.12, 3) if plain else rng.uniform(-0.6, 0.5, 3)
+    gloss = rng.uniform(0.02, 0.12)
+    redness = rng.uniform(0.08, 0.3)
+    nail = np.clip(color * 0.75 + [0.24, 0.16, 0.15] + varnish, 0.04, 0.97)
+    waves = rng.normal(0, 1, (3, 6)) * MOTTLING_WAVES
+    phases = rng.uniform(0, 6.3, 6)
+    return Skin(color, tone / (len(SKIN_TONES) - 1), gloss, redness, nail, waves, phases)
+
+
+def skin_color(skin: Skin, coordinates: np.ndarray):
+    """Colour of skin at P places.
+
+    coordinates (P, 9) float32: interpolated rows of `HandSurface.coordinates`. Returns albedo (P, 3) float32,
+    linear RGB, and gloss (P,).
+    """
+    place = coordinates[:, :3]
+    back = coordinates[:, 3]
+    creases = np.abs(coordinates[:, 4:7])
+    from_last_joint = coordinates[:, 6]
+    along_nail = coordinates[:, 7]
+    across_nail = coordinates[:, 8]
+
+    linear = skin.color**2.2
+    palm = np.minimum(linear * (1.12 + 0.9 * skin.darkness) + [0.03, 0, 0], 0.9)
+    palmness = 1 / (1 + np.exp(5 * (back + f4(0.15))))
+    color = linear.astype(f4) + (palm - linear).astype(f4) * palmness[:, None]
+
+    mottling = np.einsum("pk,kc->pc", place, skin.waves.astype(f4)) + skin.phases.astype(f4)
+    mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.05, 0.01, 6, dtype=f4))
+    crease = np.minimum(np.minimum(creases[:, 0], creases[:, 1]), creases[:, 2])
+    lines = _bump(crease, 0.0011) * np.where(back < 0.1, f4(0.38), f4(0))  # inside of the joints
+    ripples = f4(0.16) + f4(0.14) * np.cos(crease * f4(2856))
+    folds = _bump(crease, 0.004) * np.clip(back, 0, 1) * ripples  # on the knuckles
+    color *= ((1 + mottling) * (1 - np.minimum(lines + folds, f4(0.6))))[:, None]
+
+    redness = f4(skin.redness * (1 - 0.6 * skin.darkness))
+    fingertip = _bump(from_last_joint - f4(0.02), 0.008) * redness
+    color *= 1 + fingertip[:, None] * np.array([0.12, -0.3, -0.2], f4)
+
+    stretch = np.where(along_nail > 0, f4(0.7), f4(1))  # longer towards the tip
+    radius = along_nail**2 * stretch + across_nail**2
+    nail = (radius < 1) & (back > 0.25)
+    brightness = np.where(along_nail[nail] > 0.75, 1.25, 1.0)  # its free edge is white
+    color[nail] = skin.nail**2.2 * brightness[:, None]
+    rim = (radius >= 1) & (radius < 1.45) & (back > 0.2)
+    color[rim] *= f4(0.78)
+    return color, skin.gloss * (1 + 5 * nail)
+
+
+def _bump(x, width):
+    return np.exp(-((x / f4(width)) ** 2))
+
+
+# ---------------------------------------------------------------------------------------------------- forearm
+@dataclass
+class Arm:
+    """Forearm and sleeve of one person."""
+
+    bend: np.ndarray  # (3,) how the wrist is bent, at rest
+    sleeve: float | None  # metres from the wrist's opening to the sleeve's edge; None: a bare arm
+    looseness: float  # width of the sleeve over that of the arm
+    cloth: np.ndarray  # (3,) sRGB 0..1
+
+
+def random_arm(rng: np.random.Generator) -> Arm:
+    bend = rng.normal(0, 0.35, 3)
+    sleeve = rng.uniform(0.01, 0.11) if rng.random() < 0.6 else None
+    looseness = rng.uniform(1.12, 1.4)
+    cloth = rng.uniform(0.05, 0.9, 3)
+    return Arm(bend, sleeve, looseness, cloth)
+
+
+def forearm(surface: HandSurface, arm: Arm, vertices: np.ndarray, rotmat: np.ndarray):
+    """Rings of the bare forearm and of the sleeve, which continue the opening of the wrist.
+
+    vertices (V, 3): the posed hand in the camera's frame; rotmat (3, 3): its global rotation. Returns (A, 3),
+    and (S, 3) or None without a sleeve.
+
+    The forearm leaves along the hand's own axis. Then it turns, so that it neither comes at the camera nor
+    hides the hand.
+    """
+    ring = vertices[surface.wrist]
+    centre = ring.mean(0)
+    start = rotmat @ surface.wrist_axis
+    aim = _unit(start + rotmat @ (arm.bend * (1 - surface.wrist_axis**2)))
+    towards_camera = max(-start[2], 0)  # 1 where the arm would come straight at the camera
+    aim[:2] += 1.2 * towards_camera * _unit(centre[:2] - vertices[:, :2].mean(0))
+    aim[2] = max(aim[2], 0.35 * towards_camera - 0.1)
+
+    turned = np.clip(np.arange(81) * ARM_STEP / 0.05, 0, 1)[:, None]  # the turn is over after 5 cm
+    heading = _unit(start + turned * (_unit(aim) - start))  # (81, 3)
+    path = centre + np.cumsum(heading, 0) * ARM_STEP - heading[0] * ARM_STEP
+
+    def ring_at(distance, width):
+        k = round(distance / ARM_STEP)
+        axis = np.cross(start, heading[k])
+        angle = np.arctan2(np.linalg.norm(axis), start @ heading[k])
+        offsets = (ring - centre) @ Rotation.from_rotvec(_unit(axis) * angle).as_matrix().T
+        flatness = min(1, distance / 0.03)  # the opening is uneven; after 3 cm a ring is flat
+        offsets -= np.outer(offsets @ heading[k], heading[k]) * flatness
+        return path[k] + offsets * width * (1 + 1.6 * min(distance, 0.2))
+
+    bare = np.concatenate([ring_at(distance, 1.0) for distance in ARM_RINGS])
+    if arm.sleeve is None:
+        return bare, None
+    rings = zip(arm.sleeve + SLEEVE_RINGS, SLEEVE_WIDTHS * arm.looseness, strict=True)
+    sleeve = np.concatenate([ring_at(distance, width) for distance, width in rings])
+    return bare, sleeve
+
+
+# ---------------------------------------------------------------------------------------------------- objects
+def random_object(rng: np.random.Generator):
+    """A ball, a cylinder or a box with rounded edges (a superellipsoid), one to five centimetres across.
+
+    Returns vertices (N, 3) about 0, faces (F, 3), colours (N, 3) sRGB 0..1.
+    """
+    powers = ((1.0, 1.0), (0.15, 1.0), (0.2, 0.2))
+    flat, rounded = powers[int(rng.integers(len(powers)))]
+    u, v = np.meshgrid(np.linspace(-np.pi / 2, np.pi / 2, 13), np.arange(24) * np.pi / 12, indexing="ij")
+    radius = _signed_power(np.cos(u), flat)
+    x = radius * _signed_power(np.cos(v), rounded)
+    y = radius * _signed_power(np.sin(v), rounded)
+    z = _signed_power(np.sin(u), flat)
+    points = np.stack([x, y, z], -1).reshape(-1, 3)
+
+    colors = np.repeat(rng.uniform(0.03, 0.95, (1, 3)), len(points), 0)
+    if rng.random() < 0.4:
+        color = rng.uniform(0.03, 0.95, 3)
+        stripes = np.sin(points @ rng.normal(0, 5, 3)) > 0.3
+        colors[stripes] = color
+    size = rng.uniform(0.013, 0.026)
+    radii = size * np.array([1, rng.uniform(0.7, 1.3), rng.uniform(0.9, 2.4)])
+    return points * radii, tube(np.arange(24), 24, 12), colors
+
+
+def _signed_power(x, power):
+    return np.sign(x) * np.abs(x) ** power
