@@ -1,0 +1,144 @@
+"""Masks over patches, and what hidden patches are asked for: pixels, edges (HOG).
+
+Square images, patches in rows. A mask is bool (B,N), True = hidden. Masks are drawn on the CPU by a
+generator, so that they are the same on every device.
+
+Example::
+
+    import torch
+    from masking import block_mask, hog_targets, to_patches
+
+    views = torch.rand(2, 4, 3, 64, 64)                          # two views of four hands
+    mask = block_mask(4, 4, 0.5, torch.Generator().manual_seed(0))  # (4, 16)
+    hidden = to_patches(views[0], 16)[mask]                      # (M, 768) pixels of the hidden patches
+    whole, of_patches = hog_targets(views, 16)                   # (2, 4, 512), (2, 4, 16, 32)
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+HOG_CELLS = 8  # cells a side of the whole view's HOG
+HOG_DIRECTIONS = 8  # of 180 degrees
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+def block_mask(batch, grid, ratio, generator):
+    """Masks (B,N) bool, True = hidden: rectangles of random size and shape until ratio x N patches are
+    hidden, never more.
+
+    As bytedance/ibot loader.py. grid: patches a side, or (rows, columns). ratio: a number, or (B,) one for
+    each image. """
+    H, W = (grid, grid) if isinstance(grid, int) else grid
+    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * H * W
+    least = least_block(H, W)
+    flattest = math.log(0.3)  # of the rectangles' log aspect ratio
+    mask = torch.zeros(batch, H, W, dtype=torch.bool)
+    tries = torch.zeros(batch)
+    while True:
+        unfinished = (wanted - mask.sum((1, 2)) >= 1) & (tries < 10)
+        rows = unfinished.nonzero().squeeze(1)  # (R,)
+        if not len(rows):
+            return mask.flatten(1)
+        area, aspect, top, left = torch.rand(4, batch, generator=generator)[:, rows]
+        room = wanted[rows] - mask[rows].sum((1, 2))
+        area = (least + area * (room - least)).clamp(min=0)
+        aspect = torch.exp(flattest - 2 * flattest * aspect)
+        height = (area * aspect).sqrt().round()
+        width = (area / aspect).sqrt().round()
+        top = (top * (H - height + 1)).floor()
+        left = (left * (W - width + 1)).floor()
+        in_rows = (torch.arange(H) >= top[:, None]) & (torch.arange(H) < (top + height)[:, None])
+        in_columns = (torch.arange(W) >= left[:, None]) & (torch.arange(W) < (left + width)[:, None])
+        block = in_rows[:, :, None] & in_columns[:, None]  # (R, H, W)
+        added = (block & ~mask[rows]).sum((1, 2))
+        fits = (height < H) & (width < W) & (added > 0) & (added <= room)
+        mask[rows] |= block & fits[:, None, None]
+        tries[rows] = torch.where(fits, 0, tries[rows] + 1)
+
+
+def least_block(H, W):
+    """Patches of the smallest rectangle that block_mask starts with."""
+    return max(1, min(H, W) // 3) ** 2
+
+
+def random_mask(batch, grid, ratio, generator):
+    """Masks (B,N) bool, True = hidden: floor(ratio x N) patches of each image, anywhere. grid, ratio: as
+    block_mask's."""
+    N = grid * grid if isinstance(grid, int) else grid[0] * grid[1]
+    wanted = (torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * N + 1e-4).floor()
+    rank = torch.rand(batch, N, generator=generator).argsort(1).argsort(1)
+    return rank < wanted[:, None]
+
+
+def mask_sampler(make_mask, grid, ratio, share):
+    """A draw (batch, generator) -> masks (B,N): a `share` of the views hides a ratio ~ U(low, high), the
+    others nothing."""
+    def draw(batch, generator):
+        drawn, chosen = torch.rand(2, batch, generator=generator)
+        wanted = ratio[0] + drawn * (ratio[1] - ratio[0])
+        return make_mask(batch, grid, torch.where(chosen < share, wanted, 0.0), generator)
+
+    return draw
+
+
+# ----------------------------------------------------------------------------------------------------- pixels
+def to_patches(views, patch):
+    """Views (...,3,S,S) -> (...,N,3 patch patch)."""
+    patches = F.unfold(views.flatten(0, -4), patch, stride=patch).transpose(1, 2)
+    return patches.unflatten(0, views.shape[:-3])
+
+
+def normalise_patches(patches):
+    """Each patch minus its mean, over its deviation; and both (MAE; its 1e-6 would blow up the noise of flat
+    patches)."""
+    mean = patches.mean(-1, keepdim=True)
+    deviation = (((patches - mean) ** 2).sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-2).sqrt()
+    return (patches - mean) / deviation, mean, deviation
+
+
+def from_patches(patches, size, patch):
+    """Patches (2,B,N,3pp) -> images (2B,3,S,S)."""
+    return F.fold(patches.flatten(0, 1).transpose(1, 2), size, patch, stride=patch)
+
+
+# ------------------------------------------------------------------------------------------------------ edges
+def hog_targets(views, patch):
+    """HOG of views (2,B,3,S,S): of the whole view (2,B,512), at 64 pixels in 8 x 8 cells; of each patch
+    (2,B,N,32), in quarters."""
+    two_views = views.shape[:2]
+    views = views.flatten(0, 1)
+    size = views.shape[-1]
+    cells = 2 * size // patch
+    quarters = hog(views, cells)  # (2B, 8, cells, cells)
+    if size <= 64 and cells == HOG_CELLS:
+        whole = quarters  # with 64 pixels in patches of 16 the two are one
+    else:
+        whole = hog(F.adaptive_avg_pool2d(views, min(64, size)), HOG_CELLS)
+    patches = F.unfold(quarters, 2, stride=2).transpose(1, 2)
+    return whole.flatten(1).unflatten(0, two_views), patches.unflatten(0, two_views)
+
+
+def hog(images, cells):
+    """Histograms of oriented gradients (Dalal and Triggs 2005): images (B,3,S,S) -> (B,8,cells,cells).
+
+    How strongly edges run in each of 8 directions (of 180 degrees) in each cell, over what runs in the 3 x 3
+    cells around; about unit variance. MaskFeat (arXiv 2112.09133) asks it of masked patches. Ours: the class
+    token answers for the whole view, every patch token for its patch. Edges show where fingers run; skin,
+    background and light, which grey levels show, are left out. """
+    images = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    across = images[:, :, 1:-1, 2:] - images[:, :, 1:-1, :-2]  # (B, 3, S, S)
+    down = images[:, :, 2:, 1:-1] - images[:, :, :-2, 1:-1]
+    strength, steepest = (across ** 2 + down ** 2).max(1, keepdim=True)  # of the three colours
+    angle = torch.atan2(down.gather(1, steepest), across.gather(1, steepest))
+    direction = angle / torch.pi * HOG_DIRECTIONS  # (B, 1, S, S)
+    bins = torch.arange(HOG_DIRECTIONS, device=images.device)[:, None, None]
+    half = HOG_DIRECTIONS / 2
+    apart = ((direction - bins + half) % HOG_DIRECTIONS - half).abs()  # (B, 8, S, S): edges lie between bins
+    edges = strength.sqrt() * (1 - apart).clamp(min=0)
+    edges = F.adaptive_avg_pool2d(edges, cells)
+    around = F.avg_pool2d((edges ** 2).sum(1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
+    return edges / (around + 0.1) / 0.16
