@@ -554,9 +554,9 @@ def read_mano(path: Path | str) -> Arrays:
     """The official MANO_RIGHT.pkl or MANO_LEFT.pkl (v1.2), or an .npz with the same keys -> dict of arrays.
 
     Keys and shapes: ARRAY_SHAPES. Metres and radians in float64; the faces `f` and `kintree_table` in int64,
-    where the root's parent is -1. Needs neither chumpy nor scipy. Runs nothing that the file asks for. Afterwards
-    `np.savez(path, **arrays)` makes a plain file. If the checksum of a pickle is not an official one (v1.2), a
-    note goes to standard error.
+    where the root's parent is -1. Needs neither chumpy nor scipy. It runs nothing that the file asks for.
+    `np.savez(path, **arrays)` then makes a plain file. A pickle whose checksum is not official (v1.2)
+    is read, with a note on standard error.
     ValueError: not such a file, and why. OSError: it cannot be opened.
     """
     path = Path(path)

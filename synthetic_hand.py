@@ -275,7 +275,7 @@ class _Cage:
 
 
 def _finger_roots(chains):
-    """Circles (10, 3) where palm and fingers meet. 0 is on the thumb's side, 1-4 back, 5 far side, 6-9 palm."""
+    """Circles (10, 3) where palm and fingers meet: 0 thumb's side, 1-4 back, 5 far side, 6-9 palm."""
     roots = [_circle(*_cross_section(name, chains[name], 9.0), 10) for name in _FINGERS]
     for root, next_root in zip(roots[:-1], roots[1:], strict=True):
         for far, near in ((4, 1), (6, 9)):  # neighbours share two vertices
@@ -449,7 +449,7 @@ def _joint_regressor(points, joints):
 
 
 def _shape_table():
-    """Change per unit of beta: each joint's bone in length and girth (10, 16), the palm in x, y, z (10, 3)."""
+    """Change per unit of beta: bones in length and girth (10, 16), the palm in x, y, z (10, 3)."""
     length = np.zeros((10, 16))
     girth = np.zeros((10, 16))
     palm = np.zeros((10, 3))
