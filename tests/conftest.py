@@ -1,10 +1,15 @@
 """Fixtures of several test files."""
+
 import pytest
+import torch
 from fixtures import call
+
+torch.set_num_threads(1)  # tiny data: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")
 def hands(tmp_path_factory):
+    """Two small indices of drawn hands: train (24 hands of 6 videos) and val (8 of 4)."""
     folder = tmp_path_factory.mktemp("hands")
     call("make_synthetic.py", "--out", folder / "train", "--hands", 24, "--videos", 6, "--size", 96)
     call("make_synthetic.py", "--out", folder / "val", "--hands", 8, "--videos", 4, "--size", 96, "--seed", 1)
