@@ -1,7 +1,7 @@
 """README, docs and recipes are true: every command and snippet runs on smaller data; links and flags exist.
 
-The shell reads the pages' blocks and the recipes. In place of `python` and `torchrun` it finds stand-ins, which
-only write down how they were called. The calls then run in their order in one process, so that torch starts
+The shell reads the pages' blocks and the recipes. In place of `python` and `torchrun` it finds stand-ins,
+which only write down how they were called. The calls then run in their order in one process, so that torch starts
 once: python tests/test_pages.py CALLS.json. What torchrun starts stays processes of its own.
 """
 import contextlib
@@ -63,7 +63,7 @@ def smaller(call):
 
 
 def write_downloads(folder):
-    """What a reader has before the first command: data sets, MANO's files, photographs, a video, its keypoints."""
+    """What a reader has before the first command: data sets, MANO's files, photographs, a video."""
     from fixtures import write_official_pickle
     from PIL import Image
     from test_layouts import write_assemblyhands, write_dexycb, write_ho3d, write_interhand
