@@ -216,7 +216,7 @@ def build_scene(surface, person, labels, frame):
     if person.held is not None:
         shape, faces, colors = person.held
         axes = np.stack([np.cross(surface.across, surface.back), surface.back, surface.across])
-        rest = shape @ axes
+        rest = shape @ axes  # a mirror image, which turns its faces outwards
         rest += surface.palm + person.grip - surface.back * (0.014 + np.abs(shape[:, 1]).max())
         rest -= surface.coordinates[:len(vertices), :3].mean(0)  # from the hand's middle
         meshes.append(painted(rest @ rotmat.T + vertices.mean(0), faces, colors))
@@ -224,6 +224,8 @@ def build_scene(surface, person, labels, frame):
         shape, faces, colors = person.occluder
         joint = labels["joints"][frame, person.covers]
         place = 0.72 * joint + person.drift[frame]  # nearer, on the same ray
+        # Its faces run clockwise, so the key light misses most of it. It stays, because a seed must go on giving
+        # the same bytes.
         meshes.append(painted(0.7 * shape + place, faces, colors))
     return meshes
 

@@ -272,7 +272,8 @@ def forearm(surface: HandSurface, arm: Arm, vertices: np.ndarray, rotmat: np.nda
 def random_object(rng: np.random.Generator):
     """A ball, a cylinder or a box with rounded edges (a superellipsoid), one to five centimetres across.
 
-    Returns vertices (N, 3) about 0, faces (F, 3), colours (N, 3) sRGB 0..1.
+    Returns vertices (N, 3) about 0, faces (F, 3), colours (N, 3) sRGB 0..1. Faces run clockwise seen from
+    outside: a mirror image of the object fits `photo.Mesh`.
     """
     powers = ((1.0, 1.0), (0.15, 1.0), (0.2, 0.2))
     flat, rounded = powers[int(rng.integers(len(powers)))]

@@ -1,5 +1,5 @@
-"""Drawn data: the same bytes for any number of workers, labels that agree with each other and with the pictures, and
-FreiHAND's files as its authors ship them."""
+"""Drawn data: the same bytes for any number of workers, labels that agree with each other and with the
+pictures, FreiHAND's files as its authors ship them; and how one picture is drawn."""
 
 import filecmp
 import json
@@ -11,9 +11,13 @@ from PIL import Image
 
 import draw
 import make_synthetic
+import photo
+import surfaces
 from data import HandIndex
-from mano import Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle
+from mano import TIPS, Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle
 from synthetic_hand import synthetic_mano
+
+INDEX_FLAGS = ["--hands", "14", "--videos", "7", "--seed", "1", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def arrays():
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
     out = tmp_path_factory.mktemp("synthetic") / "index"
-    make_synthetic.main(["--out", str(out), "--hands", "14", "--videos", "7", "--seed", "1", "--size", "64", "--workers", "1"])
+    make_synthetic.main(["--out", str(out), *INDEX_FLAGS, "--workers", "1"])
     return HandIndex(out)
 
 
@@ -41,21 +45,26 @@ def all_files(folder):
 
 
 def test_same_bytes_for_two_workers(index, tmp_path):
-    make_synthetic.main(["--out", str(tmp_path / "again"), "--hands", "14", "--videos", "7", "--seed", "1", "--size", "64",
-                         "--workers", "2"])
+    make_synthetic.main(["--out", str(tmp_path / "again"), *INDEX_FLAGS, "--workers", "2"])
     names = all_files(index.path)
     assert names == all_files(tmp_path / "again") and len(names) > 14
     assert filecmp.cmpfiles(index.path, tmp_path / "again", names, shallow=False)[0] == names
 
 
 def test_another_seed_draws_others(index, tmp_path):
-    make_synthetic.main(["--out", str(tmp_path / "b"), "--hands", "2", "--size", "64", "--seed", "1", "--workers", "1"])
-    assert not filecmp.cmp(tmp_path / "b" / "betas.npy", index.path / "betas.npy", shallow=False)
+    flags = [*INDEX_FLAGS, "--workers", "1"]
+    flags[flags.index("--seed") + 1] = "2"
+    make_synthetic.main(["--out", str(tmp_path / "b"), *flags])
+    for name in ("betas", "pose", "keypoints"):
+        other = np.load(tmp_path / "b" / f"{name}.npy")
+        stored = np.asarray(index.columns[name])
+        assert other.shape == stored.shape and (other != stored).any(tuple(range(1, stored.ndim))).all()
 
 
 def test_labels_agree(index, arrays):
     columns = {name: np.array(value) for name, value in index.columns.items() if name != "image"}
-    assert all(value.dtype == np.float32 for name, value in columns.items() if value.ndim > 1 and name != "size")
+    numbers = [value for name, value in columns.items() if value.ndim > 1 and name != "size"]
+    assert all(value.dtype == np.float32 for value in numbers)
     pixels = columns["joints"].astype(float) @ columns["K"].astype(float).transpose(0, 2, 1)
     assert np.abs(pixels[..., :2] / pixels[..., 2:] - columns["joints2d"]).max() < 0.01
     regressed = joints_from_vertices(torch.from_numpy(columns["vertices"]), arrays).numpy()
@@ -64,7 +73,15 @@ def test_labels_agree(index, arrays):
     np.testing.assert_allclose(columns["scale"], bone, atol=1e-6)
     np.testing.assert_allclose(columns["box"][:, :2], columns["joints2d"].min(1) + 0.5, atol=1e-4)
     np.testing.assert_allclose(columns["box"][:, 2:], columns["joints2d"].max(1) + 0.5, atol=1e-4)
-    assert set(np.unique(columns["side"])) == {0, 1} and set(np.unique(columns["visible"])) <= {0, 1}
+    inside = (columns["joints2d"] >= -0.5) & (columns["joints2d"] <= 63.5)
+    np.testing.assert_array_equal(columns["visible"], inside.all(2))
+    assert set(np.unique(columns["side"])) == {0, 1}
+    for side in (0, 1):
+        rows = columns["side"] == side
+        error = np.linalg.norm(columns["keypoints"] - columns["joints2d"], axis=2)[rows]
+        detected = columns["keypoints_score"][rows] > 0
+        assert np.median(error[detected]) < 2  # pixels
+        assert (columns["keypoints"][rows][~detected] == 0).all()
     assert index.meta["joints"] == "freihand" and index.meta["pose_mean"] is True
 
 
@@ -75,7 +92,8 @@ def test_pose_rebuilds_the_mesh_of_both_sides(index, arrays):
         hand = Mano(arrays, side=side).double()
         pose = torch.from_numpy(columns["pose"][rows].astype(float)).reshape(-1, 16, 3)
         pose = torch.cat([pose[:, :1], pose[:, 1:] + hand.hands_mean], 1)
-        vertices = hand(rotmat_from_axis_angle(pose), torch.from_numpy(columns["betas"][rows].astype(float)))[0].numpy()
+        betas = torch.from_numpy(columns["betas"][rows].astype(float))
+        vertices = hand(rotmat_from_axis_angle(pose), betas)[0].numpy()
         stored = columns["vertices"][rows]
         error = (vertices - vertices.mean(1, keepdims=True)) - (stored - stored.mean(1, keepdims=True))
         assert np.abs(error).max() < 2e-6
@@ -100,33 +118,61 @@ def test_videos_share_identity_and_move_smoothly(tmp_path):
     columns = HandIndex(tmp_path / "a").columns
     video, betas, joints = (np.asarray(columns[name]) for name in ("video", "betas", "joints"))
     assert (video == np.repeat([0, 1], 20)).all()
-    assert (betas[:20] == betas[0]).all() and (betas[20:] == betas[20]).all() and (betas[0] != betas[20]).any()
+    assert (betas[:20] == betas[0]).all() and (betas[20:] == betas[20]).all()
+    assert (betas[0] != betas[20]).any()
     move = np.linalg.norm(np.diff(joints, axis=0), axis=2).mean(1)
     assert np.median(move) < 0.03 and move[:19].max() < 0.12
     assert np.ptp(joints[:20] - joints[:20, :1], axis=0).max() > 0.02  # and they do move
 
 
-def test_keypoints_look_detected(tmp_path):
+def test_pictures_of_both_sides_show_the_labelled_mesh(tmp_path, monkeypatch, arrays):
+    """In place of the photograph: white where something is drawn."""
+
+    def coverage(rng, camera, light, background, layer, motion):
+        return np.repeat(np.uint8(255 * layer[..., 3:]), 3, axis=2)
+
+    monkeypatch.setattr(photo, "photograph", coverage)
+    flags = ["--hands", "12", "--videos", "12", "--size", "64", "--seed", "1", "--workers", "1"]
+    make_synthetic.main(["--out", str(tmp_path / "a"), *flags])
+    index = HandIndex(tmp_path / "a")
+    side = np.asarray(index.columns["side"])
+    assert set(side) == {0, 1}
+    for row in range(12):
+        picture = np.asarray(Image.open(tmp_path / "a" / "images" / f"{row:08d}.jpg"))[..., 0]
+        faces = arrays["f"] if side[row] == 0 else arrays["f"][:, ::-1]
+        hand = outline(index.columns["vertices"][row], index.columns["K"][row], faces, picture.shape)
+        assert hand.sum() > 200 and (picture[hand] > 127).mean() > 0.97
+
+
+def outline(vertices, K, faces, shape):
+    """Pixels (H, W) that a mesh covers, whose faces are seen from outside."""
+    pixels = vertices.astype(float) @ K.T
+    points = np.concatenate([pixels[:, :2] / pixels[:, 2:] + 0.5, pixels[:, 2:]], 1)
+    return draw.rasterise(points, faces, shape, cull=True)[0] >= 0
+
+
+def test_keypoints_look_detected():
     rng = np.random.default_rng(0)
     joints2d, hidden = rng.uniform(20, 100, (21, 2)), np.arange(21) % 3 == 0
     drawn = [make_synthetic.detect(np.random.default_rng(k), joints2d, hidden, 128) for k in range(300)]
     keypoints, score = (np.array(part) for part in zip(*drawn, strict=True))
-    seen = score > 0
-    assert 0.9 < seen.mean() < 1 and (~seen).all(1).any() and score.max() <= 1
+    found = score > 0
+    assert 0.9 < found.mean() < 1 and (~found).all(1).any() and score.max() <= 1
     error = np.linalg.norm(keypoints - joints2d, axis=2)
-    visible, covered = error[:, ~hidden][seen[:, ~hidden]], error[:, hidden][seen[:, hidden]]
+    visible, covered = error[:, ~hidden][found[:, ~hidden]], error[:, hidden][found[:, hidden]]
     assert 0.5 < np.median(visible) < np.median(covered) < 12
-    assert np.percentile(error[seen], 99) > 20  # exchanged joints
+    assert np.percentile(error[found], 99) > 20  # exchanged joints
 
 
 def test_freihand_layout(freihand, arrays):
     names = set(all_files(freihand))
-    expected = {f"training/rgb/{k:08d}.jpg" for k in range(16)} | {f"training/mask/{k:08d}.jpg" for k in range(4)}
+    expected = {f"training/rgb/{k:08d}.jpg" for k in range(16)}
+    expected |= {f"training/mask/{k:08d}.jpg" for k in range(4)}
     expected |= {"evaluation/rgb/00000000.jpg", "samples.png"}
     expected |= {f"{part}_{name}.json" for part in ("training", "evaluation")
                  for name in ("K", "mano", "scale", "verts", "xyz")}
     assert names == expected
-    hand, regressor = Mano(arrays).double(), arrays
+    hand = Mano(arrays).double()
     for part, count in (("training", 4), ("evaluation", 1)):
         K, mano, scale, verts, xyz = (np.array(json.loads((freihand / f"{part}_{name}.json").read_text()))
                                       for name in ("K", "mano", "scale", "verts", "xyz"))
@@ -135,33 +181,34 @@ def test_freihand_layout(freihand, arrays):
         pose, betas, uv, s = np.split(mano[:, 0], [48, 58, 60], 1)
         angles = torch.from_numpy(pose + np.r_[np.zeros(3), arrays["hands_mean"]]).reshape(-1, 16, 3)
         rebuilt = hand(rotmat_from_axis_angle(angles), torch.from_numpy(betas))[0]
-        joints = joints_from_vertices(rebuilt, regressor).numpy()
+        joints = joints_from_vertices(rebuilt, arrays).numpy()
         focal = (K[:, 0, 0] + K[:, 1, 1]) / 2
         root = np.concatenate([(uv - K[:, :2, 2]) / s, focal[:, None] / s], 1)
         np.testing.assert_allclose(rebuilt.numpy() + (root - joints[:, 9])[:, None], verts, atol=1e-6)
-        np.testing.assert_allclose(joints_from_vertices(torch.from_numpy(verts), regressor).numpy(), xyz, atol=1e-9)
+        regressed = joints_from_vertices(torch.from_numpy(verts), arrays).numpy()
+        np.testing.assert_allclose(regressed, xyz, atol=1e-9)
         np.testing.assert_allclose(scale, np.linalg.norm(xyz[:, 9] - xyz[:, 10], axis=1), atol=1e-9)
 
 
 def test_pictures_show_the_labelled_hand(freihand, arrays):
-    K, verts = (np.array(json.loads((freihand / f"training_{name}.json").read_text())) for name in ("K", "verts"))
+    K = np.array(json.loads((freihand / "training_K.json").read_text()))
+    verts = np.array(json.loads((freihand / "training_verts.json").read_text()))
     for k in range(4):
         mask = np.asarray(Image.open(freihand / f"training/mask/{k:08d}.jpg")) > 127
-        pixels = verts[k] @ K[k].T
-        points = np.concatenate([pixels[:, :2] / pixels[:, 2:] + 0.5, pixels[:, 2:]], 1)
-        outline = draw.rasterise(points, arrays["f"], mask.shape)[0] >= 0
-        assert (mask & ~outline).sum() < 0.06 * mask.sum() and mask.sum() > 0.4 * outline.sum()
-        green = np.asarray(Image.open(freihand / f"training/rgb/{k:08d}.jpg").convert("RGB")).astype(int)
-        assert np.ptp(green[mask].mean(0)[[0, 1]]) < 100 and not np.array_equal(
-            green, np.asarray(Image.open(freihand / f"training/rgb/{k + 4:08d}.jpg")))
+        hand = outline(verts[k], K[k], arrays["f"], mask.shape)
+        assert (mask & ~hand).sum() < 0.06 * mask.sum() and mask.sum() > 0.4 * hand.sum()
+        green = np.asarray(Image.open(freihand / f"training/rgb/{k:08d}.jpg")).astype(int)
+        other = np.asarray(Image.open(freihand / f"training/rgb/{k + 4:08d}.jpg"))
+        assert np.ptp(green[mask].mean(0)[[0, 1]]) < 100 and not np.array_equal(green, other)
         screen = green[..., 1] - green[..., 0] > 40
         assert (screen & mask).sum() < 0.05 * mask.sum() and screen.mean() > 0.15
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--hands", "0"], "--hands 0"), (["--hands", "1", "--layout", "freihand"], "from 2"),
-    (["--size", "8"], "--size 8"), (["--hands", "3", "--videos", "4"], "--videos 4"), (["--seed", "-1"], "--seed -1"),
-    (["--workers", "0"], "--workers 0"), (["--mano", "nowhere.pkl"], "nowhere.pkl")])
+    (["--hands", "0"], "--hands 0"), (["--hands", "1", "--layout", "freihand"], "--hands 1: .* 2 "),
+    (["--size", "8"], "--size 8"), (["--hands", "3", "--videos", "4"], "--videos 4"),
+    (["--seed", "-1"], "--seed -1"), (["--workers", "0"], "--workers 0"), (["--tilt", "nan"], "--tilt nan"),
+    (["--mano", "nowhere.pkl"], "nowhere.pkl")])
 def test_mistakes_cost_one_line(tmp_path, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         make_synthetic.main(["--out", str(tmp_path / "a"), *flags])
@@ -184,3 +231,124 @@ def test_draws_another_hand_but_no_left_file(tmp_path, arrays):
 def test_never_writes_into_a_used_folder(index):
     with pytest.raises(ValueError, match="files already"):
         make_synthetic.main(["--out", str(index.path), "--hands", "2"])
+
+
+# ------------------------------------------------------------------------------------------------ one picture
+@pytest.fixture(scope="module")
+def surface(arrays):
+    normals = draw.vertex_normals(arrays["v_template"], arrays["f"])
+    return surfaces.HandSurface(arrays, normals, TIPS["freihand"])
+
+
+def test_the_surface_knows_its_parts(surface, arrays):
+    rest, dorsal = surface.coordinates[:778, :3], surface.coordinates[:778, 3]
+    np.testing.assert_allclose(rest, arrays["v_template"], atol=1e-6)
+    assert surface.back[1] > 0.9 and surface.across[2] > 0.9 and surface.wrist_axis[0] > 0.9  # MANO's frame
+    palm = (arrays["weights"].argmax(1) == 0) & (np.abs(dorsal) > 0.5)
+    middle = rest[palm, 1].mean()
+    assert ((rest[palm, 1] > middle) == (dorsal[palm] > 0)).mean() > 0.9  # the back of the hand is +y
+    nail = np.linalg.norm(surface.coordinates[:778, 7:], axis=1) < 1
+    for finger, tip in zip(surfaces.FINGER_JOINTS, TIPS["freihand"], strict=True):
+        skin = np.isin(arrays["weights"].argmax(1), finger)
+        distance = np.linalg.norm(rest[skin, None] - arrays["J"][list(finger)], axis=2)
+        creases = np.abs(surface.coordinates[:778][skin, 4:7])
+        assert (creases <= distance + 1e-6).all()  # a crease lies in a plane through its joint
+        assert creases.min(0).max() < 0.006
+        assert (np.linalg.norm(rest[nail] - rest[tip], axis=1) < 0.015).any()
+    edges = {tuple(edge) for face in surface.faces for edge in zip(face, np.roll(face, -1), strict=True)}
+    opening = [edge for edge in edges if edge[::-1] not in edges]
+    assert len(edges) == 3 * len(surface.faces)  # no edge twice in one direction: all faces turn the same way
+    assert len(opening) == 16 and min(map(min, opening)) >= len(surface.coordinates) - 16  # open at the elbow
+
+
+def test_the_forearm_turns_with_the_picture(surface, arrays):
+    arm = surfaces.random_arm(np.random.default_rng(0))
+    arm.sleeve = 0.03
+    rotmat = rotmat_from_axis_angle(torch.tensor([[0.4, -1.0, 1.2]], dtype=torch.float64))[0].numpy()
+    vertices = arrays["v_template"] @ rotmat.T + [0.1, 0.0, 0.6]
+    rings, sleeve = surfaces.forearm(surface, arm, vertices, rotmat)
+    assert np.linalg.norm(rings[:16] - vertices[surface.wrist], axis=1).max() < 0.02
+    turn = np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]])  # about the camera's axis
+    turned = surfaces.forearm(surface, arm, vertices @ turn.T, turn @ rotmat)
+    np.testing.assert_allclose(turned[0], rings @ turn.T, atol=1e-9)
+    np.testing.assert_allclose(turned[1], sleeve @ turn.T, atol=1e-9)
+    arm.sleeve = None
+    assert surfaces.forearm(surface, arm, vertices, rotmat)[1] is None
+
+
+def test_an_object_is_a_closed_lump():
+    for seed in range(5):
+        vertices, faces, colors = surfaces.random_object(np.random.default_rng(seed))
+        a, b, c = vertices[faces].transpose(1, 0, 2)
+        volume = -(np.cross(a, b) * c).sum() / 6  # minus: its faces run clockwise seen from outside
+        assert 0.4 < volume / np.ptp(vertices, axis=0).prod() <= 1  # a ball fills 0.52 of its box
+        assert 0.02 < np.ptp(vertices, axis=0).min() < np.ptp(vertices, axis=0).max() < 0.15
+        assert colors.shape == vertices.shape and colors.min() > 0 and colors.max() < 1
+
+
+SUN = photo.Light(direction=np.array([0.0, 0.0, -1.0]), key=np.ones(3), sky=np.full(3, 0.3),
+                  bounce=np.full(3, 0.1), casts_shadow=False)  # from the camera
+
+
+def square(centre, side, color=(0.3, 0.3, 0.3)):
+    """A square that faces the camera."""
+    corners = np.array([[-1, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0.0]]) * side / 2 + centre
+    faces = np.array([[0, 3, 2], [0, 2, 1]])
+    normals = np.tile([0.0, 0.0, -1.0], (4, 1))
+    return photo.Mesh(corners, faces, normals, np.tile(color, (4, 1)), photo.matt, wrap=(0, 0, 0))
+
+
+CAMERA_MATRIX = np.array([[64.0, 0, 31.5], [0, 64, 31.5], [0, 0, 1]])
+
+
+def test_render_projects_and_numbers_meshes():
+    meshes = [square([0, 0, 1.0], 0.5), square([0.125, 0, 0.8], 0.1, color=(0.9, 0.1, 0.1))]
+    layer, depth, vertex = photo.render(meshes, CAMERA_MATRIX, 64, SUN, draw.rasterise)
+    assert layer.shape == (64, 64, 4) and depth.shape == vertex.shape == (128, 128)
+    rows, columns = np.nonzero(layer[..., 3] == 1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 47, 16, 47)  # 0.5 m at 64 px/m
+    near = vertex >= 4
+    rows, columns = np.nonzero(near)
+    np.testing.assert_allclose([rows.mean(), columns.mean()], [63.5, 63.5 + 2 * 10], atol=0.6)
+    np.testing.assert_allclose(depth[near], 0.8, atol=1e-6)
+    np.testing.assert_allclose(depth[(vertex >= 0) & ~near], 1.0, atol=1e-6)
+    assert np.isinf(depth[vertex < 0]).all()
+    red = layer[32, 42]
+    assert red[0] > 2 * red[1]
+
+
+def test_render_casts_shadows_away_from_the_light():
+    wall, small = square([0, 0, 1.0], 0.9), square([0, 0, 0.8], 0.1)
+    x = 0.6
+    dark = np.zeros(3)  # nothing but the key light
+    light = photo.Light(np.array([x, 0, -np.sqrt(1 - x * x)]), SUN.key, dark, dark, False)
+    shaded = photo.render([wall, small], CAMERA_MATRIX, 64, light, draw.rasterise)[0]
+    lit_wall = shaded[10, 32, 0]
+    shadow = (shaded[..., 0] < 0.5 * lit_wall) & (shaded[..., 3] == 1)
+    rows, columns = np.nonzero(shadow)
+    assert lit_wall > 0.3 and 20 < len(rows) < 60  # 6.4 x 6.4 pixels
+    # The light comes from the right: the shadow lies 0.2 m / 0.8 * 0.6 = 0.15 m, 9.6 pixels, to the left.
+    np.testing.assert_allclose([rows.mean(), columns.mean()], [31.5, 31.5 - 9.6], atol=1)
+
+
+def test_a_perfect_camera_shows_what_is_there():
+    camera = photo.Camera(gain=np.ones(3), noise=0.0, defocus=0.0, quality=90)
+    background = np.full((80, 80, 3), 0.25)
+    layer = np.zeros((64, 64, 4), np.float32)
+    layer[10:20, 30:50] = 1.0, 0.5, 0.0, 1.0
+    layer[20] = 0.25, 0.25, 0.25, 0.5  # premultiplied: half covered by grey 0.5
+    seed = next(k for k in range(9) if np.random.default_rng(k).random(3)[2] > 0.15)  # without motion blur
+    picture = photo.photograph(np.random.default_rng(seed), camera, SUN, background, layer, np.zeros(2))
+    expected = np.full((64, 64, 3), 63)
+    expected[10:20, 30:50] = 255, 127, 0
+    expected[20] = 95
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_a_background_may_show_the_tones():
+    tones = np.array([[1.0, 0.0, 1.0]])
+    without = [photo.random_background(np.random.default_rng(k), 32) for k in range(20)]
+    given = [photo.random_background(np.random.default_rng(k), 32, tones) for k in range(20)]
+    assert all(b.shape == (40, 40, 3) and b.min() >= 0 and b.max() <= 1 for b in without + given)
+    pink = [np.abs(b - tones[0]).max(2).min() < 0.1 for b in given]
+    assert any(pink) and not all(pink)
