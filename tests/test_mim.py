@@ -37,7 +37,7 @@ def weights(run):
     return {f"{part}.{name}": value for part in parts for name, value in state[part].items()}
 
 
-# ------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------------------------------ masks
 @pytest.mark.parametrize("grid", [4, 14, 16])
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75])
 def test_masks_hide_what_they_should(grid, ratio):
@@ -77,7 +77,7 @@ def test_a_share_of_the_views_is_masked_within_the_ratios():
     assert ratio[masked].mean() == pytest.approx(0.3, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------------ losses
+# ----------------------------------------------------------------------------------------------------- losses
 def test_distillation_is_the_sum_that_ibot_writes():
     g = generator(3)
     teacher, student, center = (torch.rand(n, 7, generator=g, dtype=torch.float64) for n in (5, 5, 1))
@@ -195,7 +195,7 @@ def test_gradient_norms_are_those_of_each_loss():
     assert float(found["b_gradient"]) == pytest.approx(float(tokens.detach().norm()))
 
 
-# ------------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------------------------------------ views
 def test_views_keep_the_box_and_colour_can_be_switched_off():
     """An upright window of half side s around t holds the box [-1/2, 1/2]; strength 0 leaves the colours."""
     canvas = torch.randint(0, 256, (64, 3, 72, 72), generator=generator(9), dtype=torch.uint8)
@@ -222,7 +222,7 @@ def test_padding_is_not_a_patch_to_paint():
     assert real[:, 0].all() and not real[:, 1, :, 0].any() and real[:, 1, :, 1:].all()
 
 
-# ------------------------------------------------------------------------------------------------------- heads
+# ------------------------------------------------------------------------------------------------------ heads
 def test_heads_have_the_shapes_and_starts_they_promise():
     torch.manual_seed(0)
     points = KeypointHead(192, 21)(0.1 * torch.randn(4, 192))
@@ -249,12 +249,13 @@ def test_the_student_does_not_see_masked_patches_and_the_teacher_sees_all():
     assert torch.allclose(student(other, mask, hide=True)["tokens"], learned["tokens"], atol=1e-5)
     assert not torch.allclose(teacher(other, mask, hide=False)["tokens"], taught["tokens"], atol=1e-2)
     shapes = {name: tuple(value.shape) for name, value in learned.items()}
-    assert shapes == {"tokens": (6, 17, 192), "class": (2, 3, 64), "patch": (48, 64), "keypoints": (2, 3, 5, 2),
+    assert shapes == {"tokens": (6, 17, 192), "class": (2, 3, 64), "patch": (48, 64),
+                      "keypoints": (2, 3, 5, 2),
                       "pixels": (48, 768), "hog": (2, 3, 512), "patch_hog": (2, 3, 16, 32)}
     assert set(taught) == {"tokens", "class", "patch", "keypoints"}
 
 
-# ------------------------------------------------------------------------------------------- the loop's wiring
+# ------------------------------------------------------------------------------------------ the loop's wiring
 class Recorder:
     """Stands in for functions of the script and keeps what they were given and what they returned, in
     order."""
@@ -366,7 +367,8 @@ def test_the_teacher_follows_after_the_step_and_prototypes_wait(hands, tmp_path,
     for name, spy in (("distill", spy_distill), ("update", spy_update), ("ema_update", spy_ema)):
         monkeypatch.setattr(pretrain_mim, name, spy)
     with pytest.raises(Enough):
-        pretrain_mim.main(["--data", str(hands / "train"), "--out", str(tmp_path / "run"), *TINY, "--steps", "150",
+        pretrain_mim.main(["--data", str(hands / "train"), "--out", str(tmp_path / "run"), *TINY, "--steps",
+                           "150",
                            "--ema", "0.9"])
     assert [row["frozen"] for row in rows] == [1, 1, 1, 0, 0] and all(row["clip"] == 3 for row in rows)
     assert not rows[0]["center"].any() and all(row["center"].any() for row in rows[1:])
@@ -380,18 +382,21 @@ def test_the_teacher_follows_after_the_step_and_prototypes_wait(hands, tmp_path,
 
 def test_rates_are_cosines_of_the_step():
     assert cosine(0, 10, 1.0, warmup=4) == 0.25 and cosine(3, 10, 1.0, warmup=4) == 1
-    assert cosine(7, 10, 1.0, warmup=4) == pytest.approx(0.5) and cosine(10, 10, 1.0, final=0.2) == pytest.approx(0.2)
+    assert cosine(7, 10, 1.0, warmup=4) == pytest.approx(0.5) and cosine(10, 10, 1.0,
+                                                                         final=0.2) == pytest.approx(0.2)
 
 
-# ----------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------- command
 def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     done = mim(hands, tmp_path / "run", "--steps", 3)
     assert "M parameters; 24 hands, 3 steps of 8 = 1 epochs; cpu, float32; writes" in done.stdout
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     names = {"patch", "pixel", "hog", "patch_hog", "align", "patch_teacher_entropy", "patch_entropy_of_mean",
-             "patch_center_norm", "keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error",
-             "masked_views", "masked_patches", "lr", "loss", "images_per_second", "align_gradient", "gradient_norm"}
+             "patch_center_norm", "keypoint_spread", "keypoint_batch_spread", "equivariance_error",
+             "student_error",
+             "masked_views", "masked_patches", "lr", "loss", "images_per_second", "align_gradient",
+             "gradient_norm"}
     assert names <= set(rows[0])
     pictures = {path.name for path in (tmp_path / "run/samples").iterdir()}
     assert pictures == {"step_0000001.png", "step_0000003.png", "loss.png", "keypoints.png", "collapse.png"}
@@ -446,12 +451,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
     command = ["--steps", 24, "--save-every", 4, "--image-size", 32, "--mask-ratio", 0.3, 0.5]
     mim(hands, tmp_path / "whole", *command)
     killed = tmp_path / "killed"
-    full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out", str(killed),
+    full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out",
+            str(killed),
             *TINY, *map(str, command)]
     chance = random.Random(int(os.environ.get("SEED", 0)))
     for target in sorted(chance.sample(range(1, 20), int(os.environ.get("KILLS", 2)))):
         resume = ["--resume"] if (killed / "config.json").exists() else []
-        run = subprocess.Popen([*full, *resume], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen([*full, *resume], env=ENV, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
         lines = killed / "log.jsonl"
         while run.poll() is None and not (lines.exists() and len(lines.read_text().splitlines()) >= target):
             time.sleep(0.005)
@@ -467,11 +474,12 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
     assert rows[0] == rows[1]
 
 
-# ---------------------------------------------------------------------------------------------------- collapse
+# --------------------------------------------------------------------------------------------------- collapse
 def test_collapse_is_said_once(hands, tmp_path):
     """A teacher so soft that its targets are uniform: the student answers the same everywhere, and the run
     says so."""
-    flags = ["--temperature", 9, 9, "--pose-loss", "none", "--pixel-loss", 0, "--mask-share", 1, "--image-size", 32,
+    flags = ["--temperature", 9, 9, "--pose-loss", "none", "--pixel-loss", 0, "--mask-share", 1,
+             "--image-size", 32,
              "--mask-ratio", 0.5, 0.5, "--lr", 0.2]
     done = mim(hands, tmp_path / "run", "--steps", 60, *flags)
     said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("warning")]
@@ -480,8 +488,10 @@ def test_collapse_is_said_once(hands, tmp_path):
 
 
 def test_collapse_is_told_from_health():
-    healthy = {"class": 3.0, "patch": 1.0, "masked_views": 0.5, "keypoint_spread": 0.4, "keypoint_batch_spread": 0.2}
-    sick = {"class": math.log(64) + 0.01, "patch": math.log(64) / 2, "keypoint_spread": 0.01}  # half have no mask
+    healthy = {"class": 3.0, "patch": 1.0, "masked_views": 0.5, "keypoint_spread": 0.4,
+               "keypoint_batch_spread": 0.2}
+    # half have no mask
+    sick = {"class": math.log(64) + 0.01, "patch": math.log(64) / 2, "keypoint_spread": 0.01}
     for names in ((), ("class",), ("patch",), ("keypoint_spread",), ("class", "patch", "keypoint_spread")):
         found = pretrain_mim.CollapseAlarm(64).collapsed(healthy | {name: sick[name] for name in names})
         assert set(found) == {name.replace("keypoint_spread", "keypoints") for name in names}
