@@ -14,3 +14,10 @@ def hands(tmp_path_factory):
     call("make_synthetic.py", "--out", folder / "train", "--hands", 24, "--videos", 6, "--size", 96)
     call("make_synthetic.py", "--out", folder / "val", "--hands", 8, "--videos", 4, "--size", 96, "--seed", 1)
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what runs commands, so that `make quick` can leave it out."""
+    for item in items:
+        if {"hands", "mesh", "freihand", "pairs", "tmp_run"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.commands)
