@@ -329,14 +329,14 @@ class _Skinning(torch.autograd.Function):
         ctx.hand = hand
         ctx.save_for_backward(points, joints, local, chain, moves)
         in_file_order = torch.cat([chain[..., 3], vertices.index_select(1, hand.tips)], dim=1)  # (B, 21, 3)
-        return vertices, in_file_order.index_select(1, hand.order)
+        return vertices, in_file_order.index_select(1, hand.to_freihand)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_vertices, d_joints):
         hand = ctx.hand
         points, joints, local, chain, moves = ctx.saved_tensors
-        d_origins, d_tips = d_joints.index_select(1, hand.inverse).split([16, 5], dim=1)
+        d_origins, d_tips = d_joints.index_select(1, hand.to_mano).split([16, 5], dim=1)
 
         # Skinning: vertices -> points before rotation, and the moves A_i.
         d_points = torch.empty_like(points)
@@ -355,7 +355,7 @@ class _Skinning(torch.autograd.Function):
         d_features = torch.mm(d_points.flatten(1), hand.blend[1:].T)  # (B, 10 + 135)
         d_betas, d_pose = d_features.split([10, 135], dim=1)
 
-        # Moves A_i -> transforms G_i and rest joints.
+        # Moves A_i -> chain G_i and rest joints.
         d_chain = d_moves.transpose(1, 2).unflatten(2, (3, 4)).contiguous()  # (B, 16, 3, 4)
         d_rest_joints = chain[..., :3].mT @ -d_chain[..., 3:]
         d_chain[..., :3] -= d_chain[..., 3:] * joints.mT
@@ -367,8 +367,8 @@ class _Skinning(torch.autograd.Function):
             parent, _, d_parent = upper
             _, step, d_child = lower
             d_up = torch.cat([d_child @ step.mT, d_child[..., 3:]], dim=-1)
-            root = parent.shape[1] == 1
-            d_parent += d_up.sum(1, keepdim=True) if root else d_up
+            is_wrist = parent.shape[1] == 1  # the parent of all five fingers
+            d_parent += d_up.sum(1, keepdim=True) if is_wrist else d_up
             d_child.copy_(parent[..., :3].mT @ d_child)
         d_rotmats, d_bones = d_chain.split([3, 1], dim=-1)
         d_rotmats[:, 1:] += d_pose.unflatten(1, (15, 3, 3))
@@ -413,9 +413,9 @@ class Mano(nn.Module):
         joints = np.einsum("jv,vck->jck", arrays["J_regressor"], blend[..., :11])  # (16, 3, 1 + 10)
         bones = joints - joints[[0, *PARENTS[1:]]]
         bones[0] = joints[0]
-        rest = np.stack([joints, bones]).reshape(96, 11)
+        rest = np.stack([joints, bones]).reshape(96, 11)  # 96 numbers, from the template and ten shape directions
         self._add_buffer("template", template)
-        self._add_buffer("blend", blend.transpose(2, 1, 0).reshape(146, -1))
+        self._add_buffer("blend", blend.transpose(2, 1, 0).reshape(146, -1))  # (1 + 10 + 135, 3 V)
         self._add_buffer("rest", rest[:, 0])
         self._add_buffer("rest_dirs", rest[:, 1:].T)
         self._add_buffer("weights", arrays["weights"])
@@ -423,8 +423,8 @@ class Mano(nn.Module):
         self._add_buffer("hands_mean", np.reshape(arrays["hands_mean"], (15, 3)))
         self._add_buffer("faces", arrays["f"], torch.int64)
         self._add_buffer("tips", _tip_vertices(tips), torch.int64)
-        self._add_buffer("order", MANO_TO_FREIHAND, torch.int64)
-        self._add_buffer("inverse", FREIHAND_TO_MANO, torch.int64)
+        self._add_buffer("to_freihand", MANO_TO_FREIHAND, torch.int64)
+        self._add_buffer("to_mano", FREIHAND_TO_MANO, torch.int64)
 
     def _add_buffer(self, name, values, dtype=torch.float32):
         """Not persistent: no state_dict, and so no checkpoint, contains the licensed arrays."""
@@ -440,10 +440,10 @@ class Mano(nn.Module):
 def _shape_message(rotmats, betas):
     given = f"rotmats {tuple(rotmats.shape)}, betas {tuple(betas.shape)}: need (B, 16, 3, 3), (B, 10)"
     if rotmats.shape[1:] in ((48,), (16, 3)):
-        return (f"{given}. Axis-angle becomes matrices by rotmat_from_axis_angle(pose.reshape(-1, 16, 3)); "
-                "if it is relative to the mean pose, first add hands_mean to pose[:, 1:]")
+        return (f"{given}. Convert axis-angle: rotmat_from_axis_angle(pose.reshape(-1, 16, 3)). If the pose is "
+                "relative to MANO's mean pose, add hands_mean (15, 3) to its finger joints first")
     if rotmats.shape[1:] in ((96,), (16, 6)):
-        return f"{given}. 6-D rotations become matrices by rotmat_from_6d(pose.reshape(-1, 16, 6))"
+        return f"{given}. Convert 6-D rotations: rotmat_from_6d(pose.reshape(-1, 16, 6))"
     return given
 
 

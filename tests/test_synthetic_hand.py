@@ -165,7 +165,7 @@ def test_posed_skin_neither_tears_nor_turns_inside_out(hand, poses):
 
 @pytest.mark.parametrize("beta", [-3.0, 3.0])
 def test_shapes_stay_whole_and_bones_inside(hand, beta):
-    """No face turns over, and every joint stays inside the skin: its solid angle is that of a surface around it."""
+    """No face turns over, and every joint stays inside the skin, which fills most of its solid angle."""
     faces, rest = hand["f"], hand["v_template"]
     for k in range(10):
         points = rest + beta * hand["shapedirs"][:, :, k]
