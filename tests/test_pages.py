@@ -1,20 +1,22 @@
 """README, docs and recipes are true: every command and snippet runs on smaller data; links and flags exist.
 
 The shell reads the pages' blocks and the recipes. In place of `python` and `torchrun` it finds stand-ins,
-which only write down how they were called. The calls then run in their order in one process, so that torch starts
-once: python tests/test_pages.py CALLS.json. What torchrun starts stays processes of its own.
+which only write down how they were called. The calls then run in their order, in this process.
 """
-import contextlib
-import importlib
-import io
-import json
+
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
+
+from fixtures import call, write_official_pickle
+from PIL import Image
+from test_layouts import write_assemblyhands, write_dexycb, write_ho3d, write_interhand
+
+from mano import mirror_arrays
+from synthetic_hand import synthetic_mano
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["README.md", *(f"docs/{name}.md" for name in (
@@ -22,12 +24,9 @@ ORDER = ["README.md", *(f"docs/{name}.md" for name in (
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*ORDER, "CONTRIBUTING.md")}
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 
-# What is changed in a call, and nothing else: values in place, and flags at its end, which overrule others.
-IN_PLACE = [
-    (r"--(epochs|steps) \S+", ""),
-    (r"--arch \S+", "--arch vit_micro"),
-    (r"--videos \d+", "--videos 9"),
-]
+# What is changed in a call, and nothing else: values of flags (None: the flag goes), and flags at its end, which
+# overrule earlier ones.
+IN_PLACE = {"--epochs": None, "--steps": None, "--arch": "vit_micro", "--videos": "9"}
 TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
 AT_THE_END = {
     "make_synthetic.py": ["--hands", "26", "--size", "64", "--workers", "1"],
@@ -52,25 +51,21 @@ def calls_of(script, folder):
     return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
 
 
-def smaller(call):
+def smaller(words):
     """The same call on smaller data."""
-    text = "\0".join(call)
-    for pattern, replacement in IN_PLACE:
-        text = re.sub(pattern.replace(" ", "\0"), replacement.replace(" ", "\0"), text)
-    call = [word for word in text.split("\0") if word]
-    script = next(word for word in call if word.endswith(".py"))
-    return call + AT_THE_END.get(script, [])
+    kept = []
+    for word in words:
+        flag = kept[-1] if kept else ""
+        if flag in IN_PLACE:
+            kept[-1:] = [flag, IN_PLACE[flag]] if IN_PLACE[flag] else []
+        else:
+            kept.append(word)
+    script = next(word for word in kept if word.endswith(".py"))
+    return kept + AT_THE_END.get(script, [])
 
 
 def write_downloads(folder):
     """What a reader has before the first command: data sets, MANO's files, photographs, a video."""
-    from fixtures import write_official_pickle
-    from PIL import Image
-    from test_layouts import write_assemblyhands, write_dexycb, write_ho3d, write_interhand
-
-    from mano import mirror_arrays
-    from synthetic_hand import synthetic_mano
-
     hand = synthetic_mano()
     write_official_pickle(folder / "MANO_RIGHT.pkl", hand)
     write_official_pickle(folder / "MANO_LEFT.pkl", mirror_arrays(hand))
@@ -88,7 +83,7 @@ def write_downloads(folder):
     (folder / "keypoints.csv").write_text(",".join(head) + "\n" + ",".join(row) + "\n")
 
 
-def test_every_command_and_snippet_runs(tmp_path):
+def test_every_command_and_snippet_runs(tmp_path, monkeypatch):
     (tmp_path / "stand-ins").mkdir()
     for name in ("python", "torchrun"):
         stand_in = tmp_path / "stand-ins" / name
@@ -102,16 +97,17 @@ def test_every_command_and_snippet_runs(tmp_path):
             calls += calls_of(block, tmp_path)
     for recipe in RECIPES:
         calls += calls_of(f"bash recipes/{recipe}", tmp_path)
-    calls = [smaller(call) for call in calls]
-    calls = [call for k, call in enumerate(calls) if call not in calls[:k]]
+    calls = [smaller(words) for words in calls]
+    calls = [words for k, words in enumerate(calls) if words not in calls[:k]]
     assert len(calls) >= 60
-    calls += [["snippet", block] for page in ORDER for block in blocks(page, "python")]
-    (tmp_path / "calls.json").write_text(json.dumps(calls))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "calls.json"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    print(done.stdout)
-    assert done.returncode == 0, f"{done.stdout[-600:]}\n{done.stderr[-3000:]}"
+    monkeypatch.chdir(tmp_path)
+    for starter, *words in calls:
+        start = time.perf_counter()
+        call(*words) if starter == "python" else call(*words[1:], processes=2)
+        print(f"{time.perf_counter() - start:6.1f} s ", starter, *words)
+    for page in ORDER:
+        for snippet in blocks(page, "python"):
+            exec(compile(snippet, f"snippet of {page}", "exec"), {})
 
 
 def anchors(page):
@@ -160,26 +156,3 @@ def test_pages_are_short_and_nothing_waits_to_be_filled_in():
         assert not re.findall(r"@[A-Z]+@|TODO|FIXME|XXX", text), name
         wide = [line for line in text.splitlines() if len(line) > 140 and not line.startswith("|")]
         assert not wide, f"{name}: {wide[0]}"
-
-
-# -------------------------------------------------------------------------------------------- as a script
-def run_call(call):
-    """One call, in this process; ends it where the call would have ended with an error."""
-    if call[0] == "snippet":
-        exec(compile(call[1], "snippet of a page", "exec"), {})
-    elif call[0] == "torchrun":
-        words = [str(ROOT / word) if word.endswith(".py") else word for word in call[2:]]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        subprocess.run([*launcher, *words], check=True)
-    else:
-        script = importlib.import_module(call[1].removesuffix(".py"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            script.main(call[2:])
-
-
-if __name__ == "__main__":
-    for each in json.loads(Path(sys.argv[1]).read_text()):
-        start = time.perf_counter()
-        print(*each, end=" ", flush=True)
-        run_call(each)
-        print(f"[{time.perf_counter() - start:.1f} s]", flush=True)
