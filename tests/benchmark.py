@@ -43,7 +43,8 @@ def layer():
     posedirs, parents = a["posedirs"].reshape(-1, 135).T.contiguous(), torch.tensor(PARENTS)
 
     def smplx_hand(rotmats, betas):
-        return lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents, a["weights"],
+        return lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents,
+                   a["weights"],
                    pose2rot=False)
 
     print(f"layer, forward + backward, ms  {'smplx.lbs':>26}{'ours':>26}   times faster (target)")
@@ -51,11 +52,13 @@ def layer():
         generator = torch.Generator().manual_seed(batch)
         rotmats = rotmat_from_axis_angle(torch.randn(batch, 16, 3, generator=generator)).requires_grad_()
         betas = torch.randn(batch, 10, generator=generator).requires_grad_()
-        gradients = torch.randn(batch, 778, 3, generator=generator), torch.randn(batch, 21, 3, generator=generator)
+        gradients = torch.randn(batch, 778, 3, generator=generator), torch.randn(batch, 21, 3,
+                                                                                 generator=generator)
 
         def step(model, rotmats=rotmats, betas=betas, gradients=gradients):
             vertices, joints = model(rotmats, betas)
-            torch.autograd.grad((vertices, joints), (rotmats, betas), (gradients[0], gradients[1][:, :joints.shape[1]]))
+            torch.autograd.grad((vertices, joints), (rotmats, betas),
+                                (gradients[0], gradients[1][:, :joints.shape[1]]))
 
         result = race({"smplx": lambda step=step: step(smplx_hand), "ours": lambda step=step: step(hand)})
         columns = "".join(f"{f'{m:.3f} [{low:.3f} {high:.3f}]':>26}" for low, m, high in result.values())
@@ -69,8 +72,10 @@ def layer():
         loss = (vertices * gradients[0]).sum() + (joints[:, order] * gradients[1][:, :16]).sum()
         found.append((vertices, joints[:, order], *torch.autograd.grad(loss, (rotmats, betas))))
     vertices, joints, *slopes = ((ours - theirs).detach() for theirs, ours in zip(*found, strict=True))
-    relative = max(float(slope.norm() / theirs.norm()) for slope, theirs in zip(slopes, found[0][2:], strict=True))
-    print(f"  largest difference, 1,024 hands: vertices {vertices.abs().max():.1e} m, joints {joints.abs().max():.1e} m, "
+    relative = max(float(slope.norm() / theirs.norm()) for slope,
+                   theirs in zip(slopes, found[0][2:], strict=True))
+    print(f"  largest difference, 1,024 hands: vertices {vertices.abs().max():.1e} m, "
+          f"joints {joints.abs().max():.1e} m, "
           f"gradients {relative:.1e} relative")
 
 
@@ -85,16 +90,19 @@ def scores():
         for name, noise in (("5 mm off", 0.005), ("50 mm off", 0.05)):
             pred = gt + rng.normal(0, noise, gt.shape)
             arrays = [x for points in (pred, gt) for x in (points[:, :21], points[:, 21:])]
-            low, m, high = race({"ours": lambda arrays=arrays, of=protocol: evaluate_hands(*arrays, of)}, 3, 0)["ours"] / 1e3
+            low, m, high = race({"ours": lambda arrays=arrays, of=protocol: evaluate_hands(*arrays, of)}, 3,
+                                0)["ours"] / 1e3
             print(f"  {name:10}  {m:.2f} [{low:.2f} {high:.2f}]")
 
 
 def preparing(labels=32_560):
-    """prepare_data.py freihand on labels of the full size and 4 x as many links to one image: seconds and peak memory."""
+    """prepare_data.py freihand on labels of the full size and 4 x as many links to one image: seconds and
+    peak memory."""
     from PIL import Image
 
     print(f"prepare_data.py freihand, {4 * labels:,} images of {labels:,} labels (targets 180 s, 4096 MB)")
-    rng, command = np.random.default_rng(0), [sys.executable, str(ROOT.parent / "prepare_data.py"), "freihand"]
+    rng, command = np.random.default_rng(0), [sys.executable, str(ROOT.parent / "prepare_data.py"),
+                                              "freihand"]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for name in ("rgb", "mask"):
@@ -103,7 +111,8 @@ def preparing(labels=32_560):
         for k in range(4 * labels):
             (folder / "hands" / "training" / "rgb" / f"{k:08d}.jpg").symlink_to(folder / "one.jpg")
         vertices = rng.normal(0, 0.03, (50, 778, 3)) + [0, 0, 0.7]
-        entries = {"K": [[[480.0, 0, 112], [0, 480, 112], [0, 0, 1]]] * 50, "xyz": vertices[:, :21].tolist(), "verts": vertices.tolist(),
+        entries = {"K": [[[480.0, 0, 112], [0, 480, 112], [0, 0, 1]]] * 50, "xyz": vertices[:, :21].tolist(),
+                   "verts": vertices.tolist(),
                    "mano": rng.normal(0, 1, (50, 1, 61)).tolist(), "scale": [0.03] * 50}
         for name, values in entries.items():
             with open(folder / "hands" / f"training_{name}.json", "w") as file:
@@ -112,7 +121,8 @@ def preparing(labels=32_560):
                     file.write(("[" if k == 0 else ", ") + texts[k % 50])
                 file.write("]")
         start = time.perf_counter()
-        subprocess.run([*command, str(folder / "hands"), "--out", str(folder / "index")], check=True, capture_output=True)
+        subprocess.run([*command, str(folder / "hands"), "--out", str(folder / "index")], check=True,
+                       capture_output=True)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
         print(f"  {time.perf_counter() - start:.0f} s, {peak} MB")
 
@@ -124,7 +134,8 @@ def opening():
     print("HandIndex, 2,000,000 hands, ms (target 1000)")
     with tempfile.TemporaryDirectory() as folder:
         count = 2_000_000
-        columns = {"image": np.full(count, b"frames/00000000.jpg"), "box": np.tile(np.float32([0, 0, 9, 9]), (count, 1)),
+        columns = {"image": np.full(count, b"frames/00000000.jpg"),
+                   "box": np.tile(np.float32([0, 0, 9, 9]), (count, 1)),
                    "keypoints": np.zeros((count, 21, 2), np.float32)}
         write_index(Path(folder) / "big", columns, {"name": "big"})
         low, m, high = race({"ours": lambda: HandIndex(Path(folder) / "big").image_path(count - 1)})["ours"]
@@ -132,43 +143,51 @@ def opening():
 
 
 def pretraining_step(arch, image_size, batch, public):
-    """One HandMIM step (forward, losses, backward, update) with iBOT's losses and the pixels, as a function. public: the public
-    iBOT form, attention written out and heads on all tokens, their loss multiplied by the mask afterwards."""
+    """One HandMIM step (forward, losses, backward, update) with iBOT's losses and the pixels, as a function.
+
+    public: in the public iBOT form, attention written out and heads on all tokens, whose errors the mask
+    multiplies. """
     import copy
     import math
     from unittest.mock import patch
 
     import pretrain_mim as mim
-    from data import random_theta
+    from masking import block_mask, to_patches
     from model import build_encoder
-    from runtime import Runtime, adamw, ema_update, generator, param_groups
+    from runtime import adamw, ema_update, generator, param_groups
 
     def written_out(q, k, v):
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
-    args = mim.flags().parse_args(["--data", "-", "--out", "-", "--pose-loss", "class"])
-    mim.check_flags(args)
-    runtime, g = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0), generator(0)
     torch.manual_seed(0)
-    student = mim.HandMIM(build_encoder(arch, image_size), args).train()
+    student = mim.HandMIM(build_encoder(arch, image_size), distil=("class", "patch"), keypoints=0).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = adamw(param_groups(student.named_parameters(), 0.04), torch.device("cpu"))
-    grid, centers = image_size // 16, {name: torch.zeros(1, args.prototypes) for name in ("class", "patch")}
-    views, theta = torch.randn(2 * batch, 3, image_size, image_size, generator=g), random_theta(2 * batch, g, 0.5, (0.6, 0.8), 0.1)
-    ratio = torch.where(torch.arange(2 * batch) % 2 == 0, 0.3, 0.0)    # iBOT: half of the views, .1 to .5 of the patches
-    mask = mim.block_mask(2 * batch, grid, ratio, g)
-    target = mim.make_target(views, mask, torch.ones_like(mask), mask.sum().float(), 16) | {"temperature": 0.05}
-    if public:
-        everywhere = mim.make_target(views, torch.ones_like(mask), torch.ones_like(mask), mask.sum().float(), 16)
-        weights = {name: torch.zeros(mask.numel()).index_copy(0, target["where"], target[name])
-                   for name in ("patch_weight", "pixel_weight")}
-        target = everywhere | weights | {"temperature": 0.05}
+    centers = {name: torch.zeros(1, 8192) for name in ("class", "patch")}
+    g = generator(0)
+    views = torch.randn(2, batch, 3, image_size, image_size, generator=g)
+    # iBOT: half of the views, .1 to .5 of the patches
+    ratio = torch.where(torch.arange(2 * batch) % 2 == 0, 0.3, 0.0)
+    mask = block_mask(2 * batch, image_size // 16, ratio, g).unflatten(0, (2, batch))
+    asked = torch.ones_like(mask) if public else mask
+    patch_weight = torch.zeros(mask.shape).masked_scatter_(mask, mim.patch_weights(mask))[asked]
+    pixel_weight = (mask / mask.sum())[asked]
+
+    def on_all_tokens(net, hide):
+        tokens = net.encoder(views.flatten(0, 1), mask.flatten(0, 1) if hide else None, net.mask_token)
+        patches = tokens[:, 1:].flatten(0, 1)
+        return {"class": net.prototype_head(tokens[:, 0]).unflatten(0, (2, batch)),
+                "patch": net.prototype_head(patches), "pixels": net.pixel_head(patches)}
 
     def step():
+        forward = on_all_tokens if public else lambda net, hide: net(views, mask, hide)
         with torch.no_grad():
-            whole = teacher(views, theta, target["where"])
-        losses = mim.pretraining_losses(student(views, theta, target["where"], mask), whole, centers, target, args, runtime)
-        loss = mim.total_loss(losses, args)
+            taught = forward(teacher, False)
+        learned = forward(student, True)
+        loss = mim.distill(learned["class"], taught["class"].flip(0), centers["class"], 0.05).mean()
+        errors = mim.distill(learned["patch"], taught["patch"], centers["patch"], 0.05)
+        loss = loss + (errors * patch_weight).sum()
+        loss = loss + mim.pixel_loss(learned["pixels"], to_patches(views, 16)[asked], pixel_weight)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -178,6 +197,7 @@ def pretraining_step(arch, image_size, batch, public):
     def in_public_form():
         with patch("torch.nn.functional.scaled_dot_product_attention", written_out):
             return step()
+
     return in_public_form if public else step
 
 
@@ -185,19 +205,22 @@ PRETRAINING = (("vit_tiny", 64, 64), ("vit_small", 224, 4))
 
 
 def pretraining():
-    """The step of pretrain_mim.py against the same step in the public iBOT form; the same losses of the first steps, and peak memory
-    of a process that does nothing else."""
-    print(f"pre-training step, s{'public form':>31}{'ours':>24}   times faster (target 1.5)   peak MB: public     ours")
+    """The step of pretrain_mim.py against the same step in the public iBOT form; the same losses of the first
+    steps, and peak memory of a process that does nothing else."""
+    print(f"pre-training step, s{'public form':>31}{'ours':>24}   times faster (target 1.5)   "
+          "peak MB: public     ours")
     for arch, size, batch in PRETRAINING:
         steps = {name: pretraining_step(arch, size, batch, name == "public") for name in ("public", "ours")}
         first = {name: step() for name, step in steps.items()}
         assert abs(first["public"] - first["ours"]) < 1e-4 * first["ours"], first
         result = {name: times / 1e3 for name, times in race(steps, 7, 1).items()}
         columns = "".join(f"{f'{m:.2f} [{low:.2f} {high:.2f}]':>24}" for low, m, high in result.values())
-        peaks = [subprocess.run([sys.executable, __file__, "--peak", arch, str(size), str(batch), name], capture_output=True, text=True,
+        peaks = [subprocess.run([sys.executable, __file__, "--peak", arch, str(size), str(batch), name],
+                                capture_output=True, text=True,
                                 check=True).stdout.strip() for name in steps]
         faster = result["public"][1] / result["ours"][1]
-        print(f"  {f'{arch}, {size} px, {batch} hands':25}{columns}   {faster:<25.2f} {peaks[0]:>16} {peaks[1]:>8}")
+        name = f"{arch}, {size} px, {batch} hands"
+        print(f"  {name:25}{columns}   {faster:<25.2f} {peaks[0]:>16} {peaks[1]:>8}")
 
 
 def peak(arch, size, batch, name):
@@ -210,13 +233,14 @@ def peak(arch, size, batch, name):
 
 def resident():
     """Largest resident memory of this process in MB."""
-    status = Path("/proc/self/status")                                 # Linux: getrusage would count the parent's memory too
+    status = Path("/proc/self/status")  # Linux: getrusage would count the parent's memory too
     return re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)[:-3] if status.exists() else "?"
 
 
 def detected_poses(count, videos, seed=0):
-    """(count,21,2) keypoints and (count,) videos: hands whose pose and view change smoothly from key pose to key pose, as
-    make_synthetic.py draws them, seen from anywhere by a camera and a detector with its noise."""
+    """(count,21,2) keypoints and (count,) videos: hands whose pose and view change smoothly from key pose to
+    key pose, as make_synthetic.py draws them, seen from anywhere by a camera and a detector with its
+    noise."""
     from scipy.spatial.transform import Rotation
 
     from mano import MANO_TO_FREIHAND
@@ -254,11 +278,14 @@ def detected_poses(count, videos, seed=0):
 
 
 def mining(*counts):
-    """mine_pairs.mine on detected poses, 100 frames a video, K = 10; each size in a process of its own, for its peak memory."""
-    print("mining, 10 neighbours       hands   seconds   peak MB   exponent   median distance: nearest, random")
+    """mine_pairs.mine on detected poses, 100 frames a video, K = 10; each size in a process of its own, for
+    its peak memory."""
+    print("mining, 10 neighbours       hands   seconds   peak MB   exponent   median distance: nearest, "
+          "random")
     before = None
     for count in counts or (125_000, 500_000, 2_000_000):
-        done = subprocess.run([sys.executable, __file__, "--mine", str(count)], capture_output=True, text=True, check=True).stdout.split()
+        done = subprocess.run([sys.executable, __file__, "--mine", str(count)], capture_output=True,
+                              text=True, check=True).stdout.split()
         seconds, memory = float(done[0]), done[1]
         exponent = f"{np.log(seconds / before[1]) / np.log(count / before[0]):.2f}" if before else ""
         print(f"{count:>33,}{seconds:>10.1f}{memory:>10}{exponent:>11}   {done[2]}, {done[3]}", flush=True)
@@ -275,14 +302,17 @@ def mine_once(count):
     seconds = time.perf_counter() - start
     some = np.random.default_rng(0).integers(len(keypoints), size=(2, 10000))
     x, y = ((normalise_pose(keypoints[rows]) - found["mean"]) @ found["components"].T for rows in some)
-    print(f"{seconds} {resident()} {np.median(found['dist'][:, 0]):.3f} {np.median(np.linalg.norm(x - y, axis=1)):.3f}")
+    nearest = np.median(found["dist"][:, 0])
+    print(f"{seconds} {resident()} {nearest:.3f} {np.median(np.linalg.norm(x - y, axis=1)):.3f}")
 
 
 def contrast(pairs=8192):
-    """The weighted loss of 8,192 pairs of 64 latent points, forward and backward, with and without chunks; each in a process of its own."""
+    """The weighted loss of 8,192 pairs of 64 latent points, forward and backward, with and without chunks;
+    each in a process of its own."""
     print(f"NT-Xent, {pairs:,} weighted pairs    seconds   peak MB   loss         gradient's norm")
     for name in ("in chunks", "whole"):
-        print(f"  {name:28}" + subprocess.run([sys.executable, __file__, "--contrast", str(pairs), name], capture_output=True, text=True,
+        print(f"  {name:28}" + subprocess.run([sys.executable, __file__, "--contrast", str(pairs), name],
+                                              capture_output=True, text=True,
                                               check=True).stdout.rstrip(), flush=True)
 
 
@@ -296,10 +326,12 @@ def contrast_once(pairs, name):
     start = time.perf_counter()
     loss = pc.nt_xent(*torch.nn.functional.normalize(latent, dim=2), 0.5, *pc.weights(*joints))
     loss.backward()
-    print(f"{time.perf_counter() - start:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
+    seconds = time.perf_counter() - start
+    print(f"{seconds:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "prepare": preparing, "pretraining": pretraining,
+SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "prepare": preparing,
+            "pretraining": pretraining,
             "mining": mining, "contrast": contrast}
 
 if __name__ == "__main__":
