@@ -224,8 +224,8 @@ def build_scene(surface, person, labels, frame):
         shape, faces, colors = person.occluder
         joint = labels["joints"][frame, person.covers]
         place = 0.72 * joint + person.drift[frame]  # nearer, on the same ray
-        # Its faces run clockwise, so the key light misses most of it. It stays, because a seed must go on giving
-        # the same bytes.
+        # Its faces run clockwise, so the key light misses most of it. It stays: a seed must go on giving the
+        # same bytes.
         meshes.append(painted(0.7 * shape + place, faces, colors))
     return meshes
 
