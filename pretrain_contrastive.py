@@ -382,8 +382,8 @@ def flags():
     cli.add_argument("--method", choices=["simclr", "peclr", "simhand"], default="simhand",
                      help="method, see above (default simhand)")
     cli.add_argument("--pairs", metavar="FILE",
-                     help="pairs.npz of mine_pairs.py for the same --data. simhand needs it. With it, simclr and "
-                          "peclr draw the same hands, for a fair comparison (default: all hands)")
+                     help="pairs.npz of mine_pairs.py for the same --data. simhand needs it. With it, simclr "
+                          "and peclr draw the same hands, for a fair comparison (default: all hands)")
     cli.add_argument("--labelled", action="store_true",
                      help="use the labels joints2d for views and weights, not the keypoints")
     group = cli.add_argument_group("network")
@@ -402,8 +402,8 @@ def flags():
                        help="way to undo theta on the latent points, not for simclr: exact (default, ours), "
                             "official (the public code's arithmetic), or none")
     group.add_argument("--temperature", type=float, default=0.5,
-                       help="temperature of NT-Xent (default .5, the public code's; in short runs .05, simhand "
-                            ".2)")
+                       help="temperature of NT-Xent (default .5, the public code's; in short runs .05, or .2 "
+                            "for simhand)")
     group.add_argument("--neighbour", type=int, default=1,
                        help="which mined neighbour is a hand's positive, only for simhand: 1 the nearest "
                             "(default, the paper's), 0 any at random")
@@ -500,7 +500,8 @@ def main(argv=None):
     args = read_flags(argv)
     runtime = setup(args)
     if args.batch_size // (runtime.world * args.accumulate) < 2 and not args.gather:
-        raise ValueError("--batch-size: fewer than two pairs for a process and part; raise it, or use --gather")
+        raise ValueError("--batch-size: fewer than two pairs for a process and part; raise it, "
+                         "or use --gather")
     column = "joints2d" if args.labelled else "keypoints"
     indices, is_known, idx, anchors = read_hands(args, column)
     # twice as fine as the views: the smallest windows are about half a canvas wide

@@ -1,21 +1,27 @@
-"""Mining and contrastive pre-training: brute force, double loops in float64, gradcheck, ideal latents, one process against two."""
+"""Mining and contrastive pre-training.
+
+Oracles: brute force, double loops in float64, gradcheck, ideal latents, the gradients of a step from its
+public functions, one process against two.
+"""
+
 import colorsys
+import contextlib
 import math
 import re
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fixtures import ENV, ROOT, call, log
+from fixtures import call, log
 from scipy.spatial.distance import cdist
 
 import mine_pairs
 import pretrain_contrastive as pc
-from data import EpochSampler, HandIndex, PairSampler, write_index
+from data import PAIRS_FORMAT, EpochSampler, HandIndex, PairSampler, write_index
 from mine_pairs import mine, normalise_pose
-from runtime import generator
+from model import build_encoder
+from runtime import Runtime, generator
 from views import (
     apply_color,
     apply_hsv,
@@ -29,38 +35,43 @@ from views import (
 )
 
 
-# -------------------------------------------------------------------------------------------------------------- mining
+# ----------------------------------------------------------------------------------------------------- mining
 def poses(count, seed=0, latent=6):
-    """Keypoints (count,21,2) of a smooth map of a few numbers, with noise, of any place and size."""
+    """Keypoints (count,21,2): a smooth map of a few numbers, with noise, of any place and size."""
     rng = np.random.default_rng(seed)
-    points = np.tanh(rng.normal(size=(count, latent)) @ rng.normal(size=(latent, 42)) / 2).reshape(count, 21, 2)
-    return 30 * rng.uniform(0.5, 2, (count, 1, 1)) * (points + 0.02 * rng.normal(size=points.shape)) + 100 * rng.random((count, 1, 2))
+    points = np.tanh(rng.normal(size=(count, latent)) @ rng.normal(size=(latent, 42)) / 2)
+    points = points.reshape(count, 21, 2) + 0.02 * rng.normal(size=(count, 21, 2))
+    return 30 * rng.uniform(0.5, 2, (count, 1, 1)) * points + 100 * rng.random((count, 1, 2))
 
 
 def uneven_videos(count, videos, seed=0):
-    """(count,) ids: the first video holds 40 % of the hands, the others what is left in uneven shares."""
+    """(count,) ids: the first video holds 40 % of the hands, the others uneven shares of the rest."""
     rng = np.random.default_rng(seed)
     share = rng.dirichlet(np.full(videos - 1, 0.5)) * 0.6
     return rng.choice(videos, count, p=np.r_[0.4, share])
 
 
-@pytest.mark.parametrize("count, videos, neighbours", [(20000, 300, 10), (700, 3, 4), (40, 8, 45)])
+@pytest.mark.parametrize("count, videos, neighbours", [(6000, 150, 10), (700, 3, 4), (40, 8, 45)])
 def test_neighbours_are_those_of_brute_force(count, videos, neighbours):
-    keypoints, video = poses(count), uneven_videos(count, videos)
+    keypoints = poses(count)
+    video = uneven_videos(count, videos)
     found = mine(keypoints, video, neighbours)
     x = (normalise_pose(keypoints) - found["mean"]) @ found["components"].T
     assert found["idx"].dtype == np.int32 and found["dist"].dtype == np.float32
     for rows in np.arange(count).reshape(-1, 20).T:
-        apart, idx, dist = cdist(x[rows], x), found["idx"][rows], found["dist"][rows]
-        apart[video[rows, None] == video] = np.inf
-        wanted = np.sort(np.partition(apart, min(neighbours, count - 1), axis=1)[:, :neighbours], axis=1)
-        wanted = np.pad(wanted, ((0, 0), (0, neighbours - wanted.shape[1])), constant_values=np.inf)
-        there = np.isfinite(wanted)
-        assert np.array_equal(there, idx >= 0) and np.array_equal(there, np.isfinite(dist))
-        assert np.abs(wanted[there] - dist[there]).max() < 1e-6
-        which = np.nonzero(there)[0]
-        assert (video[idx[there]] != video[rows][which]).all()
-        assert np.abs(apart[which, idx[there]] - wanted[there]).max() < 1e-9
+        distance = cdist(x[rows], x)
+        distance[video[rows, None] == video] = np.inf
+        idx = found["idx"][rows]
+        dist = found["dist"][rows]
+        wanted = np.sort(np.partition(distance, min(neighbours, count - 1), axis=1)[:, :neighbours], axis=1)
+        missing = neighbours - wanted.shape[1]
+        wanted = np.pad(wanted, ((0, 0), (0, missing)), constant_values=np.inf)
+        exists = np.isfinite(wanted)
+        assert np.array_equal(exists, idx >= 0) and np.array_equal(exists, np.isfinite(dist))
+        assert np.abs(wanted[exists] - dist[exists]).max() < 1e-6
+        anchor = np.nonzero(exists)[0]
+        assert (video[idx[exists]] != video[rows][anchor]).all()
+        assert np.abs(distance[anchor, idx[exists]] - wanted[exists]).max() < 1e-9
 
 
 def test_mining_knows_place_and_size_not_rotation():
@@ -69,170 +80,314 @@ def test_mining_knows_place_and_size_not_rotation():
     turned = keypoints @ [[0, 1], [-1, 0]]
     assert np.allclose(normalise_pose(keypoints), normalise_pose(moved))
     assert np.abs(normalise_pose(keypoints) - normalise_pose(turned)).max() > 0.1
-    assert np.allclose((normalise_pose(keypoints).reshape(5, 21, 2)[:, 1:] ** 2).sum(2).mean(1), 1)
+    others = normalise_pose(keypoints).reshape(5, 21, 2)[:, 1:]
+    assert np.allclose((others**2).sum(2).mean(1), 1)
 
 
-def test_unusable_hands_are_none_and_equal_ones_come_by_number():
-    keypoints, video = poses(60), np.arange(60) % 6
+def test_unusable_hands_have_no_neighbours_and_equal_ones_come_by_number():
+    keypoints = poses(60)
+    video = np.arange(60) % 6
     keypoints[7, 3] = np.nan
-    keypoints[8] = 5.0                                                     # all on one spot
-    keypoints[30], keypoints[45] = keypoints[1], keypoints[1]              # videos 0, 3 and 1
+    keypoints[8] = 5.0  # all on one spot
+    keypoints[[30, 45]] = keypoints[1]  # videos 0, 3 and 1
     found = mine(keypoints, video, 3)
-    assert (found["idx"][[7, 8]] == -1).all() and np.isinf(found["dist"][[7, 8]]).all() and not np.isin(found["idx"], [7, 8]).any()
+    assert (found["idx"][[7, 8]] == -1).all() and np.isinf(found["dist"][[7, 8]]).all()
+    assert not np.isin(found["idx"], [7, 8]).any()
     assert found["idx"][1, :2].tolist() == [30, 45] and (found["dist"][1, :2] == 0).all()
-    parts = [mine(keypoints, video, 3, share=(i, 2)) for i in (0, 1)]
-    assert np.array_equal(np.maximum(parts[0]["idx"], parts[1]["idx"]), found["idx"])
+    halves = [mine(keypoints, video, 3, share=(i, 2)) for i in (0, 1)]
+    assert np.array_equal(np.maximum(halves[0]["idx"], halves[1]["idx"]), found["idx"])
 
 
 def test_components_are_those_of_the_svd():
     x = normalise_pose(poses(400))
-    mean, axes, explained = mine_pairs.principal(poses(400), 14)
+    _, axes, explained = mine_pairs.principal(poses(400), 14)
     _, values, rows = np.linalg.svd(x - x.mean(0), full_matrices=False)
-    assert np.allclose(np.abs((axes * rows[:14]).sum(1)), 1, atol=1e-6) and np.allclose(axes @ axes.T, np.eye(14), atol=1e-9)
-    assert np.allclose(explained, values[:14] ** 2 / (values ** 2).sum())
+    assert np.allclose(np.abs((axes * rows[:14]).sum(1)), 1, atol=1e-6)
+    assert np.allclose(axes @ axes.T, np.eye(14), atol=1e-9)
+    assert np.allclose(explained, values[:14] ** 2 / (values**2).sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------- loss
+def index_of(path, keypoints, width=200, **columns):
+    """An index of hands with these keypoints; its images do not exist."""
+    count = len(keypoints)
+    hands = {"image": np.array([f"{row}.jpg".encode() for row in range(count)]),
+             "box": np.tile(np.float32([0, 0, width, width]), (count, 1)), "keypoints": keypoints}
+    write_index(path, hands | columns, {"name": path.name})
+    return HandIndex(path)
+
+
+def test_a_left_hand_is_mined_as_the_right_hand_in_the_mirror(tmp_path):
+    """Each of 30 right hands is also there as the left hand of its mirrored image: they are each other's
+    nearest, and so are their labelled joints."""
+    right = poses(30).astype(np.float32)
+    left = right * [-1, 1] + [199, 0]
+    joints = np.random.default_rng(1).normal(size=(30, 21, 3)).astype(np.float32)
+    sides = np.repeat([0, 1], 30)
+    index = index_of(tmp_path / "both", np.concatenate([right, left]), side=sides, video=np.arange(60),
+                     joints=np.concatenate([joints, joints * [-1, 1, 1]]))
+    points, _ = mine_pairs.read_poses(index, "keypoints", 0.5)
+    found = mine(points, np.arange(60), 1)
+    assert np.array_equal(found["idx"][:, 0], (np.arange(60) + 30) % 60)
+    assert found["dist"].max() < 1e-4
+    true = mine_pairs.true_joints([index])
+    assert mine_pairs.pose_error(true, np.arange(30), np.arange(30) + 30) < 1e-3
+
+
+def test_hands_that_a_detector_missed_are_left_out_and_counted(tmp_path):
+    keypoints = poses(12).astype(np.float32)
+    keypoints[3] = 7.0
+    scores = np.ones((12, 21), np.float32)
+    scores[0, 5] = 0
+    scores[1] = 0.4
+    videos = np.arange(12)
+    videos[2] = -1
+    index = index_of(tmp_path / "some", keypoints, keypoints_score=scores, video=videos)
+    points, reasons = mine_pairs.read_poses(index, "keypoints", 0.5)
+    assert np.isnan(points).all((1, 2)).nonzero()[0].tolist() == [0, 1, 2, 3]
+    assert np.array_equal(points[4:], keypoints[4:]) and list(reasons.values()) == [1, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- loss
 def slow_nt_xent(a, b, temperature, positive, negative):
-    h, N = np.concatenate([a, b]), len(a)
+    h = np.concatenate([a, b])
+    N = len(a)
     total = 0.0
     for i in range(2 * N):
-        other = (i + N) % (2 * N)
-        below = sum(math.exp(negative[i, j] * float(h[i] @ h[j]) / temperature) for j in range(2 * N) if j != i)
-        total -= math.log(math.exp(positive[i % N] * float(h[i] @ h[other]) / temperature) / below)
+        partner = (i + N) % (2 * N)
+        below = sum(math.exp(negative[i, j] * float(h[i] @ h[j]) / temperature)
+                    for j in range(2 * N) if j != i)
+        total -= math.log(math.exp(positive[i % N] * float(h[i] @ h[partner]) / temperature) / below)
     return total / (2 * N)
 
 
 @pytest.mark.parametrize("N", [1, 2, 7, 20])
 def test_nt_xent_is_the_double_loop(N, monkeypatch):
     g = generator(N)
-    a, b = (torch.nn.functional.normalize(torch.randn(N, 6, generator=g, dtype=torch.float64), dim=1) for _ in range(2))
+    a, b = torch.nn.functional.normalize(torch.randn(2, N, 6, generator=g, dtype=torch.float64), dim=2)
     joints = torch.randn(2, N, 21, 2, generator=g, dtype=torch.float64)
     positive, negative = pc.pair_weights(*joints)
-    one, ones = torch.ones(N, dtype=torch.float64), torch.ones(2 * N, 2 * N, dtype=torch.float64)
+    one = torch.ones(2 * N, 2 * N, dtype=torch.float64)
     for chunk in (1024, 3):
         monkeypatch.setattr(pc, "CHUNK", chunk)
         for plus, minus in ((None, None), (positive, None), (None, negative), (positive, negative)):
             found = pc.nt_xent(a, b, 0.5, plus, minus)
-            plus, minus = (one if plus is None else plus).numpy(), (ones if minus is None else minus).numpy()
-            wanted = slow_nt_xent(a.numpy(), b.numpy(), 0.5, plus, minus)
+            w_positive = (one[0] if plus is None else plus).numpy()
+            w_negative = (one if minus is None else minus).numpy()
+            wanted = slow_nt_xent(a.numpy(), b.numpy(), 0.5, w_positive, w_negative)
             assert float(found) == pytest.approx(wanted, abs=1e-9)
-        _, rows = pc.weights(*joints)
-        assert float(pc.nt_xent(a, b, 0.5, positive, rows)) == pytest.approx(float(pc.nt_xent(a, b, 0.5, positive, negative)), abs=1e-12)
+        _, negative_rows = pc.pair_weights_by_rows(*joints)
+        by_rows = pc.nt_xent(a, b, 0.5, positive, negative_rows)
+        assert float(by_rows) == pytest.approx(float(found), abs=1e-12)
 
 
 def test_nt_xent_has_the_right_gradient(monkeypatch):
     g = generator(3)
-    a, b = (torch.randn(4, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    pair = [torch.randn(4, 5, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     positive, negative = pc.pair_weights(*torch.randn(2, 4, 21, 2, generator=g, dtype=torch.float64))
     for chunk in (1024, 3):
         monkeypatch.setattr(pc, "CHUNK", chunk)
-        assert torch.autograd.gradcheck(lambda a, b: pc.nt_xent(a, b, 0.5, positive, negative), (a, b))
+        assert torch.autograd.gradcheck(lambda a, b: pc.nt_xent(a, b, 0.5, positive, negative), pair)
 
 
 def test_weights_are_one_for_the_closest_and_all_one_where_all_are_equal():
     joints = torch.randn(2, 9, 21, 2, generator=generator(4))
     positive, negative = pc.pair_weights(*joints)
     both = joints.flatten(0, 1)
-    apart = torch.tensor([[sum(float((both[i, k] - both[j, k]).norm()) for k in range(21)) / 21 for j in range(18)] for i in range(18)])
-    assert torch.allclose(negative, 1 - apart / apart.max(), atol=1e-5)
-    pairs = apart[torch.arange(9), torch.arange(9) + 9]
-    assert torch.allclose(positive, (pairs.max() - pairs) / (pairs.max() - pairs.min()), atol=1e-5)
-    assert positive.min() == 0 and positive.max() == 1 and negative.min() == 0 and (negative.diagonal() == 1).all()
+    distance = torch.tensor([[sum(float((a[k] - b[k]).norm()) for k in range(21)) / 21 for b in both]
+                             for a in both])
+    assert torch.allclose(negative, 1 - distance / distance.max(), atol=1e-5)
+    of_pairs = distance[torch.arange(9), torch.arange(9) + 9]
+    wanted = (of_pairs.max() - of_pairs) / (of_pairs.max() - of_pairs.min())
+    assert torch.allclose(positive, wanted, atol=1e-5)
+    assert positive.min() == 0 and positive.max() == 1
+    assert negative.min() == 0 and (negative.diagonal() == 1).all()
     alike = joints[:1, :1].expand(2, 9, 21, 2)
-    positive, negative = pc.pair_weights(*alike)
-    assert (positive == 1).all() and (negative == 1).all()
+    assert all((weights == 1).all() for weights in pc.pair_weights(*alike))
 
 
-# --------------------------------------------------------------------------------------------------------------- views
-def drawn(method, undo="exact", pairs=512, color=0):
-    """theta (2B,2,3), middle, and joints (2B,21,2) on the canvas: both views of each hand."""
-    args = pc.flags().parse_args(["--data", "x", "--out", "y", "--method", method, "--undo", undo, "--batch-size", str(pairs),
-                                  "--color", str(color), "--image-size", "32"])
+def test_lars_is_its_formula():
+    """g <- (g + wd p) min(1, eta |p| / (|g| + wd |p|) / lr), no decay (wd = 0) on 1-D tensors; a tensor that
+    is 0 or has no slope keeps its gradient."""
+    g = generator(5)
+    shapes = [(4, 3), (5,), (2, 3, 2), (3, 3), (4,), (2, 2)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes]
+    for k, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(parameter.shape, generator=g) * 10.0 ** (k - 1)
+    parameters[3].data.zero_()
+    parameters[5].grad.zero_()
+    parameters.append(torch.nn.Parameter(torch.ones(2, 2)))  # without a gradient
+    lr, weight_decay, eta = 0.05, 0.1, 0.02
 
-    class One:
-        def share(self, x):
-            return x
-    joints = (torch.randn(pairs, 21, 2, generator=generator(5)) * 0.15 + 0.05).repeat(2, 1, 1)
-    theta, args.drawn, middle = pc.draw_views(args, One(), 0, joints, torch.ones(2 * pairs, dtype=torch.bool))
-    return args, theta, middle, joints
+    def length(numbers):
+        return math.sqrt(sum(float(number) ** 2 for number in numbers))
+
+    wanted = []
+    rates = []
+    for parameter in parameters[:-1]:
+        p, slope = parameter.detach().numpy(), parameter.grad.numpy()
+        decay = weight_decay if p.ndim > 1 else 0.0
+        new = slope.copy()
+        if length(p.flat) > 0 and length(slope.flat) > 0:
+            rates.append(eta * length(p.flat) / (length(slope.flat) + decay * length(p.flat) + 1e-8) / lr)
+            for place in np.ndindex(p.shape):
+                new[place] = (slope[place] + decay * p[place]) * min(1.0, rates[-1])
+        wanted.append(new)
+    assert min(rates) < 0.1 and max(rates) > 1
+    pc.lars(parameters, lr, weight_decay, eta)
+    assert parameters[-1].grad is None
+    for parameter, new in zip(parameters, wanted, strict=False):
+        np.testing.assert_allclose(parameter.grad.numpy(), new, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ views
+def draw(pairs=512, rotation=45, zoom=(0.9, 1.5), both_ways=True):
+    """theta (2,B,2,3), middle (2,B,2) and joints (2,B,21,2) on the canvas: two views of each hand."""
+    hand = torch.randn(pairs, 21, 2, generator=generator(5)) * 0.15 + 0.05
+    joints = hand.expand(2, pairs, 21, 2)
+    middle, radius = pc.hand_circle(joints, torch.ones(2, pairs, dtype=torch.bool))
+    unit, _ = pc.draw_numbers(0, 0, pairs, None, 32)
+    theta = pc.hand_theta(unit, middle, radius, rotation, zoom, 15 / 112, both_ways)
+    return theta, middle, joints
+
+
+def test_windows_lie_around_the_joints_or_the_box():
+    joints = torch.zeros(2, 2, 21, 2)
+    joints[:, 0, 0] = torch.tensor([0.42, 0.21])  # mean .02, .01; the farthest joint is this one
+    known = torch.tensor([[True, False], [True, False]])
+    middle, radius = pc.hand_circle(joints, known)
+    torch.testing.assert_close(middle[:, 0], torch.tensor([[0.02, 0.01]] * 2))
+    torch.testing.assert_close(radius[:, 0], torch.tensor([math.hypot(0.4, 0.2)] * 2))
+    assert (middle[:, 1] == 0).all() and torch.allclose(radius[:, 1], torch.tensor(1.3 / 2))
+
+
+def test_views_do_not_depend_on_each_other_or_on_the_processes():
+    numbers = pc.draw_numbers(3, 7, 8, 1.0, 32)
+    again = pc.draw_numbers(3, 7, 8, 1.0, 32)
+    assert [tuple(x.shape) for x in numbers] == [(2, 8, 4), (2, 8, 3, 4, 4), (2, 8, 6), (2, 8)]
+    assert all(torch.equal(x, y) for x, y in zip(numbers, again, strict=True))
+    assert torch.equal(numbers[0], pc.draw_numbers(3, 7, 8, None, 32)[0])  # colour does not move the windows
+    assert not torch.equal(numbers[0][0], numbers[0][1])
+    assert not torch.equal(numbers[0], pc.draw_numbers(3, 8, 8, 1.0, 32)[0])
 
 
 def test_strong_color_changes_looks_and_not_geometry():
-    plain, strong = drawn("peclr", pairs=4), drawn("peclr", pairs=4, color=1)
-    assert torch.equal(plain[1], strong[1])
-    canvas = (255 * torch.rand(8, 3, 64, 64, generator=generator(3))).byte()
-    views, other = (pc.make_views(canvas, theta, args.drawn, args) for args, theta, *_ in (plain, strong))
-    a, b = (x.flatten(1) for x in (views, other))
-    assert views.shape == other.shape == (8, 3, 32, 32) and ((a - b).abs().mean(1) > 0.2).all()
-    light, factors, sigma = strong[0].drawn
-    assert light.shape == (8, 3, 4, 4) and factors.shape == (8, 6) and sigma.shape == (8,) and (light - 1).abs().max() <= 0.4
-    expected = blur(apply_color(apply_light(warp(canvas, strong[1], 32), light), factors), sigma, 3 * 32 / 224)
-    torch.testing.assert_close(other, normalise(expected))
+    theta, *_ = draw(pairs=4)
+    canvas = (255 * torch.rand(2, 4, 3, 64, 64, generator=generator(3))).byte()
+    _, hsv = pc.draw_numbers(0, 0, 4, None, 32)
+    _, light, color, sigma = pc.draw_numbers(0, 0, 4, 1.0, 32)
+    plain = pc.make_views(canvas, theta, 32, None, [hsv])
+    strong = pc.make_views(canvas, theta, 32, 1.0, [light, color, sigma])
+    assert plain.shape == strong.shape == (2, 4, 3, 32, 32)
+    assert ((plain - strong).abs().mean((2, 3, 4)) > 0.2).all()
+    for view in (0, 1):
+        seen = warp(canvas[view], theta[view], 32)
+        torch.testing.assert_close(plain[view], normalise(apply_hsv(seen, hsv[view])))
+        expected = apply_color(apply_light(seen, light[view]), color[view])
+        torch.testing.assert_close(strong[view], normalise(blur(expected, sigma[view], 3 * 32 / 224)))
+    none = pc.make_views(canvas, theta, 32, 0.0, pc.draw_numbers(0, 0, 4, 0.0, 32)[1:])
+    seen = warp(canvas.flatten(0, 1), theta.flatten(0, 1), 32).unflatten(0, (2, 4))
+    torch.testing.assert_close(none, normalise(seen), atol=1e-5, rtol=0)
 
 
 def test_an_ideal_latent_agrees_once_undone():
-    """64 points fixed to the canvas, as seen in each view: exact undoing brings both views to the same vector, the public
-    arithmetic nearly, nothing at all does not (method: .807, .998 and 1 for padded windows)."""
-    args, theta, middle, joints = drawn("peclr")
-    points = joints.repeat(1, 4, 1)[:, :64]
-    latent = apply_theta(invert_theta(theta), points).flatten(1)
+    """64 points fixed to the canvas, as each view shows them. Exact undoing brings both views to the same
+    vector, the public arithmetic nearly; without undoing they differ."""
+    points = draw()[2].repeat(1, 1, 4, 1)[:, :, :64]
     cosine = {}
-    for undo in ("exact", "official", "none"):
-        args.undo = undo
-        a, b = pc.embed(latent, theta, middle, args).chunk(2)
+    for undo, both_ways in (("exact", True), ("official", False), ("none", True)):
+        theta, middle, _ = draw(both_ways=both_ways)
+        latent = apply_theta(invert_theta(theta), points).flatten(2)
+        a, b = pc.embed(latent, theta, middle, undo)
         cosine[undo] = float((a * b).sum(1).mean())
     assert cosine["exact"] > 0.9999 > cosine["official"] > 0.98 > 0.95 > cosine["none"]
 
 
 @pytest.mark.parametrize("undo", ["exact", "official"])
-def test_where_a_hand_lies_in_its_box_does_not_tell_it(undo):
+def test_where_a_hand_lies_in_its_box_does_not_matter(undo):
     """Whatever the network puts out: a hand moved within its canvas, window and all, embeds alike."""
-    args, theta, middle, _ = drawn("peclr", undo)
-    latent, away = torch.randn(len(theta), 128, generator=generator(8)), torch.rand(len(theta), 2, generator=generator(9)) - 0.5
-    moved = torch.cat([theta[:, :, :2], theta[:, :, 2:] + away[:, :, None]], 2)
-    torch.testing.assert_close(pc.embed(latent, moved, middle + away, args), pc.embed(latent, theta, middle, args), atol=1e-5, rtol=0)
+    theta, middle, _ = draw(pairs=64)
+    latent = torch.randn(2, 64, 128, generator=generator(8))
+    away = torch.rand(2, 64, 2, generator=generator(9)) - 0.5
+    moved = torch.cat([theta[..., :2], theta[..., 2:] + away[..., None]], -1)
+    found = pc.embed(latent, moved, middle + away, undo)
+    torch.testing.assert_close(found, pc.embed(latent, theta, middle, undo), atol=1e-5, rtol=0)
 
 
-def test_simclr_views_do_not_turn_and_hold_the_hand():
-    _, theta, middle, joints = drawn("simclr")
-    assert (theta[:, 0, 1] == 0).all() and torch.allclose(theta[:, 0, 0], 1.25 * (joints - middle[:, None]).norm(dim=2).amax(1))
-    reach = (joints - middle[:, None]).norm(dim=2).amax(1).min()       # the shift counts most for the smallest hand
-    assert apply_theta(invert_theta(theta), joints).abs().max() < (1 + 15 / 112 * 1.3 / 2 / reach) / 1.25
-    _, theta, *_ = drawn("peclr")
-    angle = torch.rad2deg(torch.atan2(theta[:, 1, 0], theta[:, 0, 0]))
+def test_windows_turn_zoom_and_move_as_far_as_asked():
+    theta, middle, joints = draw(rotation=0, zoom=(1.25, 1.25))
+    radius = (joints - middle[..., None, :]).norm(dim=3).amax(2)
+    assert (theta[..., 0, 1] == 0).all() and torch.allclose(theta[..., 0, 0], 1.25 * radius)
+    moved = (theta[..., 2] - middle).flatten()
+    furthest = 15 / 112 * 1.3 / 2
+    assert 0.98 * furthest < moved.max() <= furthest and -furthest <= moved.min() < -0.98 * furthest
+    reach = apply_theta(invert_theta(theta), joints).abs().max()
+    assert reach < (1 + furthest / radius.min()) / 1.25  # the hand stays in the view
+    theta, middle, _ = draw()
+    angle = torch.rad2deg(torch.atan2(theta[..., 1, 0], theta[..., 0, 0]))
     assert 40 < angle.max() <= 45 and -45 <= angle.min() < -40
+    zoom = theta[..., 0].norm(dim=2) / radius
+    assert 0.9 <= zoom.min() < 0.91 and 1.49 < zoom.max() <= 1.5 + 1e-6
+    theta, middle, _ = draw(both_ways=False)
+    turn = theta[..., :2] / theta[..., 0].norm(dim=2)[..., None, None]
+    moved = turn.transpose(2, 3) @ (theta[..., 2] - middle)[..., None]
+    assert moved.min() > -1e-6 and moved.max() < furthest + 1e-6
+
+
+def test_an_image_that_cannot_be_read_is_replaced_by_its_partner():
+    failed = torch.full((8,), -1)
+    failed[[1, 6]] = torch.tensor([70, 90])  # view a of pair 1, view b of pair 2
+    assert pc.pair_rows(failed, 4).tolist() == [[0, 5, 2, 3], [4, 5, 2, 7]]
+    assert pc.pair_rows(failed[:4], 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]  # a hand with itself
 
 
 def test_hue_is_that_of_colorsys():
-    images, factors = torch.rand(4, 3, 3, 3, generator=generator(6)), random_hsv(4, generator(7))
-    images[0, :, 0, 0] = 0.3                                               # grey has no hue
+    images = torch.rand(4, 3, 3, 3, generator=generator(6))
+    images[0, :, 0, 0] = 0.3  # grey has no hue
+    factors = random_hsv(4, generator(7))
     made = apply_hsv(images, factors)
     for b in range(4):
+        hue, saturation, value, added = factors[b].tolist()
         for y in range(3):
             for x in range(3):
                 h, s, v = colorsys.rgb_to_hsv(*images[b, :, y, x].tolist())
-                h, s, v = h * float(factors[b, 0]), s * float(factors[b, 1]), v * float(factors[b, 2]) + float(factors[b, 3])
-                assert np.allclose(np.clip(colorsys.hsv_to_rgb(h, s, v), 0, 1), made[b, :, y, x], atol=1e-5)
+                wanted = colorsys.hsv_to_rgb(h * hue, s * saturation, v * value + added)
+                assert np.allclose(np.clip(wanted, 0, 1), made[b, :, y, x], atol=1e-5)
 
 
 def test_pairs_come_with_their_neighbours():
     idx = np.array([[3, 4], [0, -1], [-1, -1], [0, 1], [1, 0]])
     anchors = np.array([0, 1, 3, 4])
 
-    def rows(neighbour):
-        return np.array(list(PairSampler(EpochSampler(4, 8, 0, 0, 5), anchors, idx, neighbour))).reshape(-1, 2, 8)
-    nearest, second, any_ = rows(1), rows(2), rows(0)
+    def pairs_of(neighbour, start=0):  # (steps, 2, 8)
+        sampler = PairSampler(EpochSampler(4, 8, 0, start, 5), anchors, idx, neighbour)
+        return np.array(list(sampler)).reshape(-1, 2, 8)
+
+    nearest = pairs_of(1)
     assert (nearest[:, 1] == idx[nearest[:, 0], 0]).all() and set(nearest[:, 0].flat) == {0, 1, 3, 4}
+    second = pairs_of(2)
     assert (second[:, 1] == np.where(second[:, 0] == 1, 0, idx[second[:, 0], 1])).all()
-    assert (any_[:, :, None] == any_[:, :, None]).all() and all(b in idx[a] for a, b in zip(any_[:, 0].flat, any_[:, 1].flat, strict=True))
-    assert len({tuple(pair) for pair in zip(any_[:, 0].flat, any_[:, 1].flat, strict=True)}) == 7
+    random = pairs_of(0)
+    assert np.array_equal(random[:, 0], nearest[:, 0])  # the hands do not depend on the neighbours
+    drawn = set(zip(random[:, 0].flat, random[:, 1].flat, strict=True))
+    assert drawn == {(hand, other) for hand in anchors for other in idx[hand] if other >= 0}
+    assert np.array_equal(pairs_of(0, start=3), random[3:])  # a function of the step
     halves = [list(PairSampler(EpochSampler(4, 8, 0, 0, 5, rank, 2), anchors, idx, 0)) for rank in (0, 1)]
-    assert [a[:4] + b[:4] + a[4:] + b[4:] for a, b in zip(*halves, strict=True)] == any_.reshape(-1, 16).tolist()
+    joined = [a[:4] + b[:4] + a[4:] + b[4:] for a, b in zip(*halves, strict=True)]
+    assert joined == random.reshape(-1, 16).tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
-TINY = ("--arch", "vit_micro", "--image-size", "32", "--batch-size", "8", "--log-every", "1", "--workers", "0", "--precision", "fp32")
+# -------------------------------------------------------------------------------------------------- the loop
+TINY = ("--labelled", "--arch", "vit_micro", "--image-size", 32, "--batch-size", 8, "--log-every", 1,
+        "--workers", 0, "--precision", "fp32", "--device", "cpu")
+
+
+def train(*flags, **options):
+    return call("pretrain_contrastive.py", *flags, **options)
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    return pc.Contrastive(build_encoder("vit_micro", 32)).train()
 
 
 @pytest.fixture(scope="module")
@@ -243,79 +398,255 @@ def pairs(hands, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def spy(monkeypatch):
+    """What the loop hands on, by the name of the function: lists of (arguments, result), detached copies."""
+    calls = {}
+
+    def watch(name):
+        real = getattr(pc, name)
+
+        def wrapper(*arguments, **options):
+            result = real(*arguments, **options)
+            calls.setdefault(name, []).append((arguments, result))
+            return result
+
+        monkeypatch.setattr(pc, name, wrapper)
+
+    for name in ("make_views", "hand_circle", "hand_theta", "pair_weights_by_rows"):
+        watch(name)
+    real_update = pc.update
+
+    def update(optimizer, scaler, parameters, adapt=None):
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        calls["update"] = ([parameter.grad.clone() for parameter in parameters], decays)
+        return real_update(optimizer, scaler, parameters, adapt=adapt)
+
+    monkeypatch.setattr(pc, "update", update)
+    return calls
+
+
+def test_an_update_has_the_mean_gradient_of_the_losses_of_the_parts(hands, pairs, spy, tmp_path):
+    """One step in two parts against the figure in the docstring, by the public functions: each part has its
+    own batch statistics, weights and loss. The weights come from the joints in the view."""
+    train("--data", hands / "train", "--method", "simhand", "--pairs", pairs, *TINY, "--steps", 1,
+          "--accumulate", 2, "--temperature", 0.3, "--out", tmp_path / "run")
+    (joints, _), (middle, _) = spy["hand_circle"][0]
+    theta = spy["hand_theta"][0][1]
+    views = spy["make_views"][0][1]
+    assert views.shape == (2, 8, 3, 32, 32)
+
+    in_view = np.empty((2, 8, 21, 2))  # p with A p + t = joint
+    for view, pair in np.ndindex(2, 8):
+        A, t = theta[view, pair, :, :2].double().numpy(), theta[view, pair, :, 2].double().numpy()
+        in_view[view, pair] = np.linalg.solve(A, (joints[view, pair].double().numpy() - t).T).T
+    weighed = torch.cat([torch.stack(arguments) for arguments, _ in spy["pair_weights_by_rows"]], 1)
+    np.testing.assert_allclose(weighed.numpy(), in_view, atol=1e-4)
+
+    model = fresh_model()
+    losses = []
+    for part in (slice(0, 4), slice(4, 8)):
+        a, b = pc.embed(model(views[:, part]), theta[:, part], middle[:, part], "exact")
+        positive, negative = pc.pair_weights(*torch.from_numpy(in_view[:, part]).float())
+        losses.append(pc.nt_xent(a, b, 0.3, positive, negative))
+    loss = sum(losses) / 2
+    loss.backward()
+    gradients, decays = spy["update"]
+    for parameter, found in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
+    assert log(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert set(decays) == {0.0}  # lars adds the decay, AdamW must not add it again
+
+
+@pytest.mark.parametrize("weights", ["none", "positive", "negative"])
+def test_weights_go_where_the_flag_says(weights, hands, pairs, spy, tmp_path):
+    train("--data", hands / "train", "--method", "peclr", *TINY, "--steps", 1, "--weights", weights,
+          "--undo", "none", "--out", tmp_path / "run")
+    theta = spy["hand_theta"][0][1]
+    joints = apply_theta(invert_theta(theta), spy["hand_circle"][0][0][0])
+    positive, negative = pc.pair_weights(*joints)
+    latent = fresh_model()(spy["make_views"][0][1]).detach()
+    h = torch.nn.functional.normalize(latent, dim=2)
+    wanted = pc.nt_xent(*h, 0.5, positive if weights == "positive" else None,
+                        negative if weights == "negative" else None)
+    assert log(tmp_path / "run")[0]["loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_weight_decay_leaves_1d_tensors_alone(hands, tmp_path):
+    """One AdamW step with and without decay: the weights differ by lr x decay x weight, biases and norms not
+    at all."""
+    states = []
+    for decay in (0.0, 0.5):
+        out = tmp_path / f"decay{decay}"
+        train("--data", hands / "train", "--method", "simclr", *TINY, "--steps", 1, "--optimizer", "adamw",
+              "--weight-decay", decay, "--out", out)
+        states.append(torch.load(out / "last.pt", weights_only=True)["model"])
+    lr = log(out)[0]["lr"]
+    assert lr == pytest.approx(1e-4 * math.sqrt(8))
+    for name, parameter in fresh_model().named_parameters():
+        shrinks = 0.5 * lr * parameter.detach() * (parameter.ndim > 1)
+        torch.testing.assert_close(states[0][name] - states[1][name], shrinks, atol=2e-7, rtol=1e-3)
+
+
+def test_the_last_part_of_a_batch_synchronises(hands, monkeypatch, tmp_path):
+    synchronised = []
+
+    class Recorder(Runtime):
+        def sync_gradients(self, model, now):
+            synchronised.append(now)
+            return super().sync_gradients(model, now)
+
+    machine = Recorder(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    monkeypatch.setattr(pc, "setup", lambda args: machine)
+    train("--data", hands / "train", "--method", "simclr", *TINY, "--steps", 2, "--accumulate", 4,
+          "--out", tmp_path / "run")
+    assert synchronised == 2 * [False, False, False, True]
+
+    entered = []
+    model = SimpleNamespace(no_sync=lambda: contextlib.nullcontext(entered.append("no_sync")))
+    two = Runtime(torch.device("cpu"), torch.float32, 0, 2, 0, 0)
+    with two.sync_gradients(model, True):
+        assert not entered
+    with two.sync_gradients(model, False):
+        assert entered == ["no_sync"]
+
+
+# --------------------------------------------------------------------------------------------------- commands
 def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
     with np.load(pairs) as file:
         found = {name: file[name] for name in file}
-    assert {"idx", "dist", "mean", "components", "explained", "fingerprint"} == set(found) and found["components"].shape == (14, 42)
-    index = HandIndex(hands / "train")
-    video = np.asarray(index.columns["video"])
-    assert (video[found["idx"]] != video[:, None]).all() and pairs.with_name("pairs.png").is_file()
-    done = call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "two.npz", "--neighbours", 3, "--labelled", processes=2)
-    near, _, random = map(float, re.search(r"PA-MPJPE in mm: (\S+) of .*, (\S+) of .*, (\S+) of", done.stdout).groups())
-    assert near < random
+    assert set(found) == {"idx", "dist", "mean", "components", "explained", "fingerprint", "format"}
+    assert found["components"].shape == (14, 42) and found["format"] == PAIRS_FORMAT
+    video = np.asarray(HandIndex(hands / "train").columns["video"])
+    assert (video[found["idx"]] != video[:, None]).all()
+    assert pairs.with_name("pairs.png").is_file() and pairs.with_name("distances.png").is_file()
+    done = call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "two.npz", "--neighbours", 3,
+                "--labelled", processes=2)
+    errors = re.search(r"PA-MPJPE in mm: (\S+) of .*, (\S+) of .*, (\S+) of", done.stdout).groups()
+    assert float(errors[0]) < float(errors[2])  # the nearest is nearer than a random hand
     with np.load(tmp_path / "two.npz") as file:
         assert all(np.array_equal(file[name], found[name]) for name in found)
-    for flags, message in ((("--out", pairs), "exists"), (("--out", tmp_path / "x.txt"), "npz"), (("--components", 43), "--components")):
-        done = call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "new.npz", *flags, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("method", ["simclr", "peclr", "simhand"])
-def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, tmp_path):
-    with np.load(pairs) as file:                                   # of ten hands alone
+def test_training_resumes_as_if_it_had_not_stopped(method, hands, pairs, monkeypatch, tmp_path):
+    with np.load(pairs) as file:
         few = {name: file[name] for name in file}
     few["idx"][10:] = -1
-    np.savez(tmp_path / "few.npz", **few)
-    own = {"simclr": ("--accumulate", 2), "peclr": ("--pairs", tmp_path / "few.npz", "--color", 1), "simhand": ("--pairs", pairs)}
-    flags = ("--data", hands / "train", "--method", method, "--labelled", *TINY, "--steps", 4, *own[method])
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    done = call("pretrain_contrastive.py", *flags, "--out", whole, "--save-every", 2)
-    assert ("10 of" in done.stdout) == (method == "peclr")
+    np.savez(tmp_path / "few.npz", **few)  # the pairs of ten hands
+    special = {"simclr": ("--accumulate", 2), "peclr": ("--pairs", tmp_path / "few.npz", "--color", 1),
+               "simhand": ("--pairs", pairs, "--neighbour", 0)}
+    flags = ("--data", hands / "train", "--method", method, *TINY, "--steps", 4, "--save-every", 2,
+             *special[method])
+    whole = tmp_path / "whole"
+    printed = train(*flags, "--out", whole).stdout
+    assert ("10 of 24 hands have a neighbour" in printed) == (method == "peclr")
     rows = log(whole)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and {"loss", "alignment", "uniformity", "lr"} <= set(rows[0])
-    pictures = {"step_0000001.png", "step_0000002.png", "step_0000004.png", "loss.png", "agreement.png", "similarity.png"}
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"loss", "alignment", "uniformity", "lr", "gradient_norm"} <= set(rows[0])
+    assert ("positive_weight_mean" in rows[0]) == (method == "simhand")
+    pictures = {"step_0000001.png", "step_0000002.png", "step_0000004.png", "loss.png", "agreement.png",
+                "similarity.png"}
     assert {path.name for path in (whole / "samples").iterdir()} == pictures
-    dies = ("import pretrain_contrastive as p, os\nreal = p.save_checkpoint\n"
-            "def save(path, **state):\n    real(path, **state)\n    path.name == 'last.pt' and os._exit(9)\n"
-            "p.save_checkpoint = save\np.main()")
-    command = [sys.executable, "-c", dies, *map(str, flags), "--out", part, "--save-every", "2"]
-    assert subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True).returncode == 9
-    assert torch.load(part / "last.pt", weights_only=True)["step"] == 2
-    call("pretrain_contrastive.py", *flags, "--out", part, "--save-every", 2, "--resume")
-    one, two = (torch.load(run / "last.pt", weights_only=True)["model"] for run in (whole, part))
-    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+    class Killed(Exception):
+        pass
+
+    def save_and_die(path, **state):
+        save_checkpoint(path, **state)
+        if path.name == "last.pt":
+            raise Killed
+
+    save_checkpoint = pc.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pc, "save_checkpoint", save_and_die)
+        train(*flags, "--out", tmp_path / "part")
+    assert torch.load(tmp_path / "part" / "last.pt", weights_only=True)["step"] == 2
+    train(*flags, "--out", tmp_path / "part", "--resume")
+    one, two = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "part"))
+    assert all(torch.equal(two["model"][name], value) for name, value in one["model"].items())
 
 
 def test_gathered_processes_are_one(hands, pairs, tmp_path):
-    flags = ("--data", hands / "train", "--method", "simhand", "--pairs", pairs, "--labelled", *TINY, "--steps", 5, "--gather",
-             "--optimizer", "adamw", "--color", 1)
-    call("pretrain_contrastive.py", *flags, "--out", tmp_path / "one")
-    call("pretrain_contrastive.py", *flags, "--out", tmp_path / "two", processes=2)
+    flags = ("--data", hands / "train", "--method", "simhand", "--pairs", pairs, *TINY, "--steps", 3,
+             "--gather", "--optimizer", "adamw", "--color", 1)
+    train(*flags, "--out", tmp_path / "one")
+    train(*flags, "--out", tmp_path / "two", processes=2)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+def test_parts_and_processes_are_the_same_division(hands, tmp_path):
+    """Four parts in one process, or two parts in each of two: four losses over the same hands, one update."""
+    flags = ("--data", hands / "train", "--method", "peclr", *TINY, "--steps", 3, "--optimizer", "adamw")
+    train(*flags, "--accumulate", 4, "--out", tmp_path / "one")
+    train(*flags, "--accumulate", 2, "--out", tmp_path / "two", processes=2)
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert two["lr"] == one["lr"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+
+
+def test_unreadable_images_do_not_end_a_run(hands, tmp_path):
+    index = HandIndex(hands / "train")
+    columns = {name: np.asarray(value) for name, value in index.columns.items()}
+    columns["image"] = columns["image"].copy()
+    columns["image"][3] = b"gone.jpg"
+    write_index(tmp_path / "holes", columns, {"name": "holes"}, root=index.root.resolve())
+    printed = train("--data", tmp_path / "holes", "--method", "simclr", *TINY, "--epochs", 1,
+                    "--out", tmp_path / "run").stdout
+    assert re.search(r"1 images? could not be read.*gone\.jpg", printed)
+
+
+def test_flags_that_a_method_ignores_are_refused():
+    def read(*flags):
+        return pc.read_flags([str(flag) for flag in ("--data", "x", "--out", "y", *flags)])
+
+    for method, flag in (("simclr", ("--rotation", 30)), ("simclr", ("--zoom", 1, 1.2)),
+                         ("simclr", ("--undo", "official")), ("simclr", ("--neighbour", 2)),
+                         ("peclr", ("--neighbour", 0))):
+        with pytest.raises(ValueError, match=f"^{flag[0]}: --method {method} does not use it"):
+            read("--method", method, *flag)
+    args = read("--method", "simclr", "--shift", 0.2, "--color", 0)
+    assert (args.rotation, args.zoom, args.undo, args.weights) == (0, [1.25, 1.25], "none", "none")
+    assert (args.shift, args.color) == (0.2, 0)
+    args = read("--pairs", "z", "--neighbour", 2, "--zoom", 1, 1.2)
+    assert (args.method, args.weights, args.color, args.neighbour) == ("simhand", "both", None, 2)
+
+
 def test_refusals_say_what_to_do(hands, pairs, tmp_path):
     index = HandIndex(hands / "train")
-    lone = {name: np.asarray(index.columns[name]) for name in index.columns} | {"video": np.zeros(len(index))}
+    lone = {name: np.asarray(value) for name, value in index.columns.items()}
+    lone["video"] = np.zeros(len(index))
     write_index(tmp_path / "lone", lone, {"name": "lone"}, root=hands / "train")
-    other = {name: value[::-1] for name, value in lone.items() if name != "video"} | {"video": np.arange(len(index))}
+    other = {name: value[::-1] for name, value in lone.items()} | {"video": np.arange(len(index))}
     write_index(tmp_path / "other", other, {"name": "other"}, root=hands / "train")
-    bare = {name: value for name, value in lone.items() if name in ("image", "box")}
+    bare = {name: lone[name] for name in ("image", "box")}
     write_index(tmp_path / "bare", bare, {"name": "bare"}, root=hands / "train")
-    (tmp_path / "broken.npz").write_bytes(pairs.read_bytes()[:500])
-    train, mining = "pretrain_contrastive.py", "mine_pairs.py"
+    (tmp_path / "broken.npz").write_text("no pairs")
+    with np.load(pairs) as file:
+        np.savez(tmp_path / "later.npz", **{name: file[name] for name in file} | {"format": 99})
+    learn, mining = "pretrain_contrastive.py", "mine_pairs.py"
+    simhand = ("--data", hands / "train", "--method", "simhand", "--labelled")
+    peclr = ("--data", hands / "train", "--method", "peclr")
     for command, flags, message in (
-            (train, ("--data", hands / "train", "--method", "simhand"), "needs --pairs"),
-            (train, ("--data", hands / "train", "--method", "peclr", "--rotation", 0), "--rotation 0"),
-            (train, ("--data", tmp_path / "other", "--method", "simhand", "--pairs", pairs), "other indices"),
-            (train, ("--data", hands / "train", "--method", "simhand", "--pairs", tmp_path / "broken.npz"), "no pairs of mine_pairs.py"),
-            (train, ("--data", hands / "train", "--method", "simhand", "--pairs", tmp_path / "none.npz"), "no such file"),
-            (train, ("--data", tmp_path / "bare", "--method", "peclr", "--weights", "both"), "--weights none"),
-            (train, ("--data", hands / "train", "--method", "peclr", "--batch-size", 8, "--accumulate", 8), "--accumulate"),
+            (learn, simhand, "needs --pairs"),
+            (learn, (*peclr, "--rotation", 0), "--rotation 0"),
+            (learn, (*peclr, "--batch-size", 8, "--accumulate", 8), "--accumulate"),
+            (learn, (*peclr, "--batch-size", 1), "--batch-size"),
+            (learn, (*peclr, "--zoom", 1.2, 1.1), "--zoom"),
+            (learn, (*peclr, "--color", 3), "--color"),
+            (learn, ("--data", tmp_path / "other", *simhand[2:], "--pairs", pairs), "other indices"),
+            (learn, (*simhand, "--pairs", tmp_path / "broken.npz"), "no pairs of mine_pairs.py"),
+            (learn, (*simhand, "--pairs", tmp_path / "later.npz"), "format 99"),
+            (learn, (*simhand, "--pairs", tmp_path / "none.npz"), "no such file"),
+            (learn, ("--data", tmp_path / "bare", *peclr[2:], "--weights", "both"), "--weights none"),
             (mining, ("--data", tmp_path / "lone", "--labelled"), "one video"),
-            (mining, ("--data", tmp_path / "bare"), "no column keypoints")):
-        out = tmp_path / "out.npz" if command == mining else tmp_path / "out"
-        done = call(command, *flags, "--out", out, check=False)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-        assert not out.exists()
+            (mining, ("--data", tmp_path / "bare"), "no column keypoints"),
+            (mining, ("--data", hands / "train", "--out", pairs), "exists"),
+            (mining, ("--data", hands / "train", "--out", tmp_path / "x.txt"), "npz"),
+            (mining, ("--data", hands / "train", "--components", 43), "--components")):
+        out = tmp_path / ("out.npz" if command == mining else "out")
+        done = call(command, "--out", out, *flags, check=False)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and not out.exists()
