@@ -1,0 +1,234 @@
+"""Frames of videos and of folders, and the hands that a detector sees in them.
+
+Frames are upright RGB images (Pillow). A hand is a dict:
+
+    side        "right" or "left", as the person has it (not as a mirror shows it)
+    keypoints   (21,2) pixels of the frame, pixel-centre coordinates, FreiHAND's order of the joints
+    score       (21,) confidence from 0 to 1; 0 where a point was not seen
+
+Only Pillow and numpy are needed. Video files need OpenCV, and the detector needs MediaPipe
+(requirements-video.txt). Both are imported when they are used.
+
+Example::
+
+    from pathlib import Path
+    from PIL import Image
+    from video import list_videos, read_frames
+
+    Path("my_videos/a").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (64, 48)).save(f"my_videos/a/{number:06d}.png")
+    for path in list_videos("my_videos"):
+        names = [name for name, frame in read_frames(path, every=3)]
+    assert names == ["000000.png", "000003.png"]
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SMALLEST = 8  # pixels of a hand or a crop below which cut_hand gives none
+
+
+# ---------------------------------------------------------------------------------------------------- frames
+def list_videos(root: Path | str, skip: Path | str | None = None) -> list[Path]:
+    """The video files anywhere below `root`, sorted, then the folders that hold images, sorted.
+
+    skip: a folder below root to leave out, such as the one that is written to. FileNotFoundError where there
+    is no such folder, or neither a video nor an image in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    skipped = None if skip is None else Path(skip)
+    files = [path for path in root.rglob("*") if skipped not in path.parents and path.is_file()]
+    videos = sorted(path for path in files if path.suffix.lower() in VIDEO_SUFFIXES)
+    folders = sorted({path.parent for path in files if path.suffix.lower() in IMAGE_SUFFIXES})
+    if not videos and not folders:
+        suffixes = " ".join(sorted(VIDEO_SUFFIXES))
+        raise FileNotFoundError(f"{root}: no video ({suffixes}) and no folder of frames below it")
+    return videos + folders
+
+
+def read_rgb(path: Path | str) -> Image.Image:
+    """An image as Pillow reads it, upright and in RGB; OSError or ValueError for a damaged file."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_frames(path: Path | str, every: int = 1,
+                read_image: Callable[[Path], Image.Image] = read_rgb) -> Iterator[tuple]:
+    """Yields (name, frame) for one frame in `every` of a video file or a folder of frames.
+
+    name: the file's name in a folder, else the frame's number with six digits. frame: an RGB image, or None
+    for a frame that cannot be read. read_image decodes the files of a folder; it raises OSError or ValueError
+    for one that it cannot read. ValueError where a video file needs OpenCV and there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _frames_of_folder(path, every, read_image)
+    return _frames_of_video(path, every)
+
+
+def _frames_of_folder(folder, every, read_image):
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    for file in files[::every]:
+        try:
+            frame = read_image(file)
+        except (ValueError, OSError):
+            frame = None
+        yield file.name, frame
+
+
+def _frames_of_video(path, every):
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError(f"{path}: a video file needs OpenCV, which is in requirements-video.txt; or extract "
+                         "its frames into a folder") from None
+    video = cv2.VideoCapture(str(path))
+    number = 0
+    while video.grab():
+        if number % every == 0:
+            readable, pixels = video.retrieve()
+            frame = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)) if readable else None
+            yield f"{number:06d}", frame
+        number += 1
+    video.release()
+    if number == 0:
+        yield "no frame", None
+
+
+# ----------------------------------------------------------------------------------------------------- hands
+def hand_box(hand: dict) -> np.ndarray | None:
+    """The tight box (4,) x0, y0, x1, y1 around the points that were seen, in pixel-edge coordinates.
+
+    None where fewer than two points were seen.
+    """
+    points = hand["keypoints"][hand["score"] > 0]
+    if len(points) < 2:
+        return None
+    return np.concatenate([points.min(0), points.max(0)]) + 0.5
+
+
+def cut_hand(frame: Image.Image, hand: dict, context: float, longest: int) -> tuple | None:
+    """The crop of a hand and {box (4,), keypoints (21,2), score (21,)} in the crop's pixels.
+
+    The crop is a square of `context` times the hand's box, without what lies outside the frame. It is made
+    smaller where its longer side has more than `longest` pixels, and never distorted. None where the hand or
+    the crop has fewer than SMALLEST pixels.
+    """
+    box = hand_box(hand)
+    if box is None or (box[2:] - box[:2]).max() < SMALLEST:
+        return None
+    centre = (box[:2] + box[2:]) / 2
+    half = context * (box[2:] - box[:2]).max() / 2
+    low = np.maximum(centre - half, 0).round()  # (2,) pixels of the frame
+    high = np.minimum(centre + half, frame.size).round()
+    extent = high - low
+    if (extent < SMALLEST).any():
+        return None
+    size = np.maximum((extent * min(1.0, longest / extent.max())).round(), 1).astype(int)
+    scale = size / extent
+    crop = frame.resize(size.tolist(), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=2.0)
+    return crop, {"box": (box - np.tile(low, 2)) * np.tile(scale, 2),
+                  "keypoints": (hand["keypoints"] + 0.5 - low) * scale - 0.5, "score": hand["score"]}
+
+
+def mediapipe_detector(least: float = 0.5) -> Callable[[Image.Image], list[dict]]:
+    """A function from an RGB image to its hands, by the models inside MediaPipe's wheel.
+
+    least: the lowest confidence of a hand. MediaPipe calls a hand as a mirror shows it, so the sides are
+    exchanged here. It gives one score for a hand, which all of the hand's points get. ValueError where
+    MediaPipe is missing or too new.
+    """
+    try:
+        import mediapipe
+        detector = mediapipe.solutions.hands.Hands(static_image_mode=True, max_num_hands=4,
+                                                   min_detection_confidence=least)
+    except (ImportError, AttributeError):
+        raise ValueError("the detector needs MediaPipe up to 0.10.21, in an environment made with `pip "
+                         "install -r requirements-video.txt`; or give another detector's keypoints with "
+                         "--detections") from None
+    sides_in_mirror = {"Right": "left", "Left": "right"}
+
+    def detect(image):
+        result = detector.process(np.asarray(image))
+        hands = []
+        for landmarks, sides in zip(result.multi_hand_landmarks or (), result.multi_handedness or (),
+                                    strict=True):
+            points = np.array([(point.x, point.y) for point in landmarks.landmark])  # (21,2), in [0,1]
+            side = sides.classification[0]
+            hands.append({"side": sides_in_mirror[side.label], "keypoints": points * image.size - 0.5,
+                          "score": np.full(21, side.score)})
+        return hands
+
+    return detect
+
+
+# ---------------------------------------------------------------------------------------- detections in files
+def read_detections(path: Path | str) -> dict[str, list[dict]]:
+    """The hands that any detector wrote into a file, as {frame: [hand, ...]}.
+
+    A frame is called VIDEO/NAME below the folder of the videos; NAME is as read_frames gives it.
+
+      .npz   image (M,), side (M,) "right" or "left", keypoints (M,21,2) pixels, score (M,) or (M,21)
+      .csv   the header image,side,score,x0,y0,...,x20,y20; a point is not seen where a cell is NaN or empty
+
+    FileNotFoundError, or a ValueError that names the file and, where one is wrong, the entry.
+    """
+    path = Path(path)
+    try:
+        images, sides, keypoints, scores = _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
+        scores = np.broadcast_to(scores.T, (21, len(images))).T  # one score for a hand is that of its points
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file of detections") from None
+    except Exception as error:  # zipfile, csv and numpy raise a dozen types
+        raise ValueError(f"{path}: needs image, side, score and 21 points for each hand, as the help of "
+                         f"--detections describes ({type(error).__name__}: {error})") from None
+    count = len(images)
+    if keypoints.shape != (count, 21, 2) or len(sides) != count:
+        raise ValueError(f"{path}: keypoints have shape {keypoints.shape}, needed ({count}, 21, 2)")
+    missing = np.isnan(keypoints).any(2)  # (M,21)
+    keypoints = np.where(missing[..., None], 0, keypoints)
+    scores = np.where(missing, 0, scores)
+    hands = {}
+    for entry, image in enumerate(images):
+        side = sides[entry].lower()
+        finite = (np.abs(keypoints[entry]) < 1e6).all() and np.isfinite(scores[entry]).all()
+        if side not in ("left", "right") or not finite:
+            raise ValueError(f"{path}: entry {entry} needs side right or left, and finite numbers")
+        hand = {"side": side, "keypoints": keypoints[entry], "score": scores[entry]}
+        hands.setdefault(image, []).append(hand)
+    return hands
+
+
+def _read_npz(path):
+    """images and sides as lists of text, keypoints (M,21,2), scores (M,) or (M,21)."""
+    with np.load(path, allow_pickle=False) as file:
+        images = [os.fsdecode(text) for text in file["image"].tolist()]
+        sides = [os.fsdecode(text) for text in file["side"].tolist()]
+        return images, sides, file["keypoints"].astype(np.float64), file["score"].astype(np.float64)
+
+
+def _read_csv(path):
+    """images and sides as lists of text, keypoints (M,21,2), scores (M,)."""
+    cells = ["score"]
+    for point in range(21):
+        cells += [f"x{point}", f"y{point}"]
+    images, sides, numbers = [], [], []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        for row in csv.DictReader(file):
+            images.append(row["image"])
+            sides.append(row["side"])
+            numbers.append(np.array([row[cell] or "nan" for cell in cells], np.float32))
+    numbers = np.stack(numbers).astype(np.float64)  # (M,43)
+    return images, sides, numbers[:, 1:].reshape(-1, 21, 2), numbers[:, 0]
