@@ -24,66 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (
-    CONTEXT,
-    HandDataset,
-    HandIndex,
-    UnreadImages,
-    canvas_size,
-    check_mix,
-    make_loader,
-    make_sampler,
-)
+from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix, make_loader,
+                  make_sampler)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
-from masking import (
-    HOG_CELLS,
-    HOG_DIRECTIONS,
-    block_mask,
-    from_patches,
-    hog_targets,
-    least_block,
-    mask_sampler,
-    normalise_patches,
-    random_mask,
-    to_patches,
-)
+from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
+                     mask_sampler, normalise_patches, random_mask, to_patches)
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
-from runtime import (
-    Log,
-    adamw,
-    add_training_flags,
-    announce,
-    batch_parts,
-    check_ranges,
-    cosine,
-    ema_update,
-    finish,
-    generator,
-    initial_weights,
-    is_due,
-    param_groups,
-    parser,
-    read_log,
-    require_finite,
-    restore,
-    run,
-    save_checkpoint,
-    set_lr,
-    setup,
-    start_run,
-    total_steps,
-    update,
-)
-from views import (
-    apply_strong_color,
-    apply_theta,
-    invert_theta,
-    normalise,
-    random_theta,
-    strong_color,
-    to_rgb,
-    warp,
-)
+from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update,
+                     finish, generator, initial_weights, is_due, param_groups, parser, read_log,
+                     require_finite, restore, run, save_checkpoint, set_lr, setup, start_run, total_steps,
+                     update)
+from views import (apply_strong_color, apply_theta, invert_theta, normalise, random_theta, strong_color,
+                   to_rgb, warp)
 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
@@ -189,14 +141,41 @@ def sharpen(teacher, center, temperature):
     return ((teacher - center) / temperature).softmax(-1)
 
 
-@torch.no_grad()
-def move_center(center, logit_sum, rows):
-    """center <- .9 center + .1 mean of the teacher's logits; it stays where there were none.
+class Centers(dict):
+    """Centres (1,P) of the teacher's logits, by name. Once an update c <- .9 c + .1 mean of its logits.
 
-    center (1,P); logit_sum (1,P), rows (): sum and number of the logits of an update. As iBOT's, but of the
-    masked patches alone, the only patches that have logits here (ours). """
-    moved = CENTER_MOMENTUM * center + (1 - CENTER_MOMENTUM) * logit_sum / rows.clamp(min=1e-6)
-    return torch.where(rows > 0, moved, center)
+    As iBOT's, but of the masked patches alone, the only patches that have logits here (ours). A centre stays
+    where an update had no logits.
+    """
+
+    def __init__(self, names, prototypes, device):
+        super().__init__({name: torch.zeros(1, prototypes, device=device) for name in names})
+        self.load_state_dict(self)
+
+    @torch.no_grad()
+    def collect(self, outputs):
+        """Adds the teacher's logits (...,P) of a part of the batch."""
+        for name in self:
+            logits = outputs[name].flatten(0, -2)
+            self.sums[name] = self.sums[name] + logits.sum(0, keepdim=True)
+            self.rows[name] += len(logits)
+
+    @torch.no_grad()
+    def move(self, mean):
+        """mean: over the processes."""
+        for name, center in self.items():
+            rows = mean(torch.tensor(float(self.rows[name]), device=center.device))
+            added = (1 - CENTER_MOMENTUM) * mean(self.sums[name]) / rows.clamp(min=1e-6)
+            moved = CENTER_MOMENTUM * center + added
+            self[name] = torch.where(rows > 0, moved, center)
+        self.sums, self.rows = dict.fromkeys(self, 0), dict.fromkeys(self, 0)
+
+    def state_dict(self):
+        return dict(self)
+
+    def load_state_dict(self, state):
+        self.update({name: center.to(self[name].device) for name, center in state.items()})
+        self.sums, self.rows = dict.fromkeys(self, 0), dict.fromkeys(self, 0)
 
 
 def patch_weights(mask):
@@ -262,14 +241,16 @@ def in_photograph(theta, valid, grid):
 
 # ------------------------------------------------------------------------------------------------ diagnostics
 @torch.no_grad()
-def diagnose_prototypes(name, logits, center, temperature, mean):
-    """Numbers that show a collapse of the teacher's logits (...,P) coming (docs/handmim.md). mean: over the
-    processes."""
-    target = sharpen(logits.flatten(0, -2), center, temperature)  # (R, P)
-    rows = mean(torch.tensor(float(len(target)), device=center.device)).clamp(min=1e-6)
-    return {f"{name}_teacher_entropy": mean(_entropy(target).sum()) / rows,
-            f"{name}_entropy_of_mean": _entropy(mean(target.sum(0)) / rows),
-            f"{name}_center_norm": center.norm()}
+def diagnose_prototypes(taught, centers, temperature, mean):
+    """Numbers that show a collapse of the teacher coming (docs/handmim.md). mean: over the processes."""
+    found = {}
+    for name, center in centers.items():
+        target = sharpen(taught[name].flatten(0, -2), center, temperature)  # (R, P)
+        rows = mean(torch.tensor(float(len(target)), device=center.device)).clamp(min=1e-6)
+        found[f"{name}_teacher_entropy"] = mean(_entropy(target).sum()) / rows
+        found[f"{name}_entropy_of_mean"] = _entropy(mean(target.sum(0)) / rows)
+        found[f"{name}_center_norm"] = center.norm()
+    return found
 
 
 @torch.no_grad()
@@ -299,17 +280,22 @@ def gradient_norms(losses, tokens, parts, world, mean):
 
 
 class CollapseAlarm:
-    """Warns once of each thing that has looked collapsed for ten logged steps in a row. prototypes: how
-    many."""
+    """Warns once of each thing that has looked collapsed for ten logged steps in a row, from step `start` on.
 
-    def __init__(self, prototypes):
+    prototypes: how many.
+    """
+
+    def __init__(self, prototypes, start):
         self.prototypes = prototypes
+        self.start = start
         self.steps = {}  # name -> logged steps in a row
         self.warned = []
 
-    def check(self, values):
+    def check(self, step, values):
         """The warnings that are due after a logged step with these values."""
-        found = self.collapsed(values)
+        if step <= self.start:
+            return []
+        found = self.collapsed({name: float(value) for name, value in values.items()})
         self.steps = {name: self.steps.get(name, 0) + 1 for name in found}
         due = [name for name in found if self.steps[name] >= 10 and name not in self.warned]
         self.warned += due
@@ -525,13 +511,12 @@ def main(argv=None):
     student = HandMIM(encoder, args.prototypes, distil, keypoints, "pixel" in weights, "hog" in weights)
     student.to(device).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    centers = {name: torch.zeros(1, args.prototypes, device=device) for name in distil}
+    centers = Centers(distil, args.prototypes, device)
     optimizer = adamw(param_groups(student.named_parameters(), args.weight_decay[0]), device)
     scaler = runtime.scaler()
-    alarm = CollapseAlarm(args.prototypes)
-    start = restore(state, student=student, teacher=teacher, optimizer=optimizer, scaler=scaler, alarm=alarm)
-    if state:
-        centers = {name: center.to(device) for name, center in state["centers"].items()}
+    alarm = CollapseAlarm(args.prototypes, start=0.1 * steps)
+    start = restore(state, student=student, teacher=teacher, centers=centers, optimizer=optimizer,
+                    scaler=scaler, alarm=alarm)
     if args.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -541,36 +526,34 @@ def main(argv=None):
                          runtime.rank, runtime.world)
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
-    draw_theta = theta_sampler(args.rotation, args.zoom, args.shift)
-    draw_looks = strong_color(args.color, size)  # light, color, blur
-    make_mask = block_mask if args.mask == "block" else random_mask
-    draw_mask = mask_sampler(make_mask, side, args.mask_ratio, args.mask_share)
     lr_base = args.lr * args.batch_size / 256
     frozen = min(FROZEN, int(0.02 * steps))
+    draw_theta = theta_sampler(args.rotation, args.zoom, args.shift)
+    draw_looks = strong_color(args.color, size)  # light, color, blur
+    draw_mask = mask_sampler(block_mask if args.mask == "block" else random_mask, side, args.mask_ratio,
+                             args.mask_share)
+
+    def two_views(step, stream, draw):  # (2, B, ...): of this process's hands, for views u and v
+        drawn = draw_two_views(draw, args.batch_size, (args.seed, step, stream))
+        return runtime.local_rows(drawn, dim=1)
+
     announce(runtime, out, student, len(dataset), steps, args.batch_size)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
 
     for step, batch in enumerate(loader, start):
         unread.note(batch)
-        temperature = teacher_temperature(step, steps, *args.temperature)
-        logged = is_due(step, args.log_every, steps)
-
-        def two_views(stream, draw, step=step):  # (2, B, ...): this process's hands, views u and v
-            drawn = draw_two_views(draw, args.batch_size, (args.seed, step, stream))
-            return runtime.local_rows(drawn, dim=1)
-
-        theta = two_views(THETA, draw_theta).to(device)  # (2, B, 2, 3)
-        mask = two_views(MASKS, draw_mask).to(device)  # (2, B, N)
-        looks = list(map(two_views, (LIGHT, COLOR, BLUR), draw_looks))
         canvas = batch["canvas"].to(device, non_blocking=True)  # (B, 3, C, C) u8
+        theta = two_views(step, THETA, draw_theta).to(device)  # (2, B, 2, 3)
+        looks = [two_views(step, *drawn) for drawn in zip((LIGHT, COLOR, BLUR), draw_looks, strict=True)]
         views = make_views(canvas, theta, *looks, size)  # (2, B, 3, S, S)
+        mask = two_views(step, MASKS, draw_mask).to(device)  # (2, B, N)
         real = in_photograph(theta, batch["valid"].to(device), side)  # (2, B, N)
         real_masked = runtime.mean((real & mask).sum().float()).clamp(min=1) / args.accumulate
+        temperature = teacher_temperature(step, steps, *args.temperature)
         values = {"masked_views": mask.any(2).float().mean(), "masked_patches": mask.float().mean()}
-        logit_sums, logit_rows = dict.fromkeys(distil, 0), dict.fromkeys(distil, 0)
 
-        for rows, last in batch_parts(views.shape[1], args.accumulate):
+        for rows, last in batch_parts(len(canvas), args.accumulate):
             some_views, some_theta, some_mask = views[:, rows], theta[:, rows], mask[:, rows]
             with runtime.sync_gradients(net, last):
                 with runtime.autocast():
@@ -578,41 +561,36 @@ def main(argv=None):
                         taught = teacher(some_views, some_mask, hide=False)
                     learned = net(some_views, some_mask, hide=True)
                 losses = {}
-                if "class" in weights:  # class token: the OTHER view of the hand
-                    errors = distill(learned["class"], taught["class"].flip(0), centers["class"], temperature)
-                    losses["class"] = errors.mean()
-                if "patch" in weights:  # masked patches: the SAME view, the same patch
-                    errors = distill(learned["patch"], taught["patch"], centers["patch"], temperature)  # (M,)
-                    losses["patch"] = (errors * patch_weights(some_mask)).sum()
-                if "pixel" in weights:
-                    patches = to_patches(some_views, patch)[some_mask]  # (M, 3pp)
-                    photograph = real[:, rows][some_mask]  # (M,) the padding is not to be painted
-                    losses["pixel"] = pixel_loss(learned["pixels"], patches, photograph / real_masked)
-                if "hog" in weights:
-                    whole, of_patches = hog_targets(some_views, patch)
-                    losses["hog"] = F.mse_loss(learned["hog"], whole)
-                    losses["patch_hog"] = F.mse_loss(learned["patch_hog"], of_patches)
-                if keypoints:  # class token: undone by theta, on the canvas, the OTHER view of the hand
+                if keypoints:  # class token, undone by theta onto the canvas: the OTHER view of the hand
                     points = runtime.gather(apply_theta(some_theta, learned["keypoints"]))  # (2, B, K, 2)
                     targets = runtime.gather(apply_theta(some_theta, taught["keypoints"])).flip(0)
                     if "align" in weights:
                         losses["align"] = align_loss(points, targets)
                     if "contrast" in weights:
                         losses["contrast"] = contrast_loss(points, targets)
+                if "class" in weights:  # class token, iBOT's way: the OTHER view of the hand
+                    errors = distill(learned["class"], taught["class"].flip(0), centers["class"], temperature)
+                    losses["class"] = errors.mean()
+                if "patch" in weights:  # masked patches: the SAME view, the same patch
+                    errors = distill(learned["patch"], taught["patch"], centers["patch"], temperature)  # (M,)
+                    losses["patch"] = (errors * patch_weights(some_mask)).sum()
+                if "pixel" in weights:  # masked patches, but for the padding around the photograph
+                    patches = to_patches(some_views, patch)[some_mask]  # (M, 3pp)
+                    share = real[:, rows][some_mask] / real_masked  # (M,)
+                    losses["pixel"] = pixel_loss(learned["pixels"], patches, share)
+                if "hog" in weights:
+                    whole, of_patches = hog_targets(some_views, patch)
+                    losses["hog"] = F.mse_loss(learned["hog"], whole)
+                    losses["patch_hog"] = F.mse_loss(learned["patch_hog"], of_patches)
                 loss = sum(weights[name] * term for name, term in losses.items())
-                if logged and last:  # with --accumulate: of the last part
-                    for name in distil:
-                        values |= diagnose_prototypes(name, taught[name], centers[name], temperature,
-                                                      runtime.mean)
-                    if keypoints:
-                        values |= diagnose_keypoints(points, targets.flip(0))
+                logged = last and is_due(step, args.log_every, steps)  # of the last part
+                if logged:
+                    values |= diagnose_prototypes(taught, centers, temperature, runtime.mean)
+                    values |= diagnose_keypoints(points, targets.flip(0)) if keypoints else {}
                     values |= gradient_norms(losses, learned["tokens"], args.accumulate, runtime.world,
                                              runtime.mean)
                 scaler.scale(loss / args.accumulate).backward()
-            for name in distil:
-                logits = taught[name].flatten(0, -2)
-                logit_sums[name] = logit_sums[name] + logits.sum(0, keepdim=True)
-                logit_rows[name] = logit_rows[name] + len(logits)
+            centers.collect(taught)
             for name, term in (losses | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + term.detach() / args.accumulate
 
@@ -623,14 +601,11 @@ def main(argv=None):
         set_lr(optimizer, lr, cosine(step, steps, *args.weight_decay))
         norm = update(optimizer, scaler, parameters, CLIP)
         ema_update(teacher, student, cosine(step, steps, args.ema, final=1.0))
-        for name in distil:
-            count = torch.tensor(float(logit_rows[name]), device=device)
-            centers[name] = move_center(centers[name], runtime.mean(logit_sums[name]), runtime.mean(count))
+        centers.move(runtime.mean)
 
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
-        if logged and step > 0.1 * steps:
-            for text in alarm.check({name: float(value) for name, value in values.items()}):
-                log.warn(step + 1, text)
+        for text in alarm.check(step, values) if logged else ():
+            log.warn(step + 1, text)
         saved = is_due(step, args.save_every, steps)
         if runtime.is_main and (saved or step == 0):
             shown = picture(learned, taught, some_views, some_theta, some_mask, patch)
@@ -640,8 +615,9 @@ def main(argv=None):
             save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
                             config=encoder.config, state_dict=teacher.encoder.state_dict())
             save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
-                            teacher=teacher.state_dict(), centers=centers, optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), alarm=alarm.state_dict())
+                            teacher=teacher.state_dict(), centers=centers.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            alarm=alarm.state_dict())
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

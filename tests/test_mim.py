@@ -180,11 +180,19 @@ def test_alignment_is_a_distance_and_does_not_reward_shrinking():
 
 
 def test_centers_follow_the_mean_of_the_teacher_and_stand_still_without_patches():
-    center, logits = torch.full((1, 5), 2.0), torch.rand(7, 5, generator=generator(9))
-    moved = pretrain_mim.move_center(center, logits.sum(0, keepdim=True), torch.tensor(7.0))
-    assert torch.allclose(moved, 0.9 * center + 0.1 * logits.mean(0, keepdim=True))
-    still = pretrain_mim.move_center(center, torch.zeros(1, 5), torch.tensor(0.0))
-    assert torch.equal(still, center)
+    centers = pretrain_mim.Centers(("patch", "class"), 5, torch.device("cpu"))
+    patch, class_ = torch.rand(7, 5, generator=generator(9)), torch.rand(2, 4, 5, generator=generator(10))
+    before = {"patch": torch.full((1, 5), 2.0), "class": torch.ones(1, 5)}
+    centers.load_state_dict(before)
+    for part in (slice(0, 3), slice(3, 7)):  # an accumulated batch: the mean over all parts, one move
+        centers.collect({"patch": patch[part], "class": class_[:, part]})
+    centers.move(lambda value: value)
+    torch.testing.assert_close(centers["patch"], 0.9 * before["patch"] + 0.1 * patch.mean(0, keepdim=True))
+    torch.testing.assert_close(centers["class"], 0.9 + 0.1 * class_.flatten(0, 1).mean(0, keepdim=True))
+    moved = centers.state_dict()
+    centers.collect({"patch": patch[:0], "class": class_})
+    centers.move(lambda value: value)
+    assert torch.equal(centers["patch"], moved["patch"]) and not torch.equal(centers["class"], moved["class"])
 
 
 def test_gradient_norms_are_those_of_each_loss():
@@ -493,11 +501,11 @@ def test_collapse_is_told_from_health():
     # half have no mask
     sick = {"class": math.log(64) + 0.01, "patch": math.log(64) / 2, "keypoint_spread": 0.01}
     for names in ((), ("class",), ("patch",), ("keypoint_spread",), ("class", "patch", "keypoint_spread")):
-        found = pretrain_mim.CollapseAlarm(64).collapsed(healthy | {name: sick[name] for name in names})
+        found = pretrain_mim.CollapseAlarm(64, 5).collapsed(healthy | {name: sick[name] for name in names})
         assert set(found) == {name.replace("keypoint_spread", "keypoints") for name in names}
-    alarm = pretrain_mim.CollapseAlarm(64)
-    due = [len(alarm.check(healthy | sick)) for _ in range(12)]
-    assert due == [0] * 9 + [3, 0, 0]
+    alarm = pretrain_mim.CollapseAlarm(64, start=5)
+    due = [len(alarm.check(step, healthy | sick)) for step in range(18)]
+    assert due == [0] * 15 + [3, 0, 0]  # steps 6 to 15 are ten in a row
 
 
 @pytest.mark.parametrize("flags, words", [
