@@ -313,6 +313,21 @@ def test_where_a_hand_lies_in_its_box_does_not_matter(undo):
     torch.testing.assert_close(found, pc.embed(latent, theta, middle, undo), atol=1e-5, rtol=0)
 
 
+def test_rings_lie_on_dots_where_the_views_agree(monkeypatch):
+    """The picture of a step: the other view's points of an ideal latent arrive at the view's own."""
+    theta, middle, joints = draw(pairs=2)
+    latent = apply_theta(invert_theta(theta), joints.repeat(1, 1, 4, 1)[:, :, :64]).flatten(2)
+    drawn = []
+    monkeypatch.setattr(pc, "draw_points", lambda tile, dots, rings: drawn.append((dots, rings)) or tile)
+    pc.draw_views(torch.zeros(2, 2, 3, 32, 32), theta, middle, joints, latent)
+    assert len(drawn) == 4
+    for dots, rings in drawn:
+        assert dots.shape == (16, 2)
+        np.testing.assert_allclose(dots, rings, atol=1e-3)
+    shown = latent[0, 1].reshape(64, 2)[4].numpy()  # every fourth point, in pixels of view a of pair 1
+    np.testing.assert_allclose(drawn[2][0][1], (shown + 1) * 16 - 0.5, atol=1e-4)
+
+
 def test_windows_turn_zoom_and_move_as_far_as_asked():
     theta, middle, joints = draw(rotation=0, zoom=(1.25, 1.25))
     radius = (joints - middle[..., None, :]).norm(dim=3).amax(2)
@@ -400,7 +415,7 @@ def pairs(hands, tmp_path_factory):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """What the loop hands on, by the name of the function: lists of (arguments, result), detached copies."""
+    """What the loop hands on: name of a function -> list of (arguments, result); "update": gradients and decays."""
     calls = {}
 
     def watch(name):
@@ -456,6 +471,33 @@ def test_an_update_has_the_mean_gradient_of_the_losses_of_the_parts(hands, pairs
         torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
     assert log(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert set(decays) == {0.0}  # lars adds the decay, AdamW must not add it again
+
+
+def test_hands_with_missing_keypoints_are_cut_around_their_box_and_not_weighed(hands, spy, tmp_path):
+    train("--data", hands / "train", "--method", "peclr", *TINY[1:], "--steps", 1, "--out", tmp_path / "run")
+    index = HandIndex(hands / "train")
+    is_known = (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
+    assert 0 < is_known.sum() < 24
+    rows = next(iter(EpochSampler(24, 8, 0, 0, 1)))
+    arguments, (_, radius) = spy["hand_circle"][0]
+    assert np.array_equal(arguments[1].numpy(), [is_known[rows]] * 2)
+    assert np.allclose(radius[:, ~is_known[rows]], 1.3 / 2)
+
+    args = SimpleNamespace(data=[hands / "train"], pairs=None, labelled=False, weights="none")
+    assert len(pc.read_hands(args, "keypoints")[3]) == 24
+    args.weights = "both"
+    assert np.array_equal(pc.read_hands(args, "keypoints")[3], np.flatnonzero(is_known))
+
+
+def test_the_head_computes_in_full_precision():
+    views = torch.randn(2, 4, 3, 32, 32, generator=generator(1))
+    model = fresh_model()
+    inputs = []
+    model.head.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    model.head[0].register_forward_hook(lambda module, given, result: inputs.append(result))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(views).dtype == torch.float32
+    assert [x.dtype for x in inputs] == [torch.float32] * 2
 
 
 @pytest.mark.parametrize("weights", ["none", "positive", "negative"])
