@@ -19,6 +19,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import colorsys
+import itertools
 import math
 from pathlib import Path
 
@@ -27,10 +28,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Bones of the 21 joints in FreiHAND order (0 wrist, then thumb, index, middle, ring, little, base to tip):
 # first joint, second joint, finger. One colour a finger.
-BONES = [(4 * finger + k if k else 0, 4 * finger + k + 1, finger) for finger in range(5) for k in range(4)]
+BONES = [(joint - 1 if joint % 4 != 1 else 0, joint, (joint - 1) // 4) for joint in range(1, 21)]
 FINGER_COLORS = ((235, 64, 52), (240, 175, 32), (76, 190, 76), (56, 150, 240), (176, 90, 220))
 CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75))
 BLACK = (0, 0, 0)
+INK = (30, 30, 30)  # text of charts
+FRAME = (90, 90, 90)
+GRID = (228, 228, 228)
 WHITE = (255, 255, 255)
 CHUNK = 1 << 20  # pixels handled at once: about 60 MB of temporaries
 
@@ -85,7 +89,9 @@ def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull
 
 def _twice_area(x, y):
     """(F,) signed, from corners (3, F)."""
-    return (x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0])
+    x1, x2 = x[1:] - x[0]
+    y1, y2 = y[1:] - y[0]
+    return x1 * y2 - x2 * y1
 
 
 def _faces_to_draw(x, y, z, size, cull):
@@ -113,8 +119,10 @@ def _corner_weights(x, y):
 
 def _rows_of_faces(y, height):
     """owner (R,) and row (R,): every row of pixel centres that a face covers, face after face."""
-    top = np.ceil(np.clip(y.min(0), 0, height) - 0.5).astype(np.int64)
-    bottom = np.floor(np.clip(y.max(0), 0, height) - 0.5).astype(np.int64) + 1
+    low = np.clip(y.min(0), 0, height) - 0.5
+    high = np.clip(y.max(0), 0, height) - 0.5
+    top = np.ceil(low).astype(np.int64)
+    bottom = np.floor(high).astype(np.int64) + 1
     rows = np.maximum(np.minimum(bottom, height) - top, 0)  # (F,)
     owner = np.repeat(np.arange(len(rows)), rows)
     before = np.cumsum(rows) - rows  # rows of the faces before this one
@@ -167,10 +175,11 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
     They point outward where faces run counter-clockwise seen from outside, as MANO's do.
     """
-    corners = vertices[faces]  # (F, 3, 3)
-    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # (F, 3)
-    sums = [np.bincount(faces.ravel(), np.repeat(normal[:, k], 3), len(vertices)) for k in range(3)]
-    total = np.stack(sums, 1)
+    a, b, c = vertices[faces].transpose(1, 0, 2)  # (F, 3) each: corners
+    normals = np.cross(b - a, c - a)  # (F, 3) of length twice the area
+    total = np.zeros((len(vertices), 3))
+    for k in range(3):
+        total[:, k] = np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), len(vertices))
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-20)
 
 
@@ -194,7 +203,8 @@ def overlay(image: np.ndarray, points: np.ndarray, faces: np.ndarray, color=(120
     # z and across gives a scale good enough for shading.
     edges = points[faces] - points[np.roll(faces, 1, axis=1)]  # (F, 3, 3)
     spread = np.sqrt((edges**2).mean((0, 1)))  # (3,)
-    z_scale = np.hypot(spread[0], spread[1]) / np.sqrt(2) / max(spread[2], 1e-12)
+    across = np.hypot(spread[0], spread[1]) / np.sqrt(2)
+    z_scale = across / max(spread[2], 1e-12)
     normals = vertex_normals(points * [1, 1, z_scale], faces)
     normal = np.einsum("nk,nkc->nc", bary[hit], normals[faces[face[hit]]])  # (P, 3) of the pixels hit
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
@@ -226,11 +236,12 @@ def draw_joints(image: np.ndarray, joints: np.ndarray, visible=None, thickness=N
     places = (np.asarray(joints, np.float64) + 0.5) * factor
     layer = Image.new("RGBA", (photo.width * factor, photo.height * factor), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
+    width = max(1, round(thickness * factor))
     for start, end, finger in BONES:
         if np.isfinite(places[[start, end]]).all():
-            ends = [tuple(places[start]), tuple(places[end])]
-            opacity = _opacity(min(visible[start], visible[end]))
-            pen.line(ends, fill=(*FINGER_COLORS[finger], opacity), width=max(1, round(thickness * factor)))
+            ends = [*places[start], *places[end]]
+            color = (*FINGER_COLORS[finger], _opacity(min(visible[start], visible[end])))
+            pen.line(ends, fill=color, width=width)
     radius = thickness * factor * 0.95
     for joint, place in enumerate(places):
         if np.isfinite(place).all():
@@ -294,7 +305,8 @@ def draw_hog(cells: np.ndarray, size: int, strongest: float = 3.0) -> np.ndarray
         angle = np.pi * k / len(cells) + np.pi / 2  # an edge lies across its gradient
         middle = np.array([x + 0.5, y + 0.5]) * cell
         half = 0.45 * cell * np.array([np.cos(angle), np.sin(angle)])
-        pen.line([*(middle - half), *(middle + half)], fill=int(shade[k, y, x]), width=factor)
+        ends = [*(middle - half), *(middle + half)]
+        pen.line(ends, fill=int(shade[k, y, x]), width=factor)
     return np.asarray(page.reduce(factor).convert("RGB"))
 
 
@@ -314,8 +326,10 @@ def grid(images, columns: int, labels=None, cell: int | None = None, gap: int = 
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     text = 0 if labels is None else 14
-    step_x = gap + max(picture.width for picture in pictures)
-    step_y = gap + max(picture.height for picture in pictures) + text
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    step_x = width + gap
+    step_y = height + text + gap
     page = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), WHITE)
     pen = ImageDraw.Draw(page)
     font = ImageFont.load_default()
@@ -324,7 +338,7 @@ def grid(images, columns: int, labels=None, cell: int | None = None, gap: int = 
         y = gap + k // columns * step_y
         page.paste(picture, (x, y))
         if labels is not None:
-            pen.text((x + 1, y + step_y - gap - text + 1), str(labels[k]), fill=BLACK, font=font)
+            pen.text((x + 1, y + height + 1), str(labels[k]), fill=BLACK, font=font)
     return np.asarray(page)
 
 
@@ -344,26 +358,29 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     width, height = size
     factor = 3  # lines are drawn large and averaged; text is written afterwards at its own size
     left, top, right, bottom = 62, 26, width - 14, height - 38
-    lines = {name: np.stack([x, y], 1).astype(np.float64) for name, (x, y) in series.items()}  # (K, 2) each
-    colors = {name: CURVE_COLORS[k % len(CURVE_COLORS)] for k, name in enumerate(lines)}
-    low, high = _limits(list(lines.values()))
+    lines = {name: np.array(line, np.float64).T for name, line in series.items()}  # (K, 2) each
+    colors = dict(zip(lines, itertools.cycle(CURVE_COLORS), strict=False))
+    low, high = _limits(lines.values())
+    x_ticks = _ticks(low[0], high[0])
+    y_ticks = _ticks(low[1], high[1])
 
-    def place(points):
-        return [left, bottom] + (points - low) / (high - low) * [right - left, top - bottom]
+    def to_x(value):
+        return left + (value - low[0]) / (high[0] - low[0]) * (right - left)
 
-    x_ticks = [(place([tick, low[1]])[0], tick) for tick in _ticks(low[0], high[0])]
-    y_ticks = [(place([low[0], tick])[1], tick) for tick in _ticks(low[1], high[1])]
+    def to_y(value):
+        return bottom - (value - low[1]) / (high[1] - low[1]) * (bottom - top)
 
     page = Image.new("RGB", (width * factor, height * factor), WHITE)
     pen = ImageDraw.Draw(page)
-    frame = np.array([left, top, right, bottom]) * factor
-    for x, _ in x_ticks:
-        pen.line([x * factor, frame[1], x * factor, frame[3]], fill=(228, 228, 228), width=factor)
-    for y, _ in y_ticks:
-        pen.line([frame[0], y * factor, frame[2], y * factor], fill=(228, 228, 228), width=factor)
-    pen.rectangle(frame.tolist(), outline=(90, 90, 90), width=factor)
-    for name, points in lines.items():
-        _draw_line(pen, place(points) * factor, colors[name], round(1.6 * factor))
+    x0, y0, x1, y1 = (edge * factor for edge in (left, top, right, bottom))
+    for x in to_x(x_ticks) * factor:
+        pen.line([x, y0, x, y1], fill=GRID, width=factor)
+    for y in to_y(y_ticks) * factor:
+        pen.line([x0, y, x1, y], fill=GRID, width=factor)
+    pen.rectangle([x0, y0, x1, y1], outline=FRAME, width=factor)
+    for name, line in lines.items():
+        places = np.stack([to_x(line[:, 0]), to_y(line[:, 1])], 1) * factor
+        _draw_line(pen, places, colors[name], width=5)
     page = page.reduce(factor)
 
     pen = ImageDraw.Draw(page)
@@ -371,12 +388,13 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
 
     def write(x, y, text, align=0.0):
         """align: 0 begins at x, 0.5 is centred on it, 1 ends there."""
-        pen.text((x - align * pen.textlength(text, font=font), y), text, fill=(30, 30, 30), font=font)
+        x = x - align * pen.textlength(text, font=font)
+        pen.text((x, y), text, fill=INK, font=font)
 
-    for x, tick in x_ticks:
-        write(x, bottom + 4, f"{tick:.6g}", 0.5)
-    for y, tick in y_ticks:
-        write(left - 5, y - 6, f"{tick:.6g}", 1.0)
+    for tick in x_ticks:
+        write(to_x(tick), bottom + 4, f"{tick:.6g}", 0.5)
+    for tick in y_ticks:
+        write(left - 5, to_y(tick) - 6, f"{tick:.6g}", 1.0)
     write((left + right) / 2, 6, title, 0.5)
     write((left + right) / 2, bottom + 19, x_label, 0.5)
     write(4, 6, y_label)
@@ -396,8 +414,8 @@ def _limits(lines):
     if not len(points):
         points = np.array([[0.0, 0.0], [1.0, 1.0]])
     low, high = points.min(0), points.max(0)
-    span = high - low
-    span = np.where(span > 0, span, np.where(high == 0, 1.0, np.abs(high)))
+    size = np.where(high == 0, 1.0, np.abs(high))
+    span = np.where(high > low, high - low, size)  # of a constant, its size
     margin = span * [0, 0.05]
     return low - margin, np.maximum(high + margin, low + span * [1, 0])
 
@@ -407,8 +425,9 @@ def _ticks(low, high):
     rough = (high - low) / 5
     power = 10.0 ** np.floor(np.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= 0.998 * rough)
-    numbers = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1)
-    return numbers * step + 0.0  # + 0.0: no "-0"
+    first = np.ceil(low / step - 1e-9)
+    last = np.floor(high / step + 1e-9)
+    return np.arange(first, last + 1) * step + 0.0  # + 0.0: no "-0"
 
 
 def _draw_line(pen, points, color, width):

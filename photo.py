@@ -121,12 +121,15 @@ def random_background(rng: np.random.Generator, size: int, tones=()) -> np.ndarr
     ramp = np.cos(angle) * x + np.sin(angle) * y - rng.uniform(-0.3, 0.6)
     ramp = ramp[..., None].clip(0, 1)
     image = palette[0] * (1 - ramp) + palette[1] * ramp
-    for cells, strength in ((rng.integers(2, 7), 0.5), (rng.integers(12, 40), 0.16)):
+    coarse = rng.integers(2, 7)
+    fine = rng.integers(12, 40)
+    for cells, strength in ((coarse, 0.5), (fine, 0.16)):
         noise = Image.fromarray(_to_uint8(rng.normal(0.5, 0.25, (cells, cells, 3))))
         noise = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC)) / 255 - 0.5
         image = image + strength * rng.random() * pick(rng, noise, noise.mean(2, keepdims=True))
     if rng.random() < 0.35:
-        wave = np.sin((np.cos(angle) * y - np.sin(angle) * x) * rng.uniform(15, 90))[..., None]
+        across = np.cos(angle) * y - np.sin(angle) * x
+        wave = np.sin(across * rng.uniform(15, 90))[..., None]
         stripes = rng.uniform(0.02, 0.14) * np.tanh(wave * rng.uniform(1, 8))
         image = image + stripes * (palette[2] - palette[3])
 
@@ -157,7 +160,7 @@ def _draw_shape(rng, picture, palette):
         pen.polygon([tuple(place + corner) for corner in corners], fill=fill)
     else:
         width = int(rng.integers(2, 2 + side // 10))
-        pen.line([tuple(place), tuple(place + 4 * corners[0])], fill=fill, width=width)
+        pen.line([*place, *(place + 4 * corners[0])], fill=fill, width=width)
 
 
 # ---------------------------------------------------------------------------------------------------- shading
@@ -197,9 +200,10 @@ def render(meshes: list[Mesh], K: np.ndarray, size: int, light: Light, rasterise
     faces = faces[(points[:, 2] > NEAREST)[faces].all(1)]
 
     fine = (2 * size, 2 * size)  # averaged afterwards, which smooths the edges
-    pixels = points @ K.T
-    pixels = (pixels[:, :2] / np.maximum(pixels[:, 2:], 1e-3) + 0.5) * 2
-    face, bary, depth = rasterise(np.concatenate([pixels, points[:, 2:]], 1), faces, fine)
+    homogeneous = points @ K.T
+    pixels = homogeneous[:, :2] / np.maximum(homogeneous[:, 2:], 1e-3)
+    edges = (pixels + 0.5) * 2  # pixel edges of the fine image
+    face, bary, depth = rasterise(np.concatenate([edges, points[:, 2:]], 1), faces, fine)
     hit = face >= 0
     corner = faces[face[hit]]  # (P, 3) of the P pixels hit
     weight = bary[hit]
@@ -209,9 +213,10 @@ def render(meshes: list[Mesh], K: np.ndarray, size: int, light: Light, rasterise
     albedo = np.empty_like(place)
     wrap = np.empty_like(place)
     gloss = np.empty(len(place), f4)
-    for mesh, start in zip(meshes, starts, strict=False):
-        shown = (corner[:, 0] >= start) & (corner[:, 0] < start + len(mesh.vertices))
-        coordinates = _interpolate(mesh.coordinates, corner[shown] - start, weight[shown])
+    owner = np.searchsorted(starts, corner[:, 0], side="right") - 1  # (P,) mesh of each pixel
+    for k, mesh in enumerate(meshes):
+        shown = owner == k
+        coordinates = _interpolate(mesh.coordinates, corner[shown] - starts[k], weight[shown])
         albedo[shown], gloss[shown] = mesh.texture(coordinates)
         wrap[shown] = mesh.wrap
 
@@ -242,8 +247,11 @@ def _key_light(points, faces, place, direction, rasterise, cells=128):
     mesh[:2] = (mesh[:2] - corner) * scale
     u, v = (np.stack([u, v]) - corner) * scale
     depth = rasterise(mesh.T, faces, (cells, cells), cull=True)[2]
-    taps = [(dv, du) for dv in (-0.6, 0.6) for du in (-0.6, 0.6)]
-    return sum(depth[(v + dv).astype(int), (u + du).astype(int)] > far - 0.004 for dv, du in taps) / 4
+    lit = np.zeros(len(place), int)  # taps out of four
+    for row in (v - 0.6, v + 0.6):
+        for column in (u - 0.6, u + 0.6):
+            lit += depth[row.astype(int), column.astype(int)] > far - 0.004
+    return lit / 4
 
 
 def _openness(depth, hit, size):
@@ -309,5 +317,6 @@ def _motion_blur(image, reach):
     size = len(image)
     pad = int(np.abs(reach).max()) + 1
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
-    shifts = np.round(np.outer(np.linspace(-1, 1, 7), reach)).astype(int) + pad
-    return np.mean([padded[row:row + size, column:column + size] for row, column in shifts], 0)
+    shifts = np.round(np.outer(np.linspace(-1, 1, 7), reach)).astype(int)
+    copies = [padded[row:row + size, column:column + size] for row, column in shifts + pad]
+    return np.mean(copies, 0)

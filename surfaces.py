@@ -68,7 +68,8 @@ class HandSurface:
         rest = arrays["v_template"]
         joints = arrays["J_regressor"] @ rest
         faces = arrays["f"].astype(np.int64)
-        self.back = _unit(np.cross(joints[LITTLE_BASE] - joints[0], joints[INDEX_BASE] - joints[0]))
+        from_wrist = joints - joints[0]
+        self.back = _unit(np.cross(from_wrist[LITTLE_BASE], from_wrist[INDEX_BASE]))
         self.across = _unit(joints[INDEX_BASE] - joints[LITTLE_BASE])
         self.palm = (joints[0] + 2 * joints[MIDDLE_BASE]) / 3
         self.wrist = _wrist_opening(faces)
@@ -76,7 +77,8 @@ class HandSurface:
 
         bends = arrays["hands_mean"] + arrays["hands_coeffs"] @ arrays["hands_components"]
         bends = bends.reshape(-1, 15, 3).mean(0)  # mean axis-angle of joints 1 to 15
-        dorsal, creases, nail = self._fingers(arrays["weights"].argmax(1), rest, normals, joints, tips, bends)
+        owner = arrays["weights"].argmax(1)  # (V,) the joint that moves each vertex most
+        dorsal, creases, nail = self._fingers(owner, rest, normals, joints, tips, bends)
         hand = np.concatenate([rest, dorsal[:, None], creases, nail], 1)
         rings = [hand[self.wrist] + np.r_[self.wrist_axis * t, np.zeros(6)] for t in ARM_RINGS]
         arm = np.concatenate(rings)
@@ -89,7 +91,7 @@ class HandSurface:
         self.sleeve_faces = tube(np.arange(ring), ring, len(SLEEVE_RINGS) - 1)
 
     def _fingers(self, owner, rest, normals, joints, tips, bends):
-        """dorsal (V,), creases (V, 3) and nail (V, 2); owner (V,): the joint that moves each vertex most."""
+        """dorsal (V,), creases (V, 3) and nail (V, 2)."""
         dorsal = normals @ self.back
         creases = np.full((len(rest), 3), NO_CREASE)
         nail = np.full((len(rest), 2), NO_NAIL)
@@ -114,7 +116,7 @@ class HandSurface:
 
 def _wrist_opening(faces):
     """The vertices around the opening of the wrist, in the direction in which its faces run."""
-    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).tolist()
+    edges = np.stack([faces, np.roll(faces, -1, axis=1)], -1).reshape(-1, 2).tolist()
     reversed_edges = {(b, a) for a, b in edges}
     following = {a: b for a, b in edges if (a, b) not in reversed_edges}  # edges that only one face has
     opening = [min(following)]
@@ -175,7 +177,7 @@ def skin_color(skin: Skin, coordinates: np.ndarray):
     """
     place = coordinates[:, :3]
     back = coordinates[:, 3]
-    creases = np.abs(coordinates[:, 4:7])
+    first, second, third = np.abs(coordinates[:, 4:7]).T  # distance from the finger's joints
     from_last_joint = coordinates[:, 6]
     along_nail = coordinates[:, 7]
     across_nail = coordinates[:, 8]
@@ -187,11 +189,12 @@ def skin_color(skin: Skin, coordinates: np.ndarray):
 
     mottling = np.einsum("pk,kc->pc", place, skin.waves.astype(f4)) + skin.phases.astype(f4)
     mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.05, 0.01, 6, dtype=f4))
-    crease = np.minimum(np.minimum(creases[:, 0], creases[:, 1]), creases[:, 2])
+    crease = np.minimum(np.minimum(first, second), third)
     lines = _bump(crease, 0.0011) * np.where(back < 0.1, f4(0.38), f4(0))  # inside of the joints
     ripples = f4(0.16) + f4(0.14) * np.cos(crease * f4(2856))
     folds = _bump(crease, 0.004) * np.clip(back, 0, 1) * ripples  # on the knuckles
-    color *= ((1 + mottling) * (1 - np.minimum(lines + folds, f4(0.6))))[:, None]
+    shadow = np.minimum(lines + folds, f4(0.6))
+    color *= ((1 + mottling) * (1 - shadow))[:, None]
 
     redness = f4(skin.redness * (1 - 0.6 * skin.darkness))
     fingertip = _bump(from_last_joint - f4(0.02), 0.008) * redness
@@ -277,7 +280,9 @@ def random_object(rng: np.random.Generator):
     """
     powers = ((1.0, 1.0), (0.15, 1.0), (0.2, 0.2))
     flat, rounded = powers[int(rng.integers(len(powers)))]
-    u, v = np.meshgrid(np.linspace(-np.pi / 2, np.pi / 2, 13), np.arange(24) * np.pi / 12, indexing="ij")
+    latitude = np.linspace(-np.pi / 2, np.pi / 2, 13)
+    longitude = np.arange(24) * np.pi / 12
+    u, v = np.meshgrid(latitude, longitude, indexing="ij")
     radius = _signed_power(np.cos(u), flat)
     x = radius * _signed_power(np.cos(v), rounded)
     y = radius * _signed_power(np.sin(v), rounded)
