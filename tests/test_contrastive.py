@@ -415,7 +415,7 @@ def pairs(hands, tmp_path_factory):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """What the loop hands on: name of a function -> list of (arguments, result); "update": gradients and decays."""
+    """Name of a function of the loop -> list of (arguments, result); "update": gradients and decays."""
     calls = {}
 
     def watch(name):
