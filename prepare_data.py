@@ -11,8 +11,7 @@
   assemblyhands ROOT   AssemblyHands, the headset's cameras, with annotations/SPLIT/ and images/: --split
         train, val or test.
   interhand ROOT   InterHand2.6M v1.0, 5 or 30 frames a second, with annotations/SPLIT/ and images/SPLIT/:
-        --split train, val or test. With --mano, hands have the meshes of
-        InterHand2.6M_SPLIT_MANO_NeuralAnnot.json.
+        --split train, val or test. With --mano, hands have the meshes of SPLIT_MANO_NeuralAnnot.json.
   hand100m ROOT   the annotations of SiMHand's authors (ROOT/annotations/SOURCE/Hand100M_*_SCALE_*.json;
         --source, --scale) over frames that you have extracted below ROOT. Hands are cut out as from
         videos, and the authors' positives are written as pairs.npz.
@@ -20,8 +19,7 @@
         Without --boxes the hand is taken to fill the image, up to the usual margin.
   video ROOT   videos, and folders of frames, anywhere below ROOT. Hands are found in one frame of --every
         and cut out, with side and keypoints, by MediaPipe (requirements-video.txt) or as --detections
-        says. A stopped command goes on when it is given again. Under torchrun the processes share the
-        videos.
+        says. A stopped command goes on when it is given again. torchrun shares the videos among processes.
 
 Prints what was kept, what was left out and why, and writes samples.png into the index: look at it.
 """
@@ -30,6 +28,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +67,11 @@ def from_data_set(root, args):
     """Columns of a public data set, by its reader in layouts.py."""
     split = args.split or layouts.SPLITS[args.kind][0]
     mano = ManoModels(args.mano) if args.mano else None
-    flags = {"freihand": {"skip_missing": args.skip_missing},
-             "ho3d": {"mano": mano, "workers": args.workers},
-             "dexycb": {"setup": args.setup, "mano": mano, "workers": args.workers},
-             "assemblyhands": {},
-             "interhand": {"mano": mano}}
+    options = {"freihand": {"skip_missing": args.skip_missing}, "assemblyhands": {},
+               "interhand": {"mano": mano}, "ho3d": {"mano": mano, "workers": args.workers},
+               "dexycb": {"mano": mano, "workers": args.workers, "setup": args.setup}}
     read = getattr(layouts, args.kind)
-    return drop_uncroppable(*read(root, split, **flags[args.kind]))
+    return drop_uncroppable(*read(root, split, **options[args.kind]))
 
 
 def drop_uncroppable(columns, meta, folder, dropped):
@@ -133,8 +130,7 @@ class ManoModels:
     def vertices(self, pose, betas, trans, left=None, repair=False):
         """Meshes (N,778,3), metres, of absolute poses (N,48), betas (N,10) and translations (N,3).
 
-        left: None where all hands are right. repair: with the left model's shapes corrected; DexYCB's labels
-        were made without that.
+        left: None where all are right. repair: correct the left model's shapes, as DexYCB's labels do not.
         """
         left = np.zeros(len(pose), bool) if left is None else left
         vertices = np.empty((len(pose), 778, 3), np.float32)
@@ -163,8 +159,8 @@ def from_folder(root, args):
     folders = sorted({os.path.dirname(path) for path in paths})
     video_of_folder = {folder: video for video, folder in enumerate(folders)}
     rows = []
-    dropped = {"not a readable image": [], "no box": [],
-               "box without an image": sorted(set(boxes) - set(paths))}
+    without_image = sorted(set(boxes) - set(paths))
+    dropped = {"not a readable image": [], "no box": [], "box without an image": without_image}
     for path in tqdm(paths, desc="images", leave=False):
         try:
             size = image_size(root / path)
@@ -176,8 +172,8 @@ def from_folder(root, args):
             dropped["no box"].append(path)
         video = video_of_folder[os.path.dirname(path)] if len(folders) > 1 else -1
         for box, side in hands:
-            rows.append({"image": os.fsencode(path), "box": box, "size": size, "side": side == "left",
-                         "video": video})
+            rows.append({"image": os.fsencode(path), "box": box, "size": size, "side": side == "left"})
+            rows[-1]["video"] = video
     if not rows:
         raise ValueError(f"{root}: no readable image with a hand ({_counts(dropped)})")
     return drop_uncroppable(_columns(rows), {"name": root.name}, root, dropped)
@@ -209,11 +205,10 @@ def from_videos(root, args):
     for path in paths:
         video = path.relative_to(root).as_posix()
         videos[video] = frames_with_hands(path, video)
-    facts = [root, args.every, *_file_hashes([args.detections] if args.detections else [])]
-    made = cut_videos(videos, args.out, facts)
-    if made is None:
-        return None
-    columns, dropped = made
+    facts = [root, args.every]
+    if args.detections:
+        facts.append(hashlib.sha256(args.detections.read_bytes()).hexdigest())
+    columns, dropped = cut_videos(videos, args.out, facts)
     return columns, {"name": root.name}, args.out, dropped
 
 
@@ -236,10 +231,8 @@ def from_hand100m(root, args):
             yield os.path.basename(name), frame, seen
 
     videos = {name: frames_with_hands(hands) for name, hands in sorted(hands_of_videos.items())}
-    made = cut_videos(videos, args.out, [root.resolve(), *_file_hashes([path])])
-    if made is None:
-        return None
-    columns, dropped = made
+    facts = [root.resolve(), hashlib.sha256(path.read_bytes()).hexdigest()]
+    columns, dropped = cut_videos(videos, args.out, facts)
     hand_ids = columns.pop("hand_id").tolist()
     pairs = _positives_as_pairs(hand_ids, positives)
     save_arrays(args.out / "pairs.npz", **pairs, format=np.int64(PAIRS_FORMAT),
@@ -260,13 +253,8 @@ def _positives_as_pairs(hand_ids, positives):
     return {"idx": idx, "dist": dist}
 
 
-def _file_hashes(paths):
-    """A text for each file that changes with its content."""
-    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
-
-
 def cut_videos(videos, out, facts):
-    """Columns of the hands of all videos and what was left out; None in all processes but 0.
+    """Columns of the hands of all videos and what was left out; all processes but 0 end here.
 
     videos: {name: iterator of (frame's name, frame or None, hands as in video.py)}. Crops are stored below
     `out`. Each finished video leaves a file in OUT/parts, so that a second call goes on with the next one,
@@ -290,7 +278,9 @@ def cut_videos(videos, out, facts):
             save_arrays(parts[number], **cut_video(names[number], videos[names[number]], out, number))
     barrier()
     finish()
-    return _merge(parts, names) if runtime.is_main else None
+    if not runtime.is_main:
+        sys.exit(0)  # process 0 writes the index
+    return _merge(parts, names)
 
 
 def _merge(parts, names):
@@ -309,9 +299,8 @@ def _merge(parts, names):
         else:
             empty.append(name)
     if not with_hands:
-        raise ValueError(f"no hand was found in {len(names)} videos and folders; are the images of "
-                         f"--detections named as below ROOT ({names[0]}/...)? Delete --out before the next "
-                         "try")
+        raise ValueError(f"no hand was found in {len(names)} videos and folders. Name the images of "
+                         f"--detections as below ROOT ({names[0]}/...), and delete --out before that")
     columns = {name: np.concatenate([part[name] for part in with_hands]) for name in with_hands[0]}
     return columns, {"frame not readable": unread, f"hand below {SMALLEST} pixels": small,
                      "video without a hand": empty}
@@ -395,7 +384,7 @@ FLAGS = {"freihand": {"split", "skip_missing"}, "ho3d": {"split", "mano", "worke
          "hand100m": {"source", "scale"}}
 
 
-def parse_flags(argv):
+def flags():
     splits = sorted({split for splits in layouts.SPLITS.values() for split in splits})
     cli = parser(__doc__)
     cli.add_argument("kind", choices=list(MAKERS), help="what ROOT is")
@@ -429,7 +418,11 @@ def parse_flags(argv):
                      help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"],
                      help="hand100m: which of the authors' files (default 50k)")
-    args = cli.parse_args(argv)
+    return cli
+
+
+def check_flags(cli, args):
+    """ValueError for a flag that does nothing here, and for a folder that is in use."""
     for name, value in vars(args).items():
         if name not in {"kind", "root", "out"} | FLAGS[args.kind] and value != cli.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} does nothing for {args.kind}: leave it out")
@@ -437,18 +430,16 @@ def parse_flags(argv):
         raise ValueError("--every must be at least 1")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
-    continues = args.out.is_dir() and (args.kind in ("video", "hand100m") or not any(args.out.iterdir()))
-    if args.out.exists() and not continues:
+    usable = args.out.is_dir() and (args.kind in ("video", "hand100m") or not any(args.out.iterdir()))
+    if args.out.exists() and not usable:
         raise ValueError(f"--out {args.out}: there are files already; choose another folder")
-    return args
 
 
 def main(argv=None):
-    args = parse_flags(argv)
-    made = MAKERS[args.kind](args.root, args)
-    if made is None:  # process 0 writes the index
-        return
-    columns, meta, images, dropped = made
+    cli = flags()
+    args = cli.parse_args(argv)
+    check_flags(cli, args)
+    columns, meta, images, dropped = MAKERS[args.kind](args.root, args)
     write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
