@@ -413,7 +413,7 @@ class Mano(nn.Module):
         joints = np.einsum("jv,vck->jck", arrays["J_regressor"], blend[..., :11])  # (16, 3, 1 + 10)
         bones = joints - joints[[0, *PARENTS[1:]]]
         bones[0] = joints[0]
-        rest = np.stack([joints, bones]).reshape(96, 11)  # 96 numbers, from the template and ten shape directions
+        rest = np.stack([joints, bones]).reshape(96, 11)  # columns: template, ten shape directions
         self._add_buffer("template", template)
         self._add_buffer("blend", blend.transpose(2, 1, 0).reshape(146, -1))  # (1 + 10 + 135, 3 V)
         self._add_buffer("rest", rest[:, 0])
@@ -440,8 +440,8 @@ class Mano(nn.Module):
 def _shape_message(rotmats, betas):
     given = f"rotmats {tuple(rotmats.shape)}, betas {tuple(betas.shape)}: need (B, 16, 3, 3), (B, 10)"
     if rotmats.shape[1:] in ((48,), (16, 3)):
-        return (f"{given}. Convert axis-angle: rotmat_from_axis_angle(pose.reshape(-1, 16, 3)). If the pose is "
-                "relative to MANO's mean pose, add hands_mean (15, 3) to its finger joints first")
+        return (f"{given}. Convert axis-angle: rotmat_from_axis_angle(pose.reshape(-1, 16, 3)). If it is "
+                "relative to MANO's mean pose, add hands_mean (15, 3) to the finger joints first")
     if rotmats.shape[1:] in ((96,), (16, 6)):
         return f"{given}. Convert 6-D rotations: rotmat_from_6d(pose.reshape(-1, 16, 6))"
     return given

@@ -279,6 +279,18 @@ def test_left_hand_is_the_mirror_of_the_right_one(arrays):
     assert (shipped * FLIP - right).abs().max() > 1e-4         # DexYCB's labels are of this model
 
 
+def test_mirrored_pose_components_give_the_mirrored_pose(arrays):
+    """The same coefficients pose both hands alike, from the arrays' own mean and components."""
+    left = mirror_arrays(arrays)
+    meshes = []
+    for of_side, side in ((arrays, "right"), (left, "left")):
+        pose = of_side["hands_mean"] + of_side["hands_coeffs"][:5] @ of_side["hands_components"]
+        angles = torch.tensor(pose, dtype=torch.float32).reshape(5, 15, 3)
+        rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(5, 1, 3), angles], dim=1))
+        meshes.append(Mano(of_side, side)(rotmats, torch.zeros(5, 10))[0])
+    assert (meshes[0] * FLIP - meshes[1]).abs().max() < 1e-6
+
+
 def test_left_repair_of_every_hand():
     """On many random hands, the rule finds which file is repaired. Without evidence, it counts as shipped."""
     for seed in range(20):

@@ -146,6 +146,16 @@ def test_poses_stay_within_the_limits_of_a_hand(poses):
         assert np.abs(root[:, 1]).max() < 45  # sideways; a turned finger's flexion contributes
     assert degrees[:, 0].std(0)[2] > 20  # they use this freedom
 
+    frames = synthetic_hand._joint_frames(synthetic_hand._skeleton(np.random.default_rng(0), spread=0.0))
+    axes = np.stack([frames.flexion, frames.dorsal, frames.bone])[:, 12:]
+    thumb = np.einsum("njc,kjc->njk", degrees[:, 12:], axes)  # flexion, sideways, turn of three joints
+    root = thumb[:, 0]
+    noise = 7  # degrees; the limits hold before it is added
+    assert (root > np.array([-20, -25, -45]) - noise).all() and (root < np.array([45, 30, 30]) + noise).all()
+    bend = thumb[:, 1:, 0]
+    assert (bend > np.array([-10, -15]) - noise).all() and (bend < np.array([55, 75]) + noise).all()
+    assert (root.std(0) > 7).all() and (bend.std(0) > 7).all()
+
 
 def test_posed_skin_neither_tears_nor_turns_inside_out(hand, poses):
     faces, rest = hand["f"], hand["v_template"]
