@@ -1,0 +1,175 @@
+"""runtime.py: schedules and groups by formula, updates by hand, what RUN promises, formats of files."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, generator, is_due,
+                     load_checkpoint, param_groups, read_log, restore, save_checkpoint, set_lr, start_run,
+                     update)
+
+CPU = torch.device("cpu")
+
+
+def one_of(rank=0, world=1):
+    return Runtime(CPU, torch.float32, rank, world, 0, 0)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+# -------------------------------------------------------------------------------------- schedules and updates
+def test_rates_are_cosines_of_the_step():
+    assert [cosine(step, 10, 1.0, warmup=4) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert cosine(7, 10, 1.0, warmup=4) == pytest.approx(0.5)
+    assert cosine(10, 10, 1.0, final=0.2) == pytest.approx(0.2) == cosine(99, 10, 1.0, final=0.2)
+
+
+def test_only_matrices_decay_and_names_scale_the_rate():
+    net = small_net()
+    groups = param_groups(net.named_parameters(), 0.3, lambda name: 0.1 if name.startswith("0.") else 1.0)
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
+    optimizer = adamw(groups, CPU)
+    set_lr(optimizer, 0.5, weight_decay=0.7)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p
+             in group["params"]}
+    for name, parameter in net.named_parameters():
+        rate = 0.05 if name.startswith("0.") else 0.5
+        assert found[id(parameter)] == (pytest.approx(rate), 0.7 if parameter.ndim > 1 else 0), name
+
+
+def test_an_update_clips_the_whole_gradient_once():
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    gradients = [torch.randn(p.shape, generator=generator(1)) for p in before]
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = update(optimizer, one_of().scaler(), list(net.parameters()), clip=0.5)
+    size = math.sqrt(sum(float((g ** 2).sum()) for g in gradients))
+    assert float(norm) == pytest.approx(size)
+    for parameter, old, gradient in zip(net.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(parameter.detach(), old - gradient * 0.5 / size)
+        assert parameter.grad is None
+    net[0].weight.grad = torch.full((4, 3), math.nan)
+    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        update(optimizer, one_of().scaler(), list(net.parameters()))
+
+
+def test_the_average_follows_parameters_and_copies_buffers():
+    model, average = small_net(), small_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    model(torch.randn(8, 3))  # moves the running statistics
+    before = [p.detach().clone() for p in average.parameters()]
+    ema_update(average, model, 0.9)
+    for mine, old, theirs in zip(average.parameters(), before, model.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), 0.9 * old + 0.1 * theirs.detach())
+    for mine, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(average[1].running_mean, small_net()[1].running_mean)
+
+
+def test_parts_cover_the_batch_and_the_last_one_says_so():
+    parts = list(batch_parts(10, 3))
+    assert torch.equal(torch.cat([rows for rows, _ in parts]), torch.arange(10))
+    assert [last for _, last in parts] == [False, False, True]
+
+
+def test_gradients_are_exchanged_with_the_last_part_alone():
+    class Net:
+        def no_sync(self):
+            return "no exchange"
+
+    two = one_of(0, 2)
+    assert two.sync_gradients(Net(), False) == "no exchange" and two.sync_gradients(Net(),
+                                                                                    True) != "no exchange"
+    assert one_of().sync_gradients(Net(), False) != "no exchange"
+
+
+def test_processes_take_consecutive_rows():
+    drawn = torch.arange(24).reshape(2, 12)
+    halves = [one_of(rank, 2).local_rows(drawn, dim=1) for rank in range(2)]
+    assert torch.equal(torch.cat(halves, 1), drawn) and halves[1][0, 0] == 6
+    thirds = [one_of(rank, 3).local_rows(torch.arange(7)) for rank in range(3)]
+    assert torch.equal(torch.cat(thirds), torch.arange(7))
+
+
+def test_things_are_due_every_so_many_steps_and_at_the_end():
+    assert [step for step in range(10) if is_due(step, 4, 10)] == [3, 7, 9]
+
+
+# -------------------------------------------------------------------------------------------------------- run
+def arguments(out, **more):
+    return argparse.Namespace(**{"out": str(out), "resume": False, "lr": 0.1, "workers": 2, **more})
+
+
+def test_a_run_is_continued_with_its_own_flags_alone(tmp_path):
+    out, state = start_run(arguments(tmp_path / "run"), one_of())
+    assert state is None and json.loads((out / "config.json").read_text())["format"] == FORMATS["run"]
+    save_checkpoint(out / "last.pt", "mim", step=7)
+    with pytest.raises(ValueError, match="not empty"):
+        start_run(arguments(out), one_of())
+    with pytest.raises(ValueError, match="--lr is 0.2"):
+        start_run(arguments(out, resume=True, lr=0.2), one_of())
+    assert start_run(arguments(out, resume=True, workers=0), one_of())[1]["step"] == 7
+    with pytest.raises(ValueError, match="no run in"):
+        start_run(arguments(tmp_path / "none", resume=True), one_of())
+
+
+def test_runs_and_checkpoints_of_another_format_are_refused(tmp_path):
+    out, _ = start_run(arguments(tmp_path / "run"), one_of())
+    config = json.loads((out / "config.json").read_text())
+    del config["format"]  # as written before files had numbers
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="an older version"):
+        start_run(arguments(out, resume=True), one_of())
+    torch.save({"kind": "mim", "step": 3}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="format 1 of 'mim', this version reads 2"):
+        load_checkpoint(tmp_path / "old.pt", "mim")
+    torch.save({"kind": "mesh", "step": 3}, tmp_path / "old.pt")  # unchanged since
+    assert load_checkpoint(tmp_path / "old.pt", "mesh")["step"] == 3
+    with pytest.raises(ValueError, match="kind 'mesh', needed 'mim'"):
+        load_checkpoint(tmp_path / "old.pt", "mim")
+
+
+def test_a_checkpoint_restores_its_parts(tmp_path):
+    net = small_net()
+    optimizer = adamw(param_groups(net.named_parameters(), 0.1), CPU)
+    net(torch.randn(8, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "last.pt", "mesh", step=5, net=net.state_dict(),
+                    optimizer=optimizer.state_dict())
+    other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    again = adamw(param_groups(other.named_parameters(), 0.1), CPU)
+    assert restore(load_checkpoint(tmp_path / "last.pt", "mesh"), net=other, optimizer=again) == 5
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert again.state_dict()["state"][0]["exp_avg"].any()
+    assert restore(None, net=other) == 0
+
+
+def test_the_log_drops_what_a_killed_run_wrote_past_its_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    log = Log(path, 1, 10, 8, one_of(), every=2)
+    log(2, {"loss": 1.5, "lr": 0.1})
+    log(3, {"loss": 1.4, "lr": 0.1})
+    log.warn(3, "careful")
+    log.close()
+    rows = read_log(path)
+    assert [(row["step"], row.get("loss")) for row in rows] == [(1, 3), (2, 1.5), (3, None)]
+    assert rows[2]["warning"] == "careful" and rows[1]["images_per_second"] > 0
+
+
+def test_draws_are_a_function_of_their_key():
+    first, again, other = (torch.rand(3, generator=generator(*key)) for key
+                           in ((0, 5, 2), (0, 5, 2), (0, 5, 3)))
+    assert torch.equal(first, again) and not torch.equal(first, other)
