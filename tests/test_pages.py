@@ -24,8 +24,8 @@ ORDER = ["README.md", *(f"docs/{name}.md" for name in (
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*ORDER, "CONTRIBUTING.md")}
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 
-# What is changed in a call, and nothing else: values of flags (None: the flag goes), and flags at its end, which
-# overrule earlier ones.
+# What is changed in a call, and nothing else: values of flags (None: the flag goes), and flags at its end,
+# which overrule earlier ones.
 IN_PLACE = {"--epochs": None, "--steps": None, "--arch": "vit_micro", "--videos": "9"}
 TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
 AT_THE_END = {
