@@ -213,10 +213,10 @@ def read_detections(path: Path | str) -> dict[str, list[dict]]:
 
 def _read_npz(path):
     """images and sides as lists of text, keypoints (M,21,2), scores (M,) or (M,21)."""
-    with np.load(path, allow_pickle=False) as file:
-        images = [os.fsdecode(text) for text in file["image"].tolist()]
-        sides = [os.fsdecode(text) for text in file["side"].tolist()]
-        return images, sides, file["keypoints"].astype(np.float64), file["score"].astype(np.float64)
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+        images = [os.fsdecode(text) for text in content["image"].tolist()]
+        sides = [os.fsdecode(text) for text in content["side"].tolist()]
+        return images, sides, content["keypoints"].astype(float), content["score"].astype(float)
 
 
 def _read_csv(path):
