@@ -1,391 +1,489 @@
-"""Supervised mesh training: an encoder (fresh, or pre-trained by any script here or elsewhere) and the PyMAF head regress
-MANO from one view of a hand.
+"""Supervised mesh training: an encoder and the PyMAF head regress MANO from one view of a hand.
 
-Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png. One step: canvas -> random
-view (theta) and colour -> encoder -> T estimates of rotations, shape and camera -> losses on all of them. Left hands come
-mirrored; the labels turn with the view. The averaged weights (EMA) are the ones validated, saved for use and exported.
+The encoder is fresh, or pre-trained by any script here or elsewhere. The head is PyMAF's (arXiv 2103.16507,
+MeshHead in model.py). Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt and
+samples/*.png. One step:
+
+    canvas -> view (theta, colour) -> encoder -> feature map -> T estimates, each a correction of the last one
+    labels -> the same view: 2-D points by the inverse of theta, 3-D ones turned with the content
+
+    each estimate    rotations, betas, camera               = the labels' own numbers
+                     joints, vertices from the wrist        = in 3-D, as the view shows them
+                     joints by weak perspective             = the 2-D joints of the view           joints2d
+                     vertices in the hand's own frame       = whatever the hand's orientation      articulation
+
+Left hands come mirrored. The average of the weights (EMA) is what is validated, saved for use and exported.
 """
 
 import copy
+from functools import partial
 
 import numpy as np
 import torch
 
-from data import HandDataset, HandIndex, check_mix, make_loader, make_sampler, mirror, square
-from draw import curve, draw_joints, grid, overlay, save_image
-from mano import Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective
+from data import (
+    CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix, make_loader, make_sampler,
+    mirror, square,
+)
+from draw import draw_joints, grid, overlay, save_curves, save_image
+from mano import (
+    Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective,
+)
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
-    Log,
-    adamw,
-    add_training_flags,
-    check_ranges,
-    cosine,
-    ema_update,
-    finish,
-    generator,
-    param_groups,
-    parser,
-    read_log,
-    run,
-    save_checkpoint,
-    set_lr,
-    setup,
-    start_run,
-    total_steps,
-    update,
+    Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update, finish,
+    generator, initial_weights, is_due, param_groups, parser, read_log, restore, run, save_checkpoint,
+    set_lr, setup, start_run, total_steps, update,
 )
 from synthetic_hand import synthetic_mano
 from views import (
-    apply_color,
-    apply_theta,
-    centre_theta,
-    invert_theta,
-    normalise,
-    random_color,
-    random_theta,
-    theta_rotation,
-    to_rgb,
-    warp,
+    apply_color, apply_theta, centre_theta, invert_theta, normalise, random_color, random_theta,
+    theta_rotation, to_rgb, warp,
 )
 
-CONTEXT = 2.0                                                      # canvas: room for rotation and shift around the box
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
-WEIGHTS = {                # rotations: HongwenZhang/PyMAF-X core/trainer.py, hand_only. The others are ours: L1 on points,
-    "rotations": 60.0,     # because the metric is a distance; betas and camera held by their own labels, because as long as
-    "betas": 1.0,          # the orientation is unknown, a small hand far away is what fits the points best; and above all
-    "camera": 2.0,         # the mesh in the hand's own frame, which teaches the fingers before the orientation is known
+# 60 for the rotations is HongwenZhang/PyMAF-X's (core/trainer.py, hand_only); the others are ours. The camera
+# and betas have losses of their own: while the orientation is wrong, a small hand far away fits the points
+# best. articulation weighs most: it teaches the fingers before the orientation is known.
+WEIGHTS = {
+    "rotations": 60.0,
+    "betas": 1.0,
+    "camera": 2.0,
     "joints2d": 3.0,
     "joints": 30.0,
     "vertices": 30.0,
     "articulation": 500.0,
 }
+LAYER_DECAY = 0.75  # rate of a block over that of the next one, with --init (ViTPose)
+RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
+WEIGHT_DECAY = 0.05  # not on 1-D tensors (MAE)
+WARMUP = 0.05  # share of the steps in which the rate rises (MAE)
+CLIP = 1.0  # largest norm of the gradient (ViTPose)
+THETA, COLOR, DROPOUT = 0, 1, 2  # random streams: generator(seed, step, stream), of DROPOUT + rank
+FRACTION = 77  # random stream of --label-fraction
+CURVES = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
-def mesh_losses(outputs, target, arrays, definitions=("freihand",)):
-    """Named losses, each the mean over the iterations, and of the samples over what is labelled.
+# ----------------------------------------------------------------------------------------------------- losses
+def mesh_losses(estimates, joints, target):
+    """Losses by the names of WEIGHTS, each the mean over the T estimates of MeshHead.
 
-    outputs: MeshHead's list. target: make_target's dict. arrays: the hand's. definitions: of the joints, of each source."""
-    terms = dict.fromkeys(WEIGHTS, 0.0)
-    known = target["known_joints"] * target["has_joints"][:, None]                           # (B, 21)
-    root, has_mesh = target["joints"][:, :1], target["has_vertices"] * target["has_joints"]
-    for output in outputs:
-        joints = defined_joints(output, target, arrays, definitions)                         # (B, 21, 3) m
-        seen = target["visible"][..., None]                                                  # confidence of what is known
-        # The camera learns from the true joints; the pose then moves under a fixed camera, so it cannot shrink it.
-        labelled = target["has_joints"][:, None] > 0
-        fixed = torch.where(labelled, output["camera"].detach(), output["camera"])
-        by_camera = weak_perspective(target["joints"] - root, output["camera"]) - target["joints2d"]       # (B, 21, 2)
-        by_both = weak_perspective(joints, fixed) - target["joints2d"]
-        rotation = (output["rotmats"] - target["rotmats"]) ** 2
-        upright = (output["vertices"] - joints[:, :1]) @ output["rotmats"][:, 0]         # R^T v: in the hand's own frame
-        step = {"rotations": masked_mean(rotation, target["has_pose"]),
-                "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
-                "betas": masked_mean((output["betas"] - target["betas"]) ** 2, target["has_betas"]),
-                "camera": masked_mean(by_camera.abs() * seen, target["has_joints2d"][:, None] * target["known_joints2d"] * known),
-                "joints2d": masked_mean(by_both.abs() * seen, target["has_joints2d"][:, None] * target["known_joints2d"]),
-                "joints": masked_mean((joints - joints[:, :1] - target["joints"] + root).abs(), known),
-                "vertices": masked_mean((output["vertices"] - joints[:, :1] - target["vertices"] + root).abs(), has_mesh)}
-        terms = {name: terms[name] + step[name] / len(outputs) for name in terms}
-    return terms
+    joints: list of (B,21,3), the joints of each estimate as the labels define them. target: of make_target.
+    """
+    steps = [estimate_losses(*estimate, target) for estimate in zip(estimates, joints, strict=True)]
+    return {name: sum(losses[name] / len(steps) for losses in steps) for name in WEIGHTS}
+
+
+def estimate_losses(estimate, joints, target):
+    """The losses of one estimate, each a mean over what is labelled. joints (B,21,3) of it, in metres.
+
+    L1 on points, because the metric is a distance (ours); squares on rotations and betas (PyMAF).
+    """
+    has_joints = target["has_joints"]  # (B,)
+    has_mesh = target["has_vertices"] * has_joints
+    known = target["known_joints"] * has_joints[:, None]  # (B, 21)
+    known2d = target["known_joints2d"] * target["has_joints2d"][:, None]  # (B, 21)
+    visible = target["visible"][..., None]  # (B, 21, 1)
+
+    true_wrist = target["joints"][:, :1]
+    from_wrist = target["joints"] - true_wrist  # (B, 21, 3)
+    vertices = estimate["vertices"]  # (B, 778, 3)
+    camera = estimate["camera"]
+
+    # The camera learns from the true joints. The joints then move under a fixed camera, which cannot shrink
+    # them; only where no true joints are known, the camera learns from the estimated ones.
+    fixed_camera = torch.where(has_joints[:, None] > 0, camera.detach(), camera)
+    true_points = weak_perspective(from_wrist, camera)  # (B, 21, 2)
+    points = weak_perspective(joints, fixed_camera)  # (B, 21, 2)
+    rotation = estimate["rotmats"] - target["rotmats"]
+    upright = (vertices - joints[:, :1]) @ estimate["rotmats"][:, 0]  # R^T v, in the hand's own frame
+
+    return {
+        "rotations": masked_mean(rotation ** 2, target["has_pose"]),
+        "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
+        "betas": masked_mean((estimate["betas"] - target["betas"]) ** 2, target["has_betas"]),
+        "camera": masked_mean((true_points - target["joints2d"]).abs() * visible, known2d * known),
+        "joints2d": masked_mean((points - target["joints2d"]).abs() * visible, known2d),
+        "joints": masked_mean((joints - joints[:, :1] - target["joints"] + true_wrist).abs(), known),
+        "vertices": masked_mean((vertices - joints[:, :1] - target["vertices"] + true_wrist).abs(), has_mesh),
+    }
 
 
 def masked_mean(values, has):
-    """Mean over the entries of values (B,...) or (B,P,...) where has (B,) or (B,P) is 1; 0 where there are none."""
-    return (values.flatten(has.ndim).mean(has.ndim) * has).sum() / has.sum().clamp(min=1)
+    """Mean over the entries of values (B,...) or (B,P,...) where has (B,) or (B,P) is 1; 0 without any."""
+    per_entry = values.flatten(has.ndim).mean(has.ndim)
+    return (per_entry * has).sum() / has.sum().clamp(min=1)
 
 
-def defined_joints(output, batch, arrays, definitions):
-    """Joints (B,21,3) of a prediction as the labels of each sample's source define them."""
-    left, found = batch["mirrored"] > 0, None
-    for name in dict.fromkeys(definitions):
-        joints = labelled_joints(output["vertices"], output["joints"], arrays, name, left)
-        own = torch.tensor([other == name for other in definitions], device=left.device)[batch["source"]]
-        found = joints if found is None else torch.where(own[:, None, None], joints, found)
-    return found
+def defined_joints(estimate, target, arrays, definitions):
+    """Joints (B,21,3) of an estimate, for each hand as the labels of its source define them.
+
+    arrays: of the hand. definitions: of each source, by its name in mano.labelled_joints.
+    """
+    was_left = target["mirrored"] > 0
+    vertices, kinematic = estimate["vertices"], estimate["joints"]
+    first, *others = dict.fromkeys(definitions)
+    joints = labelled_joints(vertices, kinematic, arrays, first, was_left)
+    for name in others:
+        uses_name = torch.tensor([each == name for each in definitions], device=vertices.device)
+        uses_name = uses_name[target["source"]][:, None, None]  # (B, 1, 1)
+        joints = torch.where(uses_name, labelled_joints(vertices, kinematic, arrays, name, was_left), joints)
+    return joints
 
 
-def definition_of(index):
-    return index.meta.get("joints", "freihand")
+# ------------------------------------------------------------------------------------------------------ views
+def draw_theta(batch, generator, box_scale, rotation, zoom, shift):
+    """theta (B,2,3): turned by +- rotation degrees, `zoom` (low, high) times the usual window, moved by up to a
+    share `shift` of half its side. box_scale: side of the usual window over the box."""
+    usual = box_scale / CONTEXT
+    scale = (usual * zoom[0], usual * zoom[1])
+    return random_theta(batch, generator, np.deg2rad(rotation), scale, usual * shift)
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
-def make_views(canvas, theta, size, color=None):
+def draw_color(batch, generator, strength):
+    """Factors (B,6) for apply_color. Strength 1: gains .4, brightness .2, contrast .3, saturation .3 (ours)."""
+    return random_color(batch, generator, 0.4 * strength, 0.2 * strength, 0.3 * strength, 0.3 * strength)
+
+
+def make_views(canvas, theta, size, color):
     """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them."""
-    views = warp(canvas, theta, size)
-    return normalise(views if color is None else apply_color(views, color))
+    return normalise(apply_color(warp(canvas, theta, size), color))
 
 
-def make_target(batch, theta, hands_mean):
-    """The labels of a batch in its views: 2-D joints by the inverse of theta, 3-D turned with the content."""
-    turn = theta_rotation(theta)                                   # (B, 3, 3)
-    pose = batch["pose"].unflatten(1, (16, 3))
-    pose = torch.cat([pose[:, :1], pose[:, 1:] + hands_mean * batch["pose_mean"][:, None, None]], dim=1)
-    rotmats = rotmat_from_axis_angle(pose)                         # (B, 16, 3, 3)
-    rotmats = torch.cat([turn[:, None] @ rotmats[:, :1], rotmats[:, 1:]], dim=1)
-    upright = (batch["vertices"] - batch["joints"][:, :1]) @ rotmat_from_axis_angle(pose[:, 0])      # (B, 778, 3)
-    turned = {name: batch[name] @ turn.transpose(1, 2) for name in ("joints", "vertices")}
-    return batch | turned | {"rotmats": rotmats, "upright": upright, "joints2d": apply_theta(invert_theta(theta), batch["joints2d"])}
+def upright_views(canvas, box_scale, size):
+    """The usual windows of canvases (B,3,H,W) u8 -> views (B,3,size,size), for validation."""
+    theta = centre_theta(len(canvas), box_scale / CONTEXT).to(canvas.device)
+    return normalise(warp(canvas, theta, size))
 
 
-def draw_views(args, runtime, step):
-    """This process's share of the step's random views and colours, functions of (seed, step)."""
-    zoom = args.box_scale / CONTEXT
-    theta = random_theta(args.batch_size, generator(args.seed, step, 0), np.deg2rad(args.rotation),
-                         (zoom / (1 + args.zoom), zoom * (1 + args.zoom)), zoom * args.shift)
-    color = random_color(args.batch_size, generator(args.seed, step, 1), gain=args.color)
-    return runtime.share(theta).to(runtime.device), runtime.share(color).to(runtime.device)
+def make_target(labels, theta, hands_mean):
+    """The labels of a batch in its views theta (B,2,3): a dict of tensors, as HandDataset's.
+
+    joints2d by the inverse of theta; joints and vertices turned with the content. Added: rotmats (B,16,3,3),
+    turned; upright (B,778,3), the vertices from the wrist in the hand's own frame. hands_mean: of the hand.
+    """
+    turn = theta_rotation(theta)  # (B, 3, 3)
+    pose = labels["pose"].unflatten(1, (16, 3))
+    fingers = pose[:, 1:] + hands_mean * labels["pose_mean"][:, None, None]
+    rotmats = rotmat_from_axis_angle(torch.cat([pose[:, :1], fingers], dim=1))  # (B, 16, 3, 3)
+    from_wrist = labels["vertices"] - labels["joints"][:, :1]
+    return labels | {
+        "rotmats": torch.cat([turn[:, None] @ rotmats[:, :1], rotmats[:, 1:]], dim=1),
+        "upright": from_wrist @ rotmats[:, 0],  # R^T v
+        "joints": labels["joints"] @ turn.transpose(1, 2),  # R v
+        "vertices": labels["vertices"] @ turn.transpose(1, 2),
+        "joints2d": apply_theta(invert_theta(theta), labels["joints2d"]),
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-def label_rows(indices, fraction, seed):
-    """Rows of a seeded share of the poses; all images of a pose go together, and a smaller share is part of a larger one."""
-    if not 0 < fraction <= 1:
-        raise ValueError(f"--label-fraction {fraction} must lie in (0, 1]")
-    starts = np.cumsum([0] + [index.meta["labels"] for index in indices])
-    poses = np.concatenate([index.pose_ids() + start for index, start in zip(indices, starts[:-1], strict=True)])
-    chosen = np.random.default_rng([seed, 77]).permutation(starts[-1])[:max(1, round(fraction * starts[-1]))]
-    return np.flatnonzero(np.isin(poses, chosen))
-
-
-def training_mean(dataset, hand, box_scale, count=4000):
-    """Mean rotations (16,3,3) and camera scale of the rows trained on: the chordal mean of the global orientations, the
-    hand's mean pose for the fingers, the median scale in an upright view. Columns only, no image is opened."""
-    turns, scales = [], []
-    chosen = dataset.rows[np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int))]
-    for index, start in zip(dataset.indices, dataset.starts[:-1], strict=True):
-        rows = chosen[(chosen >= start) & (chosen < start + len(index))] - start
-        if not len(rows):
-            continue
-        labels = index.pose_ids()[rows]
-        if "pose" in index.columns:
-            pose, left = index.columns["pose"][labels], np.array([index.side(row) for row in rows])[:, None] == 1
-            pose = np.where(left, mirror("pose", pose), pose)[:, :3]
-            turns.append(rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)])))
-        if "joints" in index.columns and "joints2d" in index.columns:
-            side = [square(index.columns["box"][row], box_scale)[2] for row in rows]
-            spread = [np.linalg.norm(x[..., :2] - np.nanmean(x[..., :2], 1, keepdims=True), axis=-1)
-                      for x in (index.columns["joints2d"][labels], index.columns["joints"][labels])]
-            scales.append(np.nanmean(spread[0], 1) / np.maximum(np.nanmean(spread[1], 1), 1e-4) * 2 / np.array(side))
-    rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hand.hands_mean.cpu()]))
-    if sum(map(len, turns)):
-        u, _, v = torch.linalg.svd(torch.cat(turns).mean(0))
-        rotmats[0] = u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
-    return rotmats, float(np.nanmedian(np.concatenate(scales))) if scales else 9.0
-
-
+# ------------------------------------------------------------------------------------------------------- data
 def open_labelled(paths, flag):
     """The indices, refused where they hold no labels."""
     indices = [HandIndex(path) for path in paths]
     for index in indices:
         if not {"joints", "joints2d"} & set(index.columns):
-            raise ValueError(f"{flag} {index.path}: no labels in this index (images alone are for pre-training)")
+            raise ValueError(f"{flag} {index.path}: no labels in this index; pre-training needs none")
     return indices
 
 
-# ----------------------------------------------------------------------------------------------------------- validation
+def joint_definition(index):
+    return index.meta.get("joints", "freihand")
+
+
+def label_rows(indices, fraction, seed):
+    """Rows of a seeded share of the poses: all images of a pose or none. A smaller share lies in a larger one."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"--label-fraction {fraction} must lie in (0, 1]")
+    starts = np.cumsum([0] + [index.meta["labels"] for index in indices])
+    poses = [index.pose_ids() + start for index, start in zip(indices, starts[:-1], strict=True)]
+    order = np.random.default_rng([seed, FRACTION]).permutation(starts[-1])
+    chosen = order[:max(1, round(fraction * starts[-1]))]
+    return np.flatnonzero(np.isin(np.concatenate(poses), chosen))
+
+
+def training_mean(dataset, hands_mean, box_scale, most=4000):
+    """Mean rotations (16,3,3) and camera scale of the rows trained on, from which the head starts.
+
+    The chordal mean of the global orientations, the hand's mean pose for the fingers, and the median scale in
+    an upright view. Reads the columns of `most` rows, no image.
+    """
+    spaced = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int)
+    chosen = dataset.rows[np.unique(spaced)]
+    orientations = []
+    scales = []
+    for index, start in zip(dataset.indices, dataset.starts[:-1], strict=True):
+        rows = chosen[(chosen >= start) & (chosen < start + len(index))] - start
+        if len(rows) and "pose" in index.columns:
+            orientations.append(_orientations(index, rows))
+        if len(rows) and {"joints", "joints2d"} <= set(index.columns):
+            scales.append(_camera_scales(index, rows, box_scale))
+    rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hands_mean.cpu()]))
+    if sum(map(len, orientations)):
+        rotmats[0] = _nearest_rotation(torch.cat(orientations).mean(0))
+    return rotmats, float(np.nanmedian(np.concatenate(scales))) if scales else 9.0
+
+
+def _orientations(index, rows):
+    """Global orientations (R,3,3) of the hands that have one; left hands mirrored, as HandDataset does."""
+    pose = index.columns["pose"][index.pose_ids()[rows]]  # (R, 48)
+    is_left = np.array([index.side(row) for row in rows]) == 1
+    pose = np.where(is_left[:, None], mirror("pose", pose), pose)[:, :3]
+    return rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)]))
+
+
+def _camera_scales(index, rows, box_scale):
+    """Camera scales (R,) of upright views: the spread of the 2-D joints over that of the 3-D ones."""
+    labels = index.pose_ids()[rows]
+    in_image = _spread(index.columns["joints2d"][labels])
+    in_space = _spread(index.columns["joints"][labels][..., :2])
+    sides = np.array([square(index.columns["box"][row], box_scale)[2] for row in rows])
+    return in_image / np.maximum(in_space, 1e-4) * 2 / sides
+
+
+def _spread(points):
+    """Mean distance (R,) of points (R,21,2) from their middle."""
+    return np.nanmean(np.linalg.norm(points - np.nanmean(points, 1, keepdims=True), axis=-1), 1)
+
+
+def _nearest_rotation(matrix):
+    """The rotation nearest to a matrix (3,3) in the Frobenius norm."""
+    u, _, v = torch.linalg.svd(matrix)
+    return u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
+
+
+# ------------------------------------------------------------------------------------------------- validation
 @torch.no_grad()
-def validate(net, loader, runtime, args, arrays, definition):
-    """PA-MPJPE and PA-MPVPE in mm over the validation hands of all processes, upright views of box x --box-scale, and the
-    number of hands left out because their image could not be read or their labels are not all there."""
-    net.eval()
-    unread = 0
-    sums = torch.zeros(4, device=runtime.device)
+def validate(net, loader, runtime, box_scale, size, arrays, definition):
+    """PA-MPJPE and PA-MPVPE in mm over the hands of all processes, in upright views; None without labels.
+
+    Third, the number of hands left out because their image could not be read. Hands whose labels are not all
+    there are left out as well.
+    """
+    sums = {name: torch.zeros(2, device=runtime.device) for name in ("joints", "vertices")}  # error, hands
+    unread = torch.zeros(1, device=runtime.device)
     for batch in loader:
-        unread += int((batch["failed"] >= 0).sum())
-        theta = centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device)
-        views = make_views(batch["canvas"].to(runtime.device), theta, args.image_size)
+        is_read = batch["failed"] < 0
+        unread += (~is_read).sum()
         with runtime.autocast():
-            output = net(views)[-1]
-        joints = labelled_joints(output["vertices"], output["joints"], arrays, definition, batch["mirrored"].to(runtime.device) > 0)
-        for k, (name, predicted) in enumerate((("joints", joints), ("vertices", output["vertices"]))):
-            whole = batch["known_joints"].all(1) if name == "joints" else batch["has_vertices"].bool()
-            has = (whole & (batch["failed"] < 0)).numpy()
-            if has.any():
-                pred, true = predicted.float().cpu().numpy()[has], batch[name].numpy()[has]
-                errors = np.linalg.norm(procrustes(pred, true, reflect=True) - true, axis=-1)
-                sums[2 * k] += errors.mean(1).sum()
-                sums[2 * k + 1] += len(errors)
-    sums = runtime.mean(sums)
-    unread = runtime.mean(torch.tensor(float(unread), device=runtime.device)) * runtime.world
-    return *(float(1000 * sums[k] / sums[k + 1]) if sums[k + 1] else None for k in (0, 2)), int(unread)
+            estimate = net(upright_views(batch["canvas"].to(runtime.device), box_scale, size))[-1]
+        was_left = batch["mirrored"].to(runtime.device) > 0
+        joints = labelled_joints(estimate["vertices"], estimate["joints"], arrays, definition, was_left)
+        predicted = {"joints": joints, "vertices": estimate["vertices"]}
+        is_whole = {"joints": batch["known_joints"].all(1), "vertices": batch["has_vertices"].bool()}
+        for name, points in predicted.items():
+            chosen = (is_whole[name] & is_read).numpy()
+            if chosen.any():
+                points = points.float().cpu().numpy()[chosen]
+                true = batch[name].numpy()[chosen]
+                errors = np.linalg.norm(procrustes(points, true, reflect=True) - true, axis=-1).mean(1)
+                sums[name] += torch.tensor([errors.sum(), len(errors)], device=runtime.device)
+    scores = []
+    for name in ("joints", "vertices"):
+        total, hands = runtime.mean(sums[name])
+        scores.append(float(1000 * total / hands) if hands else None)
+    return *scores, int(runtime.mean(unread) * runtime.world)
 
 
-@torch.no_grad()
-def picture(net, batch, runtime, args, faces):
-    """Views beside the mesh laid over them and the true joints: what the network sees and makes."""
-    net.eval()
-    size, tiles = args.image_size, []
-    theta = centre_theta(len(batch["row"]), args.box_scale / CONTEXT).to(runtime.device)
-    views = make_views(batch["canvas"].to(runtime.device), theta, size)
-    output = net(views)[-1]
-    seen = to_rgb(views)
-    points = torch.cat([weak_perspective(output["vertices"], output["camera"]), output["vertices"][..., 2:]], dim=2).cpu().numpy()
-    joints2d = batch["joints2d"] * (CONTEXT / args.box_scale)
-    for image, mesh, joints in zip(seen, points, joints2d.numpy(), strict=True):
-        mesh[:, :2] = (mesh[:, :2] + 1) * size / 2
-        tiles += [draw_joints(image, (joints + 1) * size / 2 - 0.5), overlay(image, mesh, faces)]
-    return grid(tiles, 8, ["true joints", "estimate"] * len(seen), cell=144)
+def label_picture(views, joints2d):
+    """Views (B,3,S,S) with their joints2d (B,21,2) in view coordinates."""
+    size = views.shape[-1]
+    points = ((joints2d + 1) * size / 2 - 0.5).cpu().numpy()  # pixels
+    marked = [draw_joints(*hand) for hand in zip(to_rgb(views), points, strict=True)]
+    return grid(marked, 8, cell=144)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+def estimate_picture(views, joints2d, estimate, faces):
+    """Views (B,3,S,S) with the true joints2d (B,21,2), each beside the estimated mesh laid over it."""
+    size = views.shape[-1]
+    points = weak_perspective(estimate["vertices"], estimate["camera"])
+    points = torch.cat([(points + 1) * size / 2, estimate["vertices"][..., 2:]], dim=2).cpu().numpy()
+    true_points = ((joints2d + 1) * size / 2 - 0.5).cpu().numpy()  # pixels
+    tiles = []
+    for image, mesh, joints in zip(to_rgb(views), points, true_points, strict=True):
+        tiles += [draw_joints(image, joints), overlay(image, mesh, faces)]
+    return grid(tiles, 8, ["true joints", "estimate"] * len(views), cell=144)
+
+
+# ------------------------------------------------------------------------------------------------------ flags
 def flags():
     cli = parser(__doc__)
-    cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="labelled training hands")
-    cli.add_argument("--val", required=True, metavar="INDEX", help="labelled hands for the validation lines of the log")
-    cli.add_argument("--mano",
-                     help="MANO_RIGHT.pkl or .npz (licensed: mano.is.tue.mpg.de); default: the synthetic hand")
+    cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="labelled hands to train on")
+    cli.add_argument("--val", required=True, metavar="INDEX",
+                     help="labelled hands for the validation lines of the log")
+    cli.add_argument("--mano", metavar="FILE",
+                     help="MANO_RIGHT.pkl or .npz, from mano.is.tue.mpg.de (default: the synthetic hand)")
     group = cli.add_argument_group("network")
-    group.add_argument("--init",
-                       help="encoder to start from: RUN/encoder.pt, or ViT or ResNet-50 weights of timm, MAE, DINO, iBOT, PeCLR, SiMHand")
-    group.add_argument("--arch", choices=sorted(ARCHS), help="encoder where --init does not say (default vit_small)")
-    group.add_argument("--image-size", type=int, default=224, help="side of the views, a multiple of 16 (default 224)")
-    group.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a ViT: .1 for small, .2 for base (iBOT)")
-    group.add_argument("--dropout", type=float, default=0.1, help="in the head's regressors (PyMAF: .5, from scratch)")
-    group.add_argument("--head-width", type=int, default=256, help="channels of the head's maps (PyMAF: 256; 64 is enough for toy sizes)")
-    group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3], help="feedback iterations of the head (PyMAF: 3)")
-    group = cli.add_argument_group("optimisation (ours, from the practice of MAE, iBOT and ViTPose)")
+    group.add_argument("--init", metavar="FILE",
+                       help="encoder to start from: an encoder.pt, or ViT or ResNet-50 weights of timm, MAE, "
+                            "DINO, iBOT, PeCLR, SiMHand (default: fresh)")
+    group.add_argument("--arch", choices=sorted(ARCHS),
+                       help="architecture of the encoder (default: that of --init, else vit_small)")
+    group.add_argument("--image-size", type=int, default=224,
+                       help="side of the views in pixels, a multiple of 16 (default 224)")
+    group.add_argument("--drop-path", type=float, default=0.1,
+                       help="stochastic depth of a ViT (default .1, iBOT's for vit_small; .2 for vit_base)")
+    group.add_argument("--dropout", type=float, default=0.1,
+                       help="dropout of the head's regressors (default .1; PyMAF: .5, from scratch)")
+    group.add_argument("--head-width", type=int, default=256,
+                       help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
+    group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
+                       help="estimates of the head, each corrects the last one (default 3, PyMAF)")
+    group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
-                       help="AdamW rate of the head at batch 256, scaled linearly with the batch; 2e-4 to 4e-3")
-    group.add_argument("--layer-decay", type=float,
-                       help="rate of a block relative to the next one; default .75 with --init, 1 from scratch; of a "
-                            "pre-trained ResNet the whole trunk takes a tenth of the rate")
-    group.add_argument("--weight-decay", type=float, default=0.05)
-    group.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    group.add_argument("--ema", type=float, default=0.999, help="momentum of the averaged weights, lower in the first steps")
-    group.add_argument("--label-fraction", type=float, default=1.0, help="seeded share of the labelled poses to train on")
-    group = cli.add_argument_group("views")
+                       help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
+                            "With --init a block of the ViT has .75 of the next one's rate, a ResNet a tenth")
+    group.add_argument("--ema", type=float, default=0.999,
+                       help="momentum of the averaged weights, lower in the first steps (default .999)")
+    group.add_argument("--label-fraction", type=float, default=1.0,
+                       help="seeded share of the labelled poses to train on (default 1)")
+    group = cli.add_argument_group("views: the usual window is --box-scale x the box")
     group.add_argument("--box-scale", type=float, default=1.3,
-                       help="side of an upright view over the longer side of the box (PyMAF-X: 1.2)")
-    group.add_argument("--rotation", type=float, default=90, help="degrees either way: hands occur in all orientations (PyMAF: 30)")
-    group.add_argument("--zoom", type=float, default=0.25, help="views are up to this share larger or smaller")
-    group.add_argument("--shift", type=float, default=0.1, help="views move by up to this share of half their side")
-    group.add_argument("--color", type=float, default=0.4, help="each channel is multiplied by 1 -+ this")
-    group.add_argument("--eval-every", type=int, default=500, help="steps between validations and pictures; the end always has one")
+                       help="side of the usual window over the longer side of the box (default 1.3; "
+                            "PyMAF-X: 1.2)")
+    group.add_argument("--rotation", type=float, default=90,
+                       help="degrees either way (default 90: hands occur in all orientations; PyMAF: 30)")
+    group.add_argument("--zoom", type=float, nargs=2, default=(0.8, 1.25), metavar=("LOW", "HIGH"),
+                       help="factor on the usual window's side, below 1 is nearer (default .8 1.25)")
+    group.add_argument("--shift", type=float, default=0.1,
+                       help="share of half the usual window's side, in x and in y (default .1)")
+    group.add_argument("--color", type=float, default=1.0,
+                       help="strength of the random colours: gains, brightness, contrast, saturation; 0 none, "
+                            "2 the most (default 1)")
     add_training_flags(cli, batch_size=64, epochs=100)
+    cli.add_argument("--eval-every", type=int, default=500,
+                     help="steps between validations (default 500); the last step always validates")
     return cli
 
 
 def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
-    ranges = {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99), "lr": (0, 1e3), "ema": (0, 1), "warmup": (0, 1),
-              "weight_decay": (0, 10), "box_scale": (0.5, CONTEXT), "rotation": (0, 180), "zoom": (0, 4), "shift": (0, 1), "color": (0, 1)}
-    check_ranges(args, ranges)
+    check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
+                        "lr": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT), "rotation": (0, 180),
+                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2)})
+    if args.zoom[0] > args.zoom[1]:
+        raise ValueError("--zoom: the lower number comes first")
     if args.head_width < 32 or args.head_width % 32:
         raise ValueError(f"--head-width {args.head_width}: must be a multiple of 32")
 
 
-def build(args, hand):
-    """HandMesh from the flags: a fresh or pre-trained encoder under a fresh head."""
-    encoder = choose_encoder(args, "vit_small", args.drop_path)
-    return HandMesh(encoder, MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50", iterations=args.iterations,
-                                      width=args.head_width, dropout=args.dropout))
+def lr_scale(name, encoder, decay):
+    """Rate of the parameter `name` over the head's: decay^(blocks behind it) in a ViT, RESNET_RATE in a ResNet;
+    1 for all where decay is 1."""
+    if decay == 1 or not name.startswith("encoder."):
+        return 1.0
+    if encoder.arch == "resnet50":
+        return RESNET_RATE
+    return decay ** (encoder.layers - encoder.layer_of(name.removeprefix("encoder.")))
 
 
-def lr_scales(encoder, decay):
-    """Parameter name -> rate relative to the head's: layer-wise decay in a ViT, one tenth for a pre-trained ResNet."""
-    def scale(name):
-        if not name.startswith("encoder.") or decay == 1:
-            return 1.0
-        return decay ** (encoder.layers - encoder.layer_of(name.removeprefix("encoder."))) if encoder.arch != "resnet50" else 0.1
-    return scale
-
-
+# ------------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = flags().parse_args(argv)
     check_flags(args)
     runtime = setup(args)
+    device = runtime.device
+    size = args.image_size
     hand_arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     hand = Mano(hand_arrays)
-    indices, val_index = open_labelled(args.data, "--data"), open_labelled([args.val], "--val")[0]
+    indices = open_labelled(args.data, "--data")
+    val_index, = open_labelled([args.val], "--val")
     rows = label_rows(indices, args.label_fraction, args.seed)
+    dataset = HandDataset(indices, canvas_size(size), CONTEXT, LABELS, rows)
     steps = total_steps(args, len(rows))
-    torch.manual_seed(args.seed)
-    model = build(args, hand)
-    canvas = args.image_size * 8 // 7                              # 256 for 224: views of box x 1.3 are never finer
-    dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
-    model.head.set_mean(*training_mean(dataset, hand, args.box_scale))
     check_mix(rows, dataset.starts, args.mix)
+
+    torch.manual_seed(args.seed)
+    encoder = choose_encoder(args.arch, initial_weights(args), size, "vit_small", args.drop_path)
+    head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
+                    iterations=args.iterations, width=args.head_width, dropout=args.dropout)
+    head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out, state = start_run(args, runtime)
-
-    model.to(runtime.device).train()
-    ema = copy.deepcopy(model)
-    decay = args.layer_decay if args.layer_decay is not None else 0.75 if args.init else 1.0
-    groups = param_groups(model.named_parameters(), args.weight_decay, lr_scales(model.encoder, decay))
-    optimizer = adamw(groups, runtime.device)
-    scaler, start = runtime.scaler(), 0
-    if state:
-        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (scaler, "scaler")):
-            part.load_state_dict(state[name])
-        start = state["step"]
+    model = HandMesh(encoder, head).to(device).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if args.init else 1.0)
+    optimizer = adamw(param_groups(model.named_parameters(), WEIGHT_DECAY, scale), device)
+    scaler = runtime.scaler()
+    start = restore(state, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     net = runtime.wrap(model)
+    parameters = list(model.parameters())
 
-    order = make_sampler(rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps, runtime.rank, runtime.world)
-    loader = make_loader(dataset, order, workers=runtime.workers, pin=runtime.device.type == "cuda")
-    definitions = [definition_of(index) for index in indices]
-    val_rows = runtime.share(np.arange(len(val_index)))
-    val_loader = make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, val_rows, substitute=False), batch_size=64,
-                             workers=runtime.workers)
-    shown = next(iter(make_loader(HandDataset([val_index], canvas, CONTEXT, LABELS, np.linspace(0, len(val_index) - 1, 8).astype(int)),
-                                  batch_size=8)))
+    order = make_sampler(rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps,
+                         runtime.rank, runtime.world)
+    loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
+    unread = UnreadImages(dataset)
+    val_rows = runtime.local_rows(torch.arange(len(val_index)))
+    val_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, val_rows, substitute=False)
+    val_loader = make_loader(val_dataset, batch_size=64, workers=runtime.workers)
+    shown_rows = np.linspace(0, len(val_index) - 1, 8).astype(int)
+    shown_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, shown_rows)
+    shown = next(iter(make_loader(shown_dataset, batch_size=8)))
+    shown_views = upright_views(shown["canvas"].to(device), args.box_scale, size)
+    shown_joints2d = shown["joints2d"] * CONTEXT / args.box_scale  # canvas -> view
+    definitions = [joint_definition(index) for index in indices]
+    lr_base = args.lr * args.batch_size / 256
+    announce(runtime, out, model, len(rows), steps, args.batch_size)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
-    parameters, failed, lr_base = list(model.parameters()), set(), args.lr * args.batch_size / 256
 
     for step, batch in enumerate(loader, start):
-        failed |= set(batch["failed"][batch["failed"] >= 0].tolist())
-        model.train()
-        batch = {name: value.to(runtime.device, non_blocking=True) for name, value in batch.items()}
-        theta, color = draw_views(args, runtime, step)
-        torch.manual_seed(generator(args.seed, step, 2 + runtime.rank).initial_seed())         # dropout, stochastic depth
-        views, target = make_views(batch["canvas"], theta, args.image_size, color), make_target(batch, theta, hand.hands_mean)
+        unread.note(batch)
+        labels = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        canvas = labels.pop("canvas")  # (B, 3, C, C) u8
+        theta = draw_theta(args.batch_size, generator(args.seed, step, THETA), args.box_scale, args.rotation,
+                           args.zoom, args.shift)
+        color = draw_color(args.batch_size, generator(args.seed, step, COLOR), args.color)
+        theta = runtime.local_rows(theta).to(device)  # (B, 2, 3)
+        views = make_views(canvas, theta, size, runtime.local_rows(color).to(device))  # (B, 3, S, S)
+        target = make_target(labels, theta, hand.hands_mean)
         if step == 0 and runtime.is_main:
-            marked = [draw_joints(image, (joints + 1) * args.image_size / 2 - 0.5)
-                      for image, joints in zip(to_rgb(views[:16]), target["joints2d"][:16].cpu().numpy(), strict=True)]
-            save_image(out / "samples" / "views.png", grid(marked, 8, cell=144))
-        lr = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps))
-        set_lr(optimizer, lr)
-        totals = {}
-        for part in torch.arange(len(views)).chunk(args.accumulate):
-            with runtime.exchange(net, last=part[-1] == len(views) - 1):
-                with runtime.autocast():
-                    outputs = net(views[part])
-                terms = mesh_losses(outputs, {name: value[part] for name, value in target.items()}, hand_arrays, definitions)
-                loss = sum(WEIGHTS[name] * term for name, term in terms.items())
-                scaler.scale(loss / args.accumulate).backward()
-            for name, term in (terms | {"loss": loss}).items():
-                totals[name] = totals.get(name, 0) + term.detach() / args.accumulate
-        norm = update(optimizer, scaler, parameters, clip=1.0)
-        ema_update(ema, model, min(args.ema, (1 + step) / (10 + step)))
-        log(step + 1, totals | {"lr": lr, "gradient_norm": norm})
+            save_image(out / "samples" / "views.png", label_picture(views[:16], target["joints2d"][:16]))
 
-        done = step + 1 == steps
-        if done or (step + 1) % args.eval_every == 0:
-            pa_joints, pa_vertices, unread = validate(ema, val_loader, runtime, args, hand_arrays, definition_of(val_index))
+        torch.manual_seed(generator(args.seed, step, DROPOUT + runtime.rank).initial_seed())
+        values = {}
+        for part, is_last in batch_parts(len(views), args.accumulate):
+            true = {name: value[part] for name, value in target.items()}
+            with runtime.sync_gradients(net, is_last):
+                with runtime.autocast():
+                    estimates = net(views[part])  # T dicts; the last is the answer, all learn
+                joints = [defined_joints(estimate, true, hand_arrays, definitions) for estimate in estimates]
+                losses = mesh_losses(estimates, joints, true)
+                loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+                scaler.scale(loss / args.accumulate).backward()
+            for name, value in (losses | {"loss": loss}).items():
+                values[name] = values.get(name, 0) + value.detach() / args.accumulate
+
+        lr = cosine(step, steps, lr_base, final=1e-6, warmup=int(WARMUP * steps))
+        set_lr(optimizer, lr)
+        norm = update(optimizer, scaler, parameters, CLIP)
+        ema_update(ema, model, min(args.ema, (1 + step) / (10 + step)))
+        log(step + 1, values | {"lr": lr, "gradient_norm": norm})
+
+        if is_due(step, args.eval_every, steps):
+            pa_joints, pa_vertices, val_unread = validate(ema, val_loader, runtime, args.box_scale, size,
+                                                          hand_arrays, joint_definition(val_index))
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})
             if runtime.is_main:
-                save_image(out / "samples" / f"step_{step + 1:07d}.png", picture(ema, shown, runtime, args, hand_arrays["f"]))
-        if runtime.is_main and (done or (step + 1) % args.save_every == 0):
-            save_checkpoint(out / "last.pt", kind="mesh", step=step + 1, hand=hand_fingerprint(hand_arrays), box_scale=args.box_scale,
-                            encoder={"arch": model.encoder.arch, "config": model.encoder.config}, head=model.head.config,
-                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            save_checkpoint(out / "encoder.pt", kind="encoder", step=step + 1, arch=model.encoder.arch, config=model.encoder.config,
-                            state_dict=ema.encoder.state_dict())
+                estimate = ema(shown_views)[-1]
+                picture = estimate_picture(shown_views, shown_joints2d, estimate, hand_arrays["f"])
+                save_image(out / "samples" / f"step_{step + 1:07d}.png", picture)
+        if runtime.is_main and is_due(step, args.save_every, steps):
+            save_curves(out / "samples", read_log(out / "log.jsonl"), CURVES)
+            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
+                            config=encoder.config, state_dict=ema.encoder.state_dict())
+            save_checkpoint(out / "last.pt", "mesh", step=step + 1, hand=hand_fingerprint(hand_arrays),
+                            encoder={"arch": encoder.arch, "config": encoder.config}, head=head.config,
+                            box_scale=args.box_scale, model=model.state_dict(), ema=ema.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     log.close()
-    failed = runtime.union(failed)
+    unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:
-        rows = read_log(out / "log.jsonl")
-        for names in (["loss"], ["val_pa_mpvpe_mm", "val_pa_mpjpe_mm"]):
-            points = {name: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for name in names}
-            series = {name: tuple(zip(*pairs, strict=True)) for name, pairs in points.items() if pairs}
-            save_image(out / "samples" / f"{names[0]}.png", curve(series, title=names[0], x_label="step"))
-        score = ", ".join(f"{name} {value:.2f} mm" for name, value in (("PA-MPVPE", pa_vertices), ("PA-MPJPE", pa_joints)) if value)
+        scores = {"PA-MPVPE": pa_vertices, "PA-MPJPE": pa_joints}
+        score = ", ".join(f"{name} {value:.2f} mm" for name, value in scores.items() if value)
         print(f"{out / 'last.pt'}: step {steps}, validation {score}")
-        if unread:
-            print(f"{unread} validation images could not be read and were left out of these numbers")
-        if failed:
-            print(dataset.unread(failed))
+        if val_unread:
+            print(f"{val_unread} validation images could not be read and were left out of these numbers")
+        if unread.rows:
+            print(unread)
     finish()
 
 
