@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 
 import mine_pairs
 import pretrain_contrastive as pc
-from data import PAIRS_FORMAT, EpochSampler, HandIndex, PairSampler, write_index
+from data import PAIRS_FORMAT, EpochSampler, HandDataset, HandIndex, PairSampler, write_index
 from mine_pairs import mine, normalise_pose
 from model import build_encoder
 from runtime import Runtime, generator
@@ -324,8 +324,16 @@ def test_rings_lie_on_dots_where_the_views_agree(monkeypatch):
     for dots, rings in drawn:
         assert dots.shape == (16, 2)
         np.testing.assert_allclose(dots, rings, atol=1e-3)
-    shown = latent[0, 1].reshape(64, 2)[4].numpy()  # every fourth point, in pixels of view a of pair 1
-    np.testing.assert_allclose(drawn[2][0][1], (shown + 1) * 16 - 0.5, atol=1e-4)
+
+    latent = torch.randn(2, 2, 128, generator=generator(2))
+    pc.draw_views(torch.zeros(2, 2, 3, 32, 32), theta, middle, joints, latent)
+    dots, rings = drawn[6]  # view a of pair 1
+    own, other = latent[:, 1].reshape(2, 64, 2)[:, 4].numpy()  # every fourth point is drawn: this is number 1
+    np.testing.assert_allclose(dots[1], (own + 1) * 16 - 0.5, atol=1e-4)
+    A, t = theta[:, 1, :, :2].numpy(), theta[:, 1, :, 2].numpy()
+    around_the_hand = A[1] @ other + t[1] - middle[1, 1].numpy()
+    brought = np.linalg.solve(A[0], around_the_hand + middle[0, 1].numpy() - t[0])
+    np.testing.assert_allclose(rings[1], (brought + 1) * 16 - 0.5, rtol=1e-4)
 
 
 def test_windows_turn_zoom_and_move_as_far_as_asked():
@@ -415,7 +423,8 @@ def pairs(hands, tmp_path_factory):
 
 @pytest.fixture
 def spy(monkeypatch):
-    """Name of a function of the loop -> list of (arguments, result); "update": gradients and decays."""
+    """Name of a function of the loop -> list of (arguments, result). "update": list of (gradients, weight
+    decays of the groups, gradients after `adapt`)."""
     calls = {}
 
     def watch(name):
@@ -433,9 +442,17 @@ def spy(monkeypatch):
     real_update = pc.update
 
     def update(optimizer, scaler, parameters, adapt=None):
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
-        calls["update"] = ([parameter.grad.clone() for parameter in parameters], decays)
-        return real_update(optimizer, scaler, parameters, adapt=adapt)
+        def gradients():
+            return [parameter.grad.clone() for parameter in parameters]
+
+        def watched():
+            if adapt:
+                adapt()
+            calls["update"][-1] += (gradients(),)
+
+        decays = {group["weight_decay"] for group in optimizer.param_groups}
+        calls.setdefault("update", []).append((gradients(), decays))
+        return real_update(optimizer, scaler, parameters, adapt=watched)
 
     monkeypatch.setattr(pc, "update", update)
     return calls
@@ -450,6 +467,14 @@ def test_an_update_has_the_mean_gradient_of_the_losses_of_the_parts(hands, pairs
     theta = spy["hand_theta"][0][1]
     views = spy["make_views"][0][1]
     assert views.shape == (2, 8, 3, 32, 32)
+
+    dataset = HandDataset([HandIndex(hands / "train")], 64, labels=("joints2d",))
+    anchors = next(iter(EpochSampler(24, 8, 0, 0, 1)))
+    with np.load(pairs) as file:
+        neighbours = file["idx"][anchors, 0]
+    for view, rows in enumerate((anchors, neighbours)):
+        wanted = np.stack([dataset[row]["joints2d"] for row in rows])
+        np.testing.assert_allclose(joints[view].numpy(), wanted, atol=1e-6)
 
     in_view = np.empty((2, 8, 21, 2))  # p with A p + t = joint
     for view, pair in np.ndindex(2, 8):
@@ -466,11 +491,30 @@ def test_an_update_has_the_mean_gradient_of_the_losses_of_the_parts(hands, pairs
         losses.append(pc.nt_xent(a, b, 0.3, positive, negative))
     loss = sum(losses) / 2
     loss.backward()
-    gradients, decays = spy["update"]
+    gradients, decays, _ = spy["update"][0]
     for parameter, found in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
     assert log(tmp_path / "run")[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert set(decays) == {0.0}  # lars adds the decay, AdamW must not add it again
+    assert decays == {0.0}  # lars adds the decay, AdamW must not add it again
+
+
+def test_an_update_is_adapted_by_lars_at_the_rate_of_the_step(hands, spy, tmp_path):
+    train("--data", hands / "train", "--method", "peclr", *TINY, "--steps", 4, "--warmup", 0.5,
+          "--weight-decay", 0.5, "--undo", "official", "--out", tmp_path / "run")
+    model = fresh_model()
+    gradients, _, adapted = spy["update"][0]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    lr = log(tmp_path / "run")[0]["lr"]
+    assert lr == pytest.approx(0.5e-4 * math.sqrt(8))  # half way up
+    pc.lars(list(model.parameters()), lr, 0.5)
+    for parameter, found in zip(model.parameters(), adapted, strict=True):
+        torch.testing.assert_close(found, parameter.grad)
+
+    theta = spy["hand_theta"][0][1]  # the public code moves windows one way only
+    turn = theta[..., :2] / theta[..., 0].norm(dim=2)[..., None, None]
+    moved = turn.transpose(2, 3) @ (theta[..., 2] - spy["hand_circle"][0][1][0])[..., None]
+    assert moved.min() > -1e-6
 
 
 def test_hands_with_missing_keypoints_are_cut_around_their_box_and_not_weighed(hands, spy, tmp_path):
@@ -618,26 +662,33 @@ def test_gathered_processes_are_one(hands, pairs, tmp_path):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+def without_image(index, row, path):
+    """A copy of an index in which the image of a row is missing."""
+    columns = {name: np.array(value) for name, value in index.columns.items()}
+    columns["image"][row] = b"gone.jpg"
+    write_index(path, columns, {"name": path.name}, root=index.root.resolve())
+    return path
+
+
 def test_parts_and_processes_are_the_same_division(hands, tmp_path):
-    """Four parts in one process, or two parts in each of two: four losses over the same hands, one update."""
-    flags = ("--data", hands / "train", "--method", "peclr", *TINY, "--steps", 3, "--optimizer", "adamw")
+    """Four parts in one process, or two parts in each of two: four losses over the same hands, one update.
+    What the second process could not read is printed by the first."""
+    row = next(iter(EpochSampler(24, 8, 0, 0, 3, 1, 2)))[0]
+    data = without_image(HandIndex(hands / "train"), row, tmp_path / "holes")
+    flags = ("--data", data, "--method", "peclr", *TINY, "--steps", 3, "--optimizer", "adamw")
     train(*flags, "--accumulate", 4, "--out", tmp_path / "one")
-    train(*flags, "--accumulate", 2, "--out", tmp_path / "two", processes=2)
+    done = train(*flags, "--accumulate", 2, "--out", tmp_path / "two", processes=2)
+    assert "gone.jpg" in done.stdout
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert two["lr"] == one["lr"]
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
 
 
-def test_unreadable_images_do_not_end_a_run(hands, tmp_path):
-    index = HandIndex(hands / "train")
-    columns = {name: np.asarray(value) for name, value in index.columns.items()}
-    columns["image"] = columns["image"].copy()
-    columns["image"][3] = b"gone.jpg"
-    write_index(tmp_path / "holes", columns, {"name": "holes"}, root=index.root.resolve())
-    printed = train("--data", tmp_path / "holes", "--method", "simclr", *TINY, "--epochs", 1,
-                    "--out", tmp_path / "run").stdout
-    assert re.search(r"1 images? could not be read.*gone\.jpg", printed)
+def test_an_unreadable_image_does_not_end_a_run(hands, tmp_path):
+    data = without_image(HandIndex(hands / "train"), 3, tmp_path / "holes")
+    done = train("--data", data, "--method", "simclr", *TINY, "--epochs", 1, "--out", tmp_path / "run")
+    assert re.search(r"1 images? could not be read.*gone\.jpg", done.stdout)
 
 
 def test_flags_that_a_method_ignores_are_refused():
