@@ -59,8 +59,8 @@ def project(points, camera=K):
     return (points @ camera.T)[..., :2] / points[..., 2:]
 
 
-def box_around(joints):
-    points = project(joints)
+def box_around(joints, camera=K):
+    points = project(joints, camera)
     return np.r_[points.min(0), points.max(0)].tolist()
 
 
@@ -399,6 +399,7 @@ def test_assemblyhands(roots, tmp_path):
     close_where_known(columns["joints"], wanted, unknown)
     close_where_known(columns["joints2d"], project(wanted), unknown, 0.01)
     assert np.argwhere(columns["visible"] == 0).tolist() == [[1, 4], [2, 0], [2, 8]]  # the annotation's flags
+    close(columns["box"], np.array([box_around(joints) for joints in wanted]) + 0.5, 0.01)
 
     write_predictions(tmp_path, (wanted, None), "assemblyhands", index)  # the challenge's file, and back
     world = json.loads((tmp_path / "pred_world.json").read_text())["annotations"]["seq"]
@@ -441,7 +442,31 @@ def test_interhand(roots, tmp_path):
              for pose in (columns["pose"], wanted["pose"])]
     close(*turns, 1e-5)
     assert columns["size"].tolist() == [[334, 512], [334, 512], [512, 334]]
+    camera = np.array([[614.0, 0, 170.0], [0, 610.0, 243.0], [0, 0, 1]])
+    close(columns["box"][0], np.array(box_around(wanted["joints"][0], camera)) + 0.5, 0.01)
     close(columns["box"][2], np.array([100, 90, 250, 250]) + 0.5)  # of one hand, the data set's own
+
+
+def test_each_set_has_the_left_model_that_made_its_labels(roots, tmp_path):
+    """MANO_LEFT.pkl as shipped has the right hand's shapes: kept for DexYCB, corrected for InterHand2.6M."""
+    shipped = mirror_arrays(ARRAYS) | {"shapedirs": ARRAYS["shapedirs"]}
+    np.savez(tmp_path / "left.npz", **shipped)
+    models = ManoModels([roots[0] / "hand.npz", tmp_path / "left.npz"])
+    columns, *_ = layouts.interhand(roots[0] / "interhand", "val", models)
+    close(columns["vertices"][1:], roots[1]["interhand"]["left"]["vertices"][:2], 2e-6)
+
+    hands, truth = roots[1]["dexycb"]
+    columns, *_ = layouts.dexycb(roots[0] / "dexycb", "val", "s0", models, workers=1)
+    keys = [key for key in sorted(truth) if layouts.dexycb_part("s0", key[0], key[2], key[1]) == "val"]
+    subjects = [key[0] for key in keys if truth[key] and truth[key][0] == "left"]
+    rows = [truth[key][1] for key in keys if truth[key] and truth[key][0] == "left"]
+    hand = {name: hands["left"][name][rows] for name in ("pose", "trans")}
+    betas = torch.from_numpy(hands["left"]["betas"][subjects])
+    rotmats = rotmat_from_axis_angle(torch.from_numpy(hand["pose"].reshape(-1, 16, 3)))
+    found = columns["vertices"][columns["side"] == 1] - hand["trans"][:, None]
+    close(found, Mano(shipped, "left", repair=False).double()(rotmats, betas)[0].numpy(), 1e-5)
+    corrected = Mano(shipped, "left").double()(rotmats, betas)[0].numpy()
+    assert np.abs(found - corrected).max() > 1e-3
 
 
 @pytest.mark.parametrize("definition", ["kinematic 744 320 443 554 671", "regressed 744 320 443 554 671",
@@ -621,9 +646,9 @@ def test_a_mixture_of_sets_trains(roots, tmp_path):
     for kind, split, more in (("ho3d", "train", hand), ("dexycb", "val", hand), ("assemblyhands", "val", ())):
         call("prepare_data.py", kind, root / kind, "--split", split, "--out", tmp_path / kind, *more)
     indices = [tmp_path / kind for kind in ("ho3d", "dexycb", "assemblyhands")]
-    command = ["finetune_mesh.py", "--data", *indices, "--val", tmp_path / "ho3d", *hand, "--arch", "vit_micro",
-               "--image-size", 64, "--head-width", 32, "--batch-size", 12, "--steps", 2, "--log-every", 1,
-               "--workers", 0]
+    command = ["finetune_mesh.py", "--data", *indices, "--val", tmp_path / "ho3d", *hand, "--arch",
+               "vit_micro", "--image-size", 64, "--head-width", 32, "--batch-size", 12, "--steps", 2,
+               "--log-every", 1, "--workers", 0]
     call(*command, "--out", tmp_path / "run", "--mix", 2, 1, 1)
     rows = [row for row in log(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
