@@ -7,10 +7,14 @@ samples/*.png. One step:
     canvas -> view (theta, colour) -> encoder -> feature map -> T estimates, each a correction of the last one
     labels -> the same view: 2-D points by the inverse of theta, 3-D ones turned with the content
 
-    each estimate    rotations, betas, camera               = the labels' own numbers
-                     joints, vertices from the wrist        = in 3-D, as the view shows them
-                     joints by weak perspective             = the 2-D joints of the view           joints2d
-                     vertices in the hand's own frame       = whatever the hand's orientation      articulation
+    the loss         of each estimate                                       is compared with
+    rotations        16 rotation matrices                                   the labels, turned like the view
+    articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
+    betas            10 shape numbers                                       the labels
+    camera           true joints through the estimated camera               the 2-D joints in the view
+    joints2d         estimated joints through the same camera               the 2-D joints in the view
+    joints           joints, relative to the wrist                          the labels, turned like the view
+    vertices         vertices, relative to the wrist                        the labels, turned like the view
 
 Left hands come mirrored. The average of the weights (EMA) is what is validated, saved for use and exported.
 """
@@ -134,15 +138,15 @@ def defined_joints(estimate, target, arrays, definitions):
 
 # ------------------------------------------------------------------------------------------------------ views
 def draw_theta(batch, generator, box_scale, rotation, zoom, shift):
-    """theta (B,2,3): turned by +- rotation degrees, `zoom` (low, high) times the usual window, moved by up to a
-    share `shift` of half its side. box_scale: side of the usual window over the box."""
+    """theta (B,2,3): turned by +- rotation degrees, `zoom` (low, high) times the usual window, moved by up to
+    a share `shift` of half its side. box_scale: side of the usual window over the box."""
     usual = box_scale / CONTEXT
     scale = (usual * zoom[0], usual * zoom[1])
     return random_theta(batch, generator, np.deg2rad(rotation), scale, usual * shift)
 
 
 def draw_color(batch, generator, strength):
-    """Factors (B,6) for apply_color. Strength 1: gains .4, brightness .2, contrast .3, saturation .3 (ours)."""
+    """Factors (B,6) of colour. Strength 1: gains .4, brightness .2, contrast .3, saturation .3 (ours)."""
     return random_color(batch, generator, 0.4 * strength, 0.2 * strength, 0.3 * strength, 0.3 * strength)
 
 
@@ -192,7 +196,10 @@ def joint_definition(index):
 
 
 def label_rows(indices, fraction, seed):
-    """Rows of a seeded share of the poses: all images of a pose or none. A smaller share lies in a larger one."""
+    """Rows of a seeded share of the poses: all images of a pose or none.
+
+    A smaller share is a part of a larger one.
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"--label-fraction {fraction} must lie in (0, 1]")
     starts = np.cumsum([0] + [index.meta["labels"] for index in indices])
@@ -348,8 +355,8 @@ def flags():
     group.add_argument("--shift", type=float, default=0.1,
                        help="share of half the usual window's side, in x and in y (default .1)")
     group.add_argument("--color", type=float, default=1.0,
-                       help="strength of the random colours: gains, brightness, contrast, saturation; 0 none, "
-                            "2 the most (default 1)")
+                       help="strength of the random colours: gains, brightness, contrast, saturation; 0 "
+                            "none, 2 the most (default 1)")
     add_training_flags(cli, batch_size=64, epochs=100)
     cli.add_argument("--eval-every", type=int, default=500,
                      help="steps between validations (default 500); the last step always validates")
@@ -368,8 +375,8 @@ def check_flags(args):
 
 
 def lr_scale(name, encoder, decay):
-    """Rate of the parameter `name` over the head's: decay^(blocks behind it) in a ViT, RESNET_RATE in a ResNet;
-    1 for all where decay is 1."""
+    """Rate of the parameter `name` over the head's: decay^(blocks behind it) in a ViT, RESNET_RATE in a
+    ResNet; 1 for all where decay is 1."""
     if decay == 1 or not name.startswith("encoder."):
         return 1.0
     if encoder.arch == "resnet50":

@@ -1,14 +1,19 @@
 """Photographs -> meshes: per hand NAME.obj, NAME.npz and NAME.png (the mesh laid over the photograph).
 
-Without --boxes every photograph is taken as one crop that a hand fills; with them, any number of hands in photographs of any
-size: a CSV with the header image,x0,y0,x1,y1[,side], tight boxes in pixels, `image` as on the command line or its bare name.
-Left hands are mirrored for the network and mirrored back. There is no detector here: any will do.
+Without --boxes every photograph is one crop, which a hand fills. With --boxes there may be any number of
+hands in photographs of any size. The file is a CSV with the header image,x0,y0,x1,y1[,side]: tight boxes in
+pixels, `image` as on the command line or its bare name. Any detector will do. Left hands are mirrored for the
+network and mirrored back.
 
-NAME.npz holds vertices (778,3) and joints (21,3), metres, relative to the wrist, in the photograph's camera frame (x right,
-y down, z forward); rotmats (16,3,3) and betas (10,) of the RIGHT hand model (a left hand's are those of its mirror image);
-camera (3,) = scale, tx, ty of the crop: x_n = scale (x + tx) in [-1,1] of the square `crop` (x0, y0, x1, y1, pixels); side;
-translation (3,), the wrist's place in metres if the photograph had the focal length `focal` (pixels): without the true one
-the depth is not knowable from a picture.
+NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z forward):
+
+    vertices (778,3), joints (21,3)     relative to the wrist
+    translation (3,)                    the wrist's place if `focal` (pixels) is the true focal length; a
+                                        picture alone does not show the depth
+    rotmats (16,3,3), betas (10,)       of the RIGHT hand model; a left hand's are those of its mirror image
+    camera (3,)                         scale, tx, ty: x_n = scale (x + tx) in [-1,1] of the square `crop`
+    crop (4,)                           x0, y0, x1, y1 in pixels
+    side                                "right" or "left"
 """
 
 import os
@@ -20,142 +25,199 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import crop_canvas, list_images, read_boxes, read_image, square, whole_box
+from data import CONTEXT, canvas_size, crop_canvas, list_images, read_boxes, read_image, square, whole_box
 from draw import overlay, save_image
-from mano import Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective
+from mano import (
+    Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective,
+)
 from model import load_mesh
 from runtime import add_device_flags, load_checkpoint, parser, run, setup
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
-CONTEXT = 2.0                                                      # canvas over box, as in training
-
 
 def find_hands(images, boxes_path, side):
-    """[(path, box, side, name)] of every hand asked for; names are unique. ValueError names what does not fit."""
+    """[(path, box, side, name)] of every hand asked for; box None without a file of boxes. Names are unique.
+
+    Photographs without a box are left out, which is printed. ValueError where none has one.
+    """
     boxes = read_boxes(boxes_path) if boxes_path else None
-    hands, taken, without = [], set(), []
+    hands = []
+    names = set()
+    without = []
     for path in images:
         found = [(None, side)] if boxes is None else boxes.get(str(path), boxes.get(path.name, []))
-        without += [] if found else [path]
-        for box, its_side in found:
-            name, number = path.stem, 1
-            while name in taken:
+        if not found:
+            without.append(path)
+        for box, box_side in found:
+            name = path.stem
+            number = 1
+            while name in names:
                 number += 1
                 name = f"{path.stem}_{number}"
-            taken.add(name)
-            hands.append((path, box, its_side, name))
+            names.add(name)
+            hands.append((path, box, box_side, name))
     if not hands:
-        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs (the first is {images[0]})")
+        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs "
+                         f"(the first is {images[0]})")
     if without:
-        print(f"without a line in {boxes_path} and left out: {len(without)} photographs (the first is {without[0]})")
+        print(f"without a line in {boxes_path} and left out: {len(without)} photographs "
+              f"(the first is {without[0]})")
     return hands
 
 
+def read_hand(path, box, side, box_scale, size):
+    """A photograph (H,W,3) u8, its crop (centre x, y, side; pixels) and canvas (3,S,S) u8, mirrored
+    for a left hand. box None: the crop is the whole photograph. size: of the views, in pixels."""
+    image, _ = read_image(path)
+    if box is None:
+        box = whole_box(image.size, box_scale)
+    canvas, _ = crop_canvas(image, *square(box, CONTEXT), canvas_size(size))
+    if side == "left":
+        canvas = canvas[:, ::-1]
+    return np.asarray(image), square(box, box_scale), canvas.transpose(2, 0, 1)
+
+
 @torch.no_grad()
-def estimate(net, canvases, box_scale, arrays, runtime):
-    """Canvases (B,3,S,S) u8 of right hands -> the last estimate, numpy, with joints of FreiHAND's definition."""
+def estimate_hands(net, canvases, box_scale, arrays, runtime):
+    """Canvases (B,3,S,S) u8 of right hands -> the last estimate, numpy; joints as FreiHAND defines them."""
     theta = centre_theta(len(canvases), box_scale / CONTEXT).to(runtime.device)
     views = normalise(warp(canvases.to(runtime.device), theta, net.encoder.config["image_size"]))
     with runtime.autocast():
-        output = net(views)[-1]
-    output["joints"] = joints_from_vertices(output["vertices"], arrays)
-    return {name: value.float().cpu().numpy() for name, value in output.items()}
+        estimate = net(views)[-1]
+    estimate["joints"] = joints_from_vertices(estimate["vertices"], arrays)
+    return {name: value.float().cpu().numpy() for name, value in estimate.items()}
 
 
-def place(result, image, crop, side, focal):
-    """The estimate of one right-handed view as the photograph shows it; a left hand is mirrored back."""
-    centre_x, centre_y, length = crop
-    camera = result["camera"].copy()
-    vertices, joints = result["vertices"].copy(), result["joints"].copy()
+def place_hand(estimate, image_size, crop, side, focal):
+    """The estimate of one right-handed view as NAME.npz holds it; a left hand is mirrored back.
+
+    image_size: (width, height) of the photograph; crop: centre x, y and side in pixels, as focal.
+    """
+    vertices = estimate["vertices"].copy()
+    joints = estimate["joints"].copy()
+    camera = estimate["camera"].copy()
     if side == "left":
         vertices[:, 0] *= -1
         joints[:, 0] *= -1
         camera[1] *= -1
-    height, width = image.shape[:2]
-    K = np.array([[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]])
-    translation = crop_to_full_camera(torch.tensor(camera)[None], torch.tensor([[centre_x, centre_y]]), torch.tensor([length]),
-                                      torch.tensor(K)[None])[0].numpy()
+    width, height = image_size
+    centre_x, centre_y, length = crop
+    K = torch.tensor([[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]],
+                     dtype=torch.float64)
+    translation = crop_to_full_camera(torch.tensor(camera)[None], torch.tensor([[centre_x, centre_y]]),
+                                      torch.tensor([length]), K[None])[0]
     half = length / 2
-    return {"vertices": vertices, "joints": joints, "rotmats": result["rotmats"], "betas": result["betas"], "camera": camera,
-            "crop": np.float32([centre_x - half, centre_y - half, centre_x + half, centre_y + half]), "side": np.array(side),
+    corners = [centre_x - half, centre_y - half, centre_x + half, centre_y + half]
+    return {"vertices": vertices, "joints": joints, "rotmats": estimate["rotmats"],
+            "betas": estimate["betas"], "camera": camera, "crop": np.float32(corners), "side": np.array(side),
             "translation": np.float32(translation), "focal": np.float32(focal)}
 
 
-def draw(image, hand, faces):
+def _faces_of(faces, side):
+    """The hand model's faces (F,3) as seen from outside: those of a mirrored hand run the other way."""
+    return faces if side == "right" else faces[:, ::-1]
+
+
+def draw_hand(image, hand, faces):
     """The mesh over the photograph, by the crop's weak perspective."""
     x0, y0, x1, _ = hand["crop"]
-    seen = weak_perspective(torch.tensor(hand["vertices"])[None], torch.tensor(hand["camera"])[None])[0].numpy()
-    points = np.concatenate([(seen + 1) / 2 * (x1 - x0) + [x0, y0], hand["vertices"][:, 2:]], axis=1)
-    return overlay(image, points, faces if hand["side"] == "right" else faces[:, ::-1])
+    points = weak_perspective(torch.tensor(hand["vertices"])[None], torch.tensor(hand["camera"])[None])[0]
+    points = (points.numpy() + 1) / 2 * (x1 - x0) + [x0, y0]  # pixels
+    return overlay(image, np.concatenate([points, hand["vertices"][:, 2:]], axis=1), faces)
+
+
+def write_hand(folder, name, hand, image, faces):
+    """NAME.obj, NAME.npz and NAME.png in `folder`; the three appear together."""
+    faces = _faces_of(faces, hand["side"])
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
+        part = Path(part)
+        write_obj(part / f"{name}.obj", hand["vertices"], faces)
+        np.savez(part / f"{name}.npz", **hand)
+        save_image(part / f"{name}.png", draw_hand(image, hand, faces))
+        for file in part.iterdir():
+            os.replace(file, folder / file.name)
 
 
 def write_obj(path, vertices, faces):
     """Wavefront OBJ in metres; y and z point up and towards the viewer there, so both change sign."""
-    lines = [f"v {x:.6f} {-y:.6f} {-z:.6f}" for x, y, z in vertices]
-    path.write_text("\n".join(lines + [f"f {a} {b} {c}" for a, b, c in faces + 1]) + "\n")
+    points = [f"v {x:.6f} {-y:.6f} {-z:.6f}" for x, y, z in vertices]
+    triangles = [f"f {a} {b} {c}" for a, b, c in faces + 1]
+    path.write_text("\n".join(points + triangles) + "\n")
+
+
+def flags():
+    cli = parser(__doc__)
+    cli.add_argument("images", nargs="+", type=Path, metavar="IMAGE",
+                     help="photographs, or folders of them")
+    cli.add_argument("--checkpoint", required=True, help="RUN/last.pt of finetune_mesh.py")
+    cli.add_argument("--out", type=Path, required=True, help="folder for the results")
+    cli.add_argument("--boxes", type=Path,
+                     help="CSV image,x0,y0,x1,y1[,side] (default: each photograph is one hand's crop)")
+    cli.add_argument("--side", default="right", choices=["right", "left"],
+                     help="side of the hands where --boxes does not say (default right)")
+    cli.add_argument("--mano", metavar="FILE",
+                     help="MANO file that the checkpoint was trained with (default: the synthetic hand)")
+    cli.add_argument("--focal", type=float,
+                     help="focal length in pixels, for `translation` (default: the image's longer side)")
+    cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
+    add_device_flags(cli, workers=False)
+    return cli
+
+
+def load_network(path, mano, device):
+    """The network in a checkpoint, the side of its views over the box, and the arrays of its hand model."""
+    state = load_checkpoint(path, "mesh")
+    arrays = read_mano(mano) if mano else synthetic_mano()
+    if state["hand"] != hand_fingerprint(arrays):
+        raise ValueError(f"{path} was trained with another hand model than {mano or 'the synthetic hand'}: "
+                         "pass its file with --mano")
+    return load_mesh(state, Mano(arrays)).to(device), state["box_scale"], arrays
 
 
 def main(argv=None):
-    cli = parser(__doc__)
-    cli.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="photographs; a folder stands for the images in it")
-    cli.add_argument("--checkpoint", required=True, help="RUN/last.pt of finetune_mesh.py")
-    cli.add_argument("--out", type=Path, required=True, help="folder for the results")
-    cli.add_argument("--boxes", type=Path, help="CSV image,x0,y0,x1,y1[,side]; default: each photograph is one hand's crop")
-    cli.add_argument("--side", default="right", choices=["right", "left"], help="side of the hands where --boxes does not say")
-    cli.add_argument("--mano", help="the MANO file that the checkpoint was trained with; default: the synthetic hand")
-    cli.add_argument("--focal", type=float, help="focal length in pixels, for `translation`; default: the image's longer side")
-    cli.add_argument("--batch-size", type=int, default=32)
-    add_device_flags(cli, workers=False)
-    args = cli.parse_args(argv)
+    args = flags().parse_args(argv)
     if args.batch_size < 1 or not (args.focal is None or args.focal > 0):
         raise ValueError("--batch-size and --focal must be positive")
     runtime = setup(args)
-    state = load_checkpoint(args.checkpoint, "mesh")
-    arrays = read_mano(args.mano) if args.mano else synthetic_mano()
-    if state["hand"] != hand_fingerprint(arrays):
-        raise ValueError(f"{args.checkpoint} was trained with another hand model than {args.mano or 'the synthetic hand'}: "
-                         "pass its file with --mano")
-    hand_model = Mano(arrays)
-    net = load_mesh(state, hand_model).to(runtime.device)
-    faces = hand_model.faces.cpu().numpy()
-    images = [inner for path in args.images for inner in (list_images(path) if path.is_dir() else [path])]
+    net, box_scale, arrays = load_network(args.checkpoint, args.mano, runtime.device)
+    faces = net.head.hand.faces.cpu().numpy()
+    images = []
+    for path in args.images:
+        images += list_images(path) if path.is_dir() else [path]
     if not images:
         raise ValueError(f"{args.images[0]}: no image in this folder")
-    hands, broken, made = find_hands(images, args.boxes, args.side), [], not args.out.exists()
+    hands = find_hands(images, args.boxes, args.side)
+    is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
+
+    failures = []
     bar = tqdm(total=len(hands), unit="hand")
     for start in range(0, len(hands), args.batch_size):
+        some_hands = hands[start:start + args.batch_size]
         batch = []
-        for path, box, side, name in hands[start:start + args.batch_size]:
+        for path, box, side, name in some_hands:
             try:
-                image, _ = read_image(path)
-                if box is None:                                    # the view is the whole photograph
-                    box = whole_box(image.size, state["box_scale"])
-                canvas, _ = crop_canvas(image, *square(box, CONTEXT), net.encoder.config["image_size"] * 8 // 7)
+                image, crop, canvas = read_hand(path, box, side, box_scale, net.encoder.config["image_size"])
+                batch.append((name, side, image, crop, canvas))
             except (ValueError, OSError) as error:
-                broken.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-                continue
-            canvas = canvas[:, ::-1] if side == "left" else canvas
-            batch.append((np.asarray(image), square(box, state["box_scale"]), side, name, canvas.transpose(2, 0, 1)))
+                failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         if batch:
-            results = estimate(net, torch.from_numpy(np.stack([b[-1] for b in batch])), state["box_scale"], arrays, runtime)
-        for k, (image, crop, side, name, _) in enumerate(batch):
-            hand = place({key: value[k] for key, value in results.items()}, image, crop, side, args.focal or max(image.shape))
-            with tempfile.TemporaryDirectory(dir=args.out, prefix=".part") as part:      # a hand's three files appear together
-                part = Path(part)
-                write_obj(part / f"{name}.obj", hand["vertices"], faces if side == "right" else faces[:, ::-1])
-                np.savez(part / f"{name}.npz", **hand)
-                save_image(part / f"{name}.png", draw(image, hand, faces))
-                for file in part.iterdir():
-                    os.replace(file, args.out / file.name)
-        bar.update(len(hands[start:start + args.batch_size]))
+            canvases = torch.from_numpy(np.stack([canvas for *_, canvas in batch]))
+            estimates = estimate_hands(net, canvases, box_scale, arrays, runtime)
+        for i, (name, side, image, crop, _) in enumerate(batch):
+            height, width = image.shape[:2]
+            estimate = {key: value[i] for key, value in estimates.items()}
+            hand = place_hand(estimate, (width, height), crop, side, args.focal or max(width, height))
+            write_hand(args.out, name, hand, image, faces)
+        bar.update(len(some_hands))
     bar.close()
-    if made and len(broken) == len(hands):
+    if is_new and len(failures) == len(hands):
         args.out.rmdir()
-    if broken:
-        print(*(f"error: {line}" for line in broken[:-1]), sep="\n", end="\n" if len(broken) > 1 else "", file=sys.stderr)
-        raise ValueError(f"{broken[-1]} ({len(broken)} of {len(hands)} hands not predicted)")
+    for failure in failures[:-1]:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        raise ValueError(f"{failures[-1]} ({len(failures)} of {len(hands)} hands not predicted)")
     print(f"{args.out}: {len(hands)} hands, each as .obj, .npz and .png")
 
 
