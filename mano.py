@@ -588,3 +588,14 @@ def hand_fingerprint(arrays: Arrays) -> str:
         micrometres = np.round(arrays[name] * 1e6).astype(np.int64)
         digest.update(micrometres.tobytes())
     return digest.hexdigest()[:12]
+
+
+def mean_hand(arrays: Arrays, definition: str = "freihand") -> tuple[np.ndarray, np.ndarray]:
+    """Joints (1, 21, 3), as `definition` has them, and vertices (1, 778, 3) of the mean pose with zero betas.
+
+    Its error is what a network that sees nothing would have.
+    """
+    hand = Mano(arrays)
+    rotmats = torch.cat([torch.eye(3)[None], rotmat_from_axis_angle(hand.hands_mean)])[None]  # (1, 16, 3, 3)
+    vertices, joints = hand(rotmats, torch.zeros(1, 10))
+    return labelled_joints(vertices, joints, arrays, definition).numpy(), vertices.numpy()

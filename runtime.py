@@ -26,8 +26,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -461,6 +463,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]):
     os.replace(part, path)
 
 
+@contextlib.contextmanager
+def staged_folder(out: Path | str) -> Iterator[Path]:
+    """A temporary folder beside `out`; its files move into `out` when the block has ended well, else they go."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        out.mkdir(exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_arrays(path: Path | str, **arrays):
     """A .npz of plain arrays, whole or not at all."""
 
@@ -568,6 +585,17 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+def text_table(columns: list[str], rows: list[tuple]) -> str:
+    """Lines of a table: rows are (name, texts), names to the left, columns to the right."""
+    lines = [["", *columns], *([name, *texts] for name, texts in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for name, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        texts.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+    return "\n".join(texts)
 
 
 def read_log(path) -> list[dict]:
