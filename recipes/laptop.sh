@@ -1,43 +1,56 @@
 #!/usr/bin/env bash
-# bash recipes/laptop.sh: draws hands, pre-trains on them, trains a mesh network, scores it.
-# About ten minutes on two cores. `make demo` runs the same and also trains from scratch, for comparison.
-# First enter the environment that `make demo` made: source .venv/bin/activate
+# bash recipes/laptop.sh [DIR]: draws hands, trains a mesh network from scratch and one from a HandMIM encoder,
+# scores both, predicts. About ten minutes on two cores. Writes DIR (default out/demo). This is `make demo`,
+# which makes an environment first. PYTHON= another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=${1:-out/demo}
 
 upright=(
     --tilt 12                # degrees around upright: what two cores learn in minutes
     --anywhere 0             # no hands seen from anywhere; the default .25 takes far longer
 )
-python make_synthetic.py --out hands/train --hands 8000 --videos 4000 "${upright[@]}"
-python make_synthetic.py --out hands/val --hands 400 --videos 400 --seed 1 "${upright[@]}"
+"$python" make_synthetic.py --out "$out/train" --hands 8000 --videos 4000 "${upright[@]}"
+"$python" make_synthetic.py --out "$out/val" --hands 400 --videos 400 --seed 1 "${upright[@]}"
 
 pretraining=(
     --arch vit_micro         # the smallest ViT
-    --image-size 64          # a sixteenth of the patches of 256
+    --image-size 64          # 16 patches, where 224 has 196
     --prototypes 512         # far below the number of hands
     --batch-size 32          # many small batches: a small ViT is slow from scratch
     --lr 4e-3                # at batch 256, so 5e-4 at 32
     --ema 0.99               # in 900 steps a slower teacher does not catch up
-    --steps 900              # about 3.6 passes over the hands, three minutes
+    --steps 900              # 3.6 times through the hands, three minutes
 )
-python pretrain_mim.py --data hands/train --out runs/mim_micro "${pretraining[@]}"
+"$python" pretrain_mim.py --data "$out/train" --out "$out/mim" "${pretraining[@]}"
 
 mesh=(
-    --init runs/mim_micro/encoder.pt
-    --image-size 64
-    --head-width 64          # the paper's 256 is more than toy sizes need
-    --iterations 2           # feedback of the head; the paper has 3
-    --rotation 5             # the hands are upright
-    --zoom 0.91 1.1          # a tenth smaller or larger
-    --shift 0.05             # of half the view's side
-    --color 0.4              # mild: drawn hands have few colours
-    --batch-size 32
+    --data "$out/train"
+    --val "$out/val"
+    --image-size 64          # as in pre-training
+    --head-width 64          # channels of the head; 256 is more than toy sizes need
+    --iterations 2           # corrections by the head; PyMAF has 3
+    --rotation 5             # degrees: the hands are upright
+    --zoom 0.91 1.1          # views up to a tenth nearer or further
+    --shift 0.05             # of half a view's side
+    --color 0.4              # mild, for a short run
+    --batch-size 32          # many small batches
     --lr 4e-3                # at batch 256; a small ViT takes a high rate
     --drop-path 0            # the run is too short to overfit
     --dropout 0              # the same
-    --ema 0.995              # averages the last 200 steps
+    --ema 0.995              # averages about the last 200 steps
     --steps 1200
+    --eval-every 600
+    --save-every 600
 )
-python finetune_mesh.py --data hands/train --val hands/val --out runs/mesh "${mesh[@]}"
-python evaluate.py --data hands/val --checkpoint runs/mesh/last.pt --out runs/mesh/val
+"$python" finetune_mesh.py --out "$out/scratch" --arch vit_micro "${mesh[@]}"
+"$python" finetune_mesh.py --out "$out/pretrained" --init "$out/mim/encoder.pt" "${mesh[@]}"
+
+"$python" evaluate.py --data "$out/val" --checkpoint "$out/scratch/last.pt" --out "$out/scratch/evaluation"
+"$python" evaluate.py --data "$out/val" --checkpoint "$out/pretrained/last.pt" --out "$out/evaluation"
+"$python" predict.py "$out"/val/images/000000{0,1}{0..9}.jpg --boxes "$out/val/boxes.csv" \
+    --checkpoint "$out/pretrained/last.pt" --out "$out/predictions"
+"$python" evaluate.py --out "$out" --compare \
+    "scratch=$out/scratch/evaluation/metrics.json" "pretrained=$out/evaluation/metrics.json"
+echo "Look at $out/train/samples.png, $out/mim/samples/, $out/predictions/ and $out/evaluation/report.html"
