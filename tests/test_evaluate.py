@@ -10,8 +10,10 @@ from PIL import Image
 
 import evaluate
 import metrics
+import results
 from data import HandIndex, write_index
-from mano import FREIHAND_TO_MANO, Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
+from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
+from results import read_predictions, write_predictions
 from runtime import Runtime
 from synthetic_hand import synthetic_mano
 
@@ -19,7 +21,7 @@ N, SIZE, FOCAL = 10, 96, 150.0
 
 
 def posed_hands(seed=0):
-    """vertices (N,778,3), kinematic joints (N,21,3) of right hands, relative to the kinematic wrist; which are left."""
+    """vertices (N,778,3), kinematic joints (N,21,3) of right hands relative to the wrist; which are left."""
     rng = np.random.default_rng(seed)
     hand = Mano(synthetic_mano())
     pose = torch.tensor(rng.normal(0, 0.25, (N, 16, 3)), dtype=torch.float32)
@@ -45,7 +47,8 @@ def index(tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     write_index(folder / "index", {
         "image": np.array([f"{i}.png" for i in range(N)], "S"), "side": left, "K": K, "vertices": vertices,
-        "joints": joints, "joints2d": joints2d, "box": np.concatenate([joints2d.min(1), joints2d.max(1) + 1], 1)},
+        "joints": joints, "joints2d": joints2d, "box": np.concatenate([joints2d.min(1), joints2d.max(1) + 1],
+                                                                      1)},
         {"name": "ten <hands>", "joints": "freihand", "protocol": "freihand"}, root=str(folder))
     return folder / "index"
 
@@ -83,7 +86,8 @@ def test_scoring_a_prediction_file(index, labels, tmp_path, capsys):
     names = sorted(file.name for file in out.iterdir())
     assert names == ["metrics.json", "pred.json", "pred.zip", "report.html", "scores.txt"]
     with zipfile.ZipFile(out / "pred.zip") as archive:
-        assert archive.namelist() == ["pred.json"] and archive.read("pred.json") == (out / "pred.json").read_bytes()
+        assert archive.namelist() == ["pred.json"]
+        assert archive.read("pred.json") == (out / "pred.json").read_bytes()
     content = json.loads((out / "pred.json").read_text())
     assert np.array_equal(content[0], pred[0]) and np.array_equal(content[1], pred[1])
 
@@ -109,7 +113,8 @@ def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, la
     assert "behind the camera" in capsys.readouterr().out
     table, out = score(index, [joints, vertices], tmp_path)
     assert "warning" not in capsys.readouterr().out
-    evaluate.main(["--data", str(index), "--predictions", str(out / "pred.zip"), "--out", str(tmp_path / "again")])
+    evaluate.main(["--data", str(index), "--predictions", str(out / "pred.zip"), "--out",
+                   str(tmp_path / "again")])
     assert json.loads((tmp_path / "again/metrics.json").read_text()) == table
     with pytest.raises(ValueError, match="would be overwritten"):
         evaluate.main(["--data", str(index), "--predictions", str(out / "pred.json"), "--out", str(out)])
@@ -117,41 +122,51 @@ def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, la
 
 def test_joints_alone(index, labels, tmp_path):
     table, out = score(index, [noisy(labels)[0], None], tmp_path)
-    assert "pa_mpjpe_mm" in table and not any("mpvpe" in key or "vertices" in key or "f_5" in key for key in table)
+    assert "pa_mpjpe_mm" in table and not any("mpvpe" in key or "vertices" in key or "f_5"
+                                              in key for key in table)
     assert json.loads((out / "pred.json").read_text())[1] == [] and (out / "report.html").stat().st_size > 1e5
 
 
 def test_ho3d_files_have_its_order_and_frame(index, labels, tmp_path):
     pred, hands = noisy(labels), HandIndex(index)
-    evaluate.write_predictions(tmp_path, pred, "ho3d", hands)
+    write_predictions(tmp_path, *pred, "ho3d", hands)
     joints, vertices = (np.array(points) for points in json.loads((tmp_path / "pred.json").read_text()))
     assert (joints[..., 2] < 0).all() and (vertices[..., 2] < 0).all()
-    np.testing.assert_array_equal(joints[:, 4] * [1, -1, -1], pred[0][:, 9])  # middle knuckle: 4 there, 9 here
+    # middle knuckle: 4 there, 9 here
+    np.testing.assert_array_equal(joints[:, 4] * [1, -1, -1], pred[0][:, 9])
     np.testing.assert_array_equal(joints * [1, -1, -1], pred[0][:, list(FREIHAND_TO_MANO)])
-    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
+    for read, written in zip(read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
         np.testing.assert_array_equal(read, written)
-    hands.meta["frames"], hands.columns["number"] = N + 3, np.arange(N) + 2      # the official list has more than the index
-    evaluate.write_predictions(tmp_path, pred, "ho3d", hands)
+    # the official list has more than the index
+    hands.meta["frames"], hands.columns["number"] = N + 3, np.arange(N) + 2
+    write_predictions(tmp_path, *pred, "ho3d", hands)
     longer = np.array(json.loads((tmp_path / "pred.json").read_text())[0])
     assert len(longer) == N + 3 and not longer[[0, 1, N + 2]].any() and longer[2:N + 2].any((1, 2)).all()
-    for read, written in zip(evaluate.read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
+    for read, written in zip(read_predictions(tmp_path / "pred.json", hands, "ho3d"), pred, strict=True):
         np.testing.assert_array_equal(read, written)
+
+
+def test_the_tables_of_joints_are_mano_pys():
+    assert tuple(results.MANO_TO_FREIHAND) == MANO_TO_FREIHAND
+    assert tuple(results.FREIHAND_TO_MANO) == FREIHAND_TO_MANO
 
 
 class TrueHands(torch.nn.Module):
-    """Stands for a trained network: the true right hand of every view, in order, and the camera that shows it there."""
+    """Stands for a trained network: the true right hand of every view, in order, and its camera."""
 
     def __init__(self, index, zoom):
         super().__init__()
         self.encoder = type("Encoder", (), {"config": {"image_size": 32}})()
         columns = HandIndex(index).columns
         vertices, joints, left = posed_hands()
-        wrist = columns["vertices"][:, 0] - vertices[:, 0] * np.where(left[:, None], [-1, 1, 1], 1)  # absolute
+        # absolute
+        wrist = columns["vertices"][:, 0] - vertices[:, 0] * np.where(left[:, None], [-1, 1, 1], 1)
         x0, y0, x1, y1 = columns["box"].T
         side = evaluate.CONTEXT * np.maximum(x1 - x0, y1 - y0) * zoom
         scale = FOCAL / wrist[:, 2] * 2 / side
         centre = np.stack([x0 + x1, y0 + y1], 1) / 2
-        seen = (wrist[:, :2] / wrist[:, 2:] * FOCAL + 48 - centre) * 2 / side[:, None]  # of the wrist, in the view
+        # of the wrist, in the view
+        seen = (wrist[:, :2] / wrist[:, 2:] * FOCAL + 48 - centre) * 2 / side[:, None]
         seen[left, 0] *= -1
         self.answers = {"vertices": vertices, "joints": joints, "camera": np.c_[scale, seen / scale[:, None]]}
         self.next = 0
@@ -172,10 +187,14 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
     assert table["pa_mpjpe_mm"] < 1e-3 and table["pa_mpvpe_mm"] < 1e-3 and table["reflected_joints"] == 0
     assert table["mpjpe_mm"] < 1e-2 and table["mpvpe_mm"] < 1e-2
     evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
-    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table  # what is written is what was scored
-    columns = {name: np.array(value) for name, value in HandIndex(index).columns.items() if name not in ("joints", "vertices", "joints2d")}
-    write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)     # a split whose labels are withheld
-    evaluate.main([*flags[:1], str(tmp_path / "bare"), *flags[2:], str(tmp_path / "d"), "--checkpoint", "last.pt"])
+    # what is written is what was scored
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table
+    columns = {name: np.array(value) for name, value in HandIndex(index).columns.items() if name not
+               in ("joints", "vertices", "joints2d")}
+    # a split whose labels are withheld
+    write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)
+    evaluate.main([*flags[:1], str(tmp_path / "bare"), *flags[2:], str(tmp_path / "d"), "--checkpoint",
+                   "last.pt"])
     assert sorted(file.name for file in (tmp_path / "d").iterdir()) == ["pred.json", "pred.zip"]
     assert (tmp_path / "d/pred.json").read_text() == (tmp_path / "a/pred.json").read_text()
     with pytest.raises(ValueError, match="last.pt was trained with another hand model"):
@@ -184,7 +203,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("content, message", [
-    ("nonsense", "broken JSON"), ("{}", r"needs \[joints, vertices\]"), ("[[1], [2]]", "1 entries of joints, but"),
+    ("nonsense", "broken JSON"), ("{}", r"needs \[joints, vertices\]"), ("[[1], [2]]",
+                                                                         "1 entries of joints, but"),
     ("nan", "sample 3 "), ("short", "joints of hand 3 are not 21 points"), (None, "no such file"),
     ("text", "vertices of hand 9 are not 778 points")])
 def test_a_broken_file_costs_one_line_and_leaves_nothing(index, labels, tmp_path, content, message):
@@ -229,11 +249,13 @@ def test_comparing_runs(tmp_path, capsys):
     a = write("a", pa_mpjpe_mm=8.0, pa_mpvpe_mm=7.0, f_5=0.5)
     b = write("b", pa_mpjpe_mm=10.0, pa_mpvpe_mm=8.0, f_5=0.7)
     c = write("c", pa_mpjpe_mm=6.0, pa_mpvpe_mm=5.0)
-    evaluate.main(["--compare", f"scratch={a}", f"scratch={b}", f"pretrained={c}", "--out", str(tmp_path / "out")])
+    evaluate.main(["--compare", f"scratch={a}", f"scratch={b}", f"pretrained={c}", "--out",
+                   str(tmp_path / "out")])
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert list(table) == ["mean_hand", "scratch", "pretrained"]
     assert table["mean_hand"] == {"pa_mpjpe_mm": 18, "pa_mpvpe_mm": 15}
-    assert table["scratch"]["pa_mpjpe_mm"] == 9 and table["scratch"]["pa_mpjpe_mm_std"] == pytest.approx(2 ** 0.5)
+    assert table["scratch"]["pa_mpjpe_mm"] == 9
+    assert table["scratch"]["pa_mpjpe_mm_std"] == pytest.approx(2 ** 0.5)
     assert table["scratch"]["f_5"] == pytest.approx(0.6) and table["pretrained"]["pa_mpvpe_mm"] == 5
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:4]] == list(table) and "9.00 ± 1.41" in printed[2]
@@ -243,17 +265,20 @@ def test_comparing_runs(tmp_path, capsys):
 
 
 def test_augmented_views_are_turned_back():
-    """A network that points from the middle of its view at a bright spot points at the same spot of the canvas, however it is turned."""
+    """A network that points from the middle of its view at a bright spot points at the same spot of the
+    canvas, however the view is turned."""
     canvas = torch.zeros(2, 3, 72, 72, dtype=torch.uint8)
     canvas[0, :, 20:24, 40:44], canvas[1, :, 50:54, 30:34] = 255, 255
 
     def net(views):
         light = views[:, 0] - views[:, 0].amin((1, 2), keepdim=True)
         line = (torch.arange(64) * 2 + 1) / 64 - 1
-        at = torch.stack([(light.sum(1) * line).sum(1), (light.sum(2) * line).sum(1), 0 * light[:, 0, 0]], 1) / light.sum((1, 2))[:, None]
+        at = torch.stack([(light.sum(1) * line).sum(1), (light.sum(2) * line).sum(1), 0 * light[:, 0, 0]],
+                         1) / light.sum((1, 2))[:, None]
         joints = at[:, None] * torch.arange(21.0)[:, None]
         return [{"joints": joints, "vertices": joints.repeat(1, 38, 1)[:, :778] + 0.1, "camera": at}]
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
     one, five = (evaluate.predict_views(net, canvas, 0.9, 64, runtime, count) for count in (1, 5))
     assert one["joints"][0, 20, 0] > 1 and (one["joints"] - five["joints"]).abs().max() < 0.05
-    assert (five["joints"][:, 0] - one["joints"][:, 0]).abs().max() < 1e-6 and torch.equal(one["camera"], five["camera"])
+    assert (five["joints"][:, 0] - one["joints"][:, 0]).abs().max() < 1e-6 and torch.equal(one["camera"],
+                                                                                           five["camera"])

@@ -1,0 +1,235 @@
+"""The result files of the leaderboards, read and written: FreiHAND, HO-3D, DexYCB, AssemblyHands.
+
+Inside, predictions are joints (N,21,3) in FreiHAND's order and vertices (N,778,3) or None, metres, in each
+hand's camera frame (x right, y down, z forward), a row for each hand of an index. Outside:
+
+    freihand        pred.json, pred.zip   [joints, vertices], the same order and frame, a hand for each entry
+                                          of the official list
+    ho3d            pred.json, pred.zip   the same; joints in MANO's order, y up and z backward
+    dexycb          pred.txt              a line an image: its number in the split, 63 numbers in mm
+    assemblyhands   pred_world.json       {"annotations": {sequence: {frame: {"world_coord": 42 x 3}}}}, mm,
+                                          world frame, right hand first, tip first in each finger
+
+An index is any object with `columns` (dict of arrays), `meta` (dict), len(), side(row) and label(row), as
+data.HandIndex. Its column `number` gives a hand's place in the official list, `meta["frames"]` the list's
+length.
+
+Example::
+
+    from types import SimpleNamespace
+    import json, numpy as np
+    from pathlib import Path
+    from results import read_predictions, write_predictions
+
+    class Index(SimpleNamespace):
+        def __len__(self):
+            return 2
+
+    index = Index(columns={}, meta={})
+    joints, vertices = np.zeros((2, 21, 3)), np.zeros((2, 778, 3))
+    write_predictions(Path("."), joints, vertices, "freihand", index)          # pred.json, pred.zip
+    again, _ = read_predictions("pred.zip", index, "freihand")
+    assert np.array_equal(again, joints)
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+OPENGL = np.array([1.0, -1.0, -1.0])  # OpenCV's camera axes to HO-3D's, and back
+# FreiHAND[i] = MANO[MANO_TO_FREIHAND[i]], MANO = the file's 16 joints and five tips, as HO-3D stores them;
+# mano.py has the same table, and a test holds them equal.
+MANO_TO_FREIHAND = [0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20]
+FREIHAND_TO_MANO = [MANO_TO_FREIHAND.index(i) for i in range(21)]
+# FreiHAND's joint at each place of AssemblyHands' order: tip first in each finger, the wrist last.
+TIP_FIRST = [4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def read_predictions(path: Path | str, index, protocol: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Joints (N,21,3) and vertices (N,778,3) or None from a file of results; ValueError names file and mend.
+
+    DexYCB's text, the JSON of the AssemblyHands challenge, or [joints, vertices] (plain or in a .zip) with an
+    entry for each hand of the index or for each of the official list. """
+    suffix = Path(path).suffix
+    if protocol == "dexycb" and suffix not in (".json", ".zip"):
+        return _read_dexycb(path, index), None
+    content = _read_zipped(path) if suffix == ".zip" else _read_json(path)
+    if protocol == "assemblyhands" and isinstance(content, dict):
+        return _read_world(path, content, index), None
+    if not isinstance(content, list) or len(content) not in (1, 2):
+        raise ValueError(f"{path}: needs [joints, vertices], two lists with one entry a hand")
+    joints = _read_points(path, content[0], "joints", 21, index)
+    vertices = None
+    if len(content) == 2 and content[1]:
+        vertices = _read_points(path, content[1], "vertices", 778, index)
+    if protocol == "ho3d":
+        joints = joints[:, MANO_TO_FREIHAND] * OPENGL
+        vertices = None if vertices is None else vertices * OPENGL
+    return joints, vertices
+
+
+def _read_points(path, entries, name, number, index):
+    """(N,number,3) of the index' hands from a list with an entry for each of them or of the official list."""
+    entries = entries if isinstance(entries, list) else []
+    if len(entries) == index.meta.get("frames") != len(index):  # the index lacks some of the official list
+        entries = [entries[place] for place in index.columns["number"]]
+    if len(entries) != len(index):
+        raise ValueError(f"{path}: {len(entries)} entries of {name}, but the index has {len(index)} hands")
+    points = _as_array(entries)
+    if points is None or points.shape != (len(index), number, 3):
+        wrong = [row for row, hand in enumerate(entries) if np.shape(_as_array(hand)) != (number, 3)]
+        first = wrong[0] if wrong else 0
+        raise ValueError(f"{path}: {name} of hand {first} are not {number} points of 3 numbers")
+    return points
+
+
+def _as_array(nested):
+    """Nested lists as float64; None where they are ragged or hold something else than numbers."""
+    try:
+        return np.asarray(nested, np.float64)
+    except (TypeError, ValueError):
+        return None
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, where a JSON file is needed") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from None
+
+
+def _read_zipped(path):
+    """The JSON of pred.json in a pred.zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("pred.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no zipped pred.json ({error})") from None
+
+
+def _read_dexycb(path, index):
+    """Joints (N,21,3) from the toolkit's text: a line for each image, its number in the split and 63 numbers
+    in mm."""
+    found = {}
+    try:
+        for line in Path(path).read_text().splitlines():
+            number, *values = map(float, line.split(","))
+            found[int(number)] = np.reshape(values, (21, 3)) / 1000
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, OSError):
+        raise ValueError(f"{path}: line {len(found) + 1} is not an image's number and 63 others in mm, with "
+                         "commas") from None
+    numbers = _official_numbers(index)
+    missing = [number for number in numbers if number not in found]
+    if missing:
+        raise ValueError(f"{path}: image {missing[0]} is missing, as are {len(missing) - 1} others that show "
+                         "a hand")
+    return np.array([found[number] for number in numbers])
+
+
+def _read_world(path, content, index):
+    """Joints (N,21,3) in each hand's camera from the JSON of the AssemblyHands challenge."""
+    joints = np.empty((len(index), 21, 3))
+    for row in range(len(index)):
+        sequence, frame, extrinsics = _place_in_world(index, row)
+        try:
+            hands = np.reshape(content["annotations"][sequence][frame]["world_coord"], (2, 21, 3)) / 1000
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: {sequence} {frame} is missing, or not 42 points") from None
+        joints[row, TIP_FIRST] = hands[index.side(row)] @ extrinsics[:, :3].T + extrinsics[:, 3]
+    return joints
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+def write_predictions(folder: Path, joints: np.ndarray, vertices: np.ndarray | None, protocol: str, index):
+    """The files of a leaderboard in `folder`, hand by hand; zeros for what the official list has and the
+    index has not.
+
+    For DexYCB and AssemblyHands also their own file, and no meshes in pred.json.
+    """
+    numbers = _official_numbers(index)
+    entries = max(index.meta.get("frames", 0), len(index))
+    if protocol == "dexycb":
+        _write_dexycb(folder / "pred.txt", joints, numbers)
+        numbers = list(range(len(index)))  # pred.json is ours alone here: a hand of the index after the other
+        entries = len(index)
+        vertices = None
+    elif protocol == "assemblyhands":
+        if "extrinsics" in index.columns:
+            (folder / "pred_world.json").write_text(json.dumps(_to_world(index, joints)))
+        vertices = None
+    elif protocol == "ho3d":
+        joints = joints[:, FREIHAND_TO_MANO] * OPENGL
+        vertices = None if vertices is None else vertices * OPENGL
+    rows = {number: row for row, number in enumerate(numbers)}
+    with open(folder / "pred.json", "w") as file:  # a hand at a time: a large set would not fit in memory
+        file.write("[")
+        _write_points(file, joints, rows, entries)
+        file.write(", ")
+        _write_points(file, vertices, rows, entries)
+        file.write("]")
+    with zipfile.ZipFile(folder / "pred.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "pred.json", "pred.json")
+
+
+def _write_points(file, points, rows, entries):
+    """A JSON list of `entries` hands: number n is points[rows[n]], zeros where it has no row; [] without
+    points."""
+    file.write("[")
+    for number in range(entries if points is not None else 0):
+        hand = points[rows[number]] if number in rows else 0 * points[0]
+        file.write((", " if number else "") + json.dumps(hand.tolist()))
+    file.write("]")
+
+
+def _write_dexycb(path, joints, numbers):
+    with open(path, "w") as file:
+        for number, hand in zip(numbers, joints.reshape(-1, 63), strict=True):
+            file.write(",".join([str(number), *(f"{1000 * value:.4f}" for value in hand)]) + "\n")
+
+
+def _to_world(index, joints):
+    """The challenge's file: joints in the world in every frame of the official list, the mean of the cameras
+    that see a hand, zeros where there is none."""
+    official = index.meta.get("sequences", {})
+    sums = {}
+    for sequence, frames in official.items():
+        sums[sequence] = {frame: np.zeros((2, 21, 4)) for frame in frames}
+    for row in range(len(index)):
+        sequence, frame, extrinsics = _place_in_world(index, row)
+        world = (joints[row] - extrinsics[:, 3]) @ extrinsics[:, :3]
+        hands = sums.setdefault(sequence, {}).setdefault(frame, np.zeros((2, 21, 4)))
+        hands[index.side(row)] += np.c_[1000 * world[TIP_FIRST], np.ones(21)]  # mm, and how many cameras
+    annotations = {}
+    for sequence, frames in sums.items():
+        annotations[sequence] = {}
+        for frame, hands in frames.items():
+            mean = hands[..., :3] / np.maximum(hands[..., 3:], 1)
+            annotations[sequence][frame] = {"world_coord": mean.reshape(42, 3).tolist()}
+    return {"annotations": annotations}
+
+
+# ------------------------------------------------------------------------------------------ the official list
+def _official_numbers(index):
+    """The place of each hand in the data set's official list."""
+    return np.asarray(index.columns.get("number", np.arange(len(index)))).tolist()
+
+
+def _place_in_world(index, row):
+    """Sequence, frame and extrinsics (3,4) of a hand of AssemblyHands, whose images are
+    SEQUENCE/CAMERA/FRAME.jpg."""
+    name = os.fsdecode(bytes(index.columns["image"][row])).removesuffix(".jpg")
+    sequence, _, frame = name.rsplit("/", 3)[-3:]
+    return sequence, frame, np.asarray(index.columns["extrinsics"][index.label(row)], np.float64)
