@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 import layouts
 import metrics
 from data import HandDataset, HandIndex, make_sampler
-from evaluate import read_labels, read_predictions, write_predictions
+from evaluate import read_labels
 from finetune_mesh import defined_joints, mesh_losses
 from mano import (
     FREIHAND_TO_MANO,
@@ -26,6 +26,7 @@ from mano import (
     rotmat_from_axis_angle,
 )
 from prepare_data import ManoModels, drop_uncroppable
+from results import read_predictions, write_predictions
 from synthetic_hand import synthetic_mano
 
 ARRAYS = synthetic_mano()
@@ -348,7 +349,7 @@ def test_dexycb(roots, tmp_path, setup, split):
     close(index.columns["joints"], joints)
     close(index.columns["joints2d"], project(joints), 0.01)
     close(index.columns["pose"], pose, 1e-5)
-    write_predictions(tmp_path, (joints, None), "dexycb", index)  # the toolkit's text, in mm
+    write_predictions(tmp_path, joints, None, "dexycb", index)  # the toolkit's text, in mm
     lines = [line.split(",") for line in (tmp_path / "pred.txt").read_text().splitlines()]
     assert [int(line[0]) for line in lines] == there and {len(line) for line in lines} == {64}
     close(np.array(lines, float)[:, 1:].reshape(-1, 21, 3) / 1000, joints)
@@ -401,7 +402,7 @@ def test_assemblyhands(roots, tmp_path):
     assert np.argwhere(columns["visible"] == 0).tolist() == [[1, 4], [2, 0], [2, 8]]  # the annotation's flags
     close(columns["box"], np.array([box_around(joints) for joints in wanted]) + 0.5, 0.01)
 
-    write_predictions(tmp_path, (wanted, None), "assemblyhands", index)  # the challenge's file, and back
+    write_predictions(tmp_path, wanted, None, "assemblyhands", index)  # the challenge's file, and back
     world = json.loads((tmp_path / "pred_world.json").read_text())["annotations"]["seq"]
     close(read_predictions(tmp_path / "pred_world.json", index, "assemblyhands")[0], wanted)
     poses = json.loads((root / "annotations/val/assemblyhands_val_joint_3d_v1-1.json").read_text())
