@@ -504,15 +504,17 @@ def test_readers_take_text_and_know_their_splits(roots, tmp_path):
 
 
 def test_hands_that_no_picture_shows_are_left_out():
-    columns = {"image": np.array([b"a", b"b", b"c", b"d", b"e"]), "size": np.tile([100, 100], (5, 1)),
-               "label": np.array([0, 0, 1, 1, 0]), "joints2d": np.zeros((2, 21, 2)),
+    joints2d = np.zeros((3, 21, 2))
+    joints2d[2, 8] = np.nan  # behind the camera
+    columns = {"image": np.array([b"a", b"b", b"c", b"d", b"e", b"f"]), "size": np.tile([100, 100], (6, 1)),
+               "label": np.array([0, 0, 1, 1, 0, 2]), "joints2d": joints2d,
                "box": np.array([[10, 10, 60, 60], [110, 10, 160, 60], [10, 10, 10.5, 60],
-                                [-500, -500, 900, 900], [-20, 20, 50, 90]], float)}
+                                [-500, -500, 900, 900], [-20, 20, 50, 90], [10, 10, 60, 60]], float)}
     kept, _, _, dropped = drop_uncroppable(columns, {}, "x", {"before": ["f"]})
     assert kept["image"].tolist() == [b"a", b"e"] and kept["label"].tolist() == [0, 0]
-    assert len(kept["joints2d"]) == 2
+    assert len(kept["joints2d"]) == 3
     assert dropped == {"before": ["f"], "box thinner than a pixel": ["c"],
-                       "hand outside its image": ["b", "d"], "joints behind the camera": []}
+                       "hand outside its image": ["b", "d"], "joints behind the camera": ["f"]}
 
 
 def test_orders_are_permutations():
