@@ -85,16 +85,17 @@ def test_mining_knows_place_and_size_not_rotation():
 
 
 def test_unusable_hands_have_no_neighbours_and_equal_ones_come_by_number():
-    keypoints = poses(60)
-    video = np.arange(60) % 6
+    keypoints = poses(600)  # several cells
+    video = np.arange(600) % 6
     keypoints[7, 3] = np.nan
     keypoints[8] = 5.0  # all on one spot
-    keypoints[[30, 45]] = keypoints[1]  # videos 0, 3 and 1
-    found = mine(keypoints, video, 3)
+    same = 6 * np.arange(20) + 9  # of video 3
+    keypoints[same] = keypoints[1]  # of video 1
+    found = mine(keypoints, video, 20)
     assert (found["idx"][[7, 8]] == -1).all() and np.isinf(found["dist"][[7, 8]]).all()
     assert not np.isin(found["idx"], [7, 8]).any()
-    assert found["idx"][1, :2].tolist() == [30, 45] and (found["dist"][1, :2] == 0).all()
-    halves = [mine(keypoints, video, 3, share=(i, 2)) for i in (0, 1)]
+    assert np.array_equal(found["idx"][1], same) and (found["dist"][1] == 0).all()
+    halves = [mine(keypoints, video, 20, share=(i, 2)) for i in (0, 1)]
     assert np.array_equal(np.maximum(halves[0]["idx"], halves[1]["idx"]), found["idx"])
 
 
@@ -300,6 +301,23 @@ def test_an_ideal_latent_agrees_once_undone():
         a, b = pc.embed(latent, theta, middle, undo)
         cosine[undo] = float((a * b).sum(1).mean())
     assert cosine["exact"] > 0.9999 > cosine["official"] > 0.98 > 0.95 > cosine["none"]
+
+
+def test_official_undoing_is_the_public_arithmetic():
+    """Of one view: points of norm 1; plus the shift in pixels of a crop of 224, over 128, times the points'
+    own range; turned about their mean."""
+    angle, shift = 0.4, np.array([11.0, 6.0])
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    middle = np.array([0.1, -0.2])
+    moved = turn @ shift / 112 * 1.3 / 2  # on the canvas
+    theta = torch.from_numpy(np.c_[0.7 * turn, middle + moved])
+    points = torch.randn(64, 2, generator=generator(2), dtype=torch.float64)
+    wanted = (points / points.norm()).numpy()
+    wanted = wanted + shift / 128 * np.ptp(wanted, axis=0)
+    mean = wanted.mean(0)
+    wanted = np.array([turn @ (point - mean) + mean for point in wanted])
+    found = pc.undo_official(points, theta, torch.from_numpy(middle))
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("undo", ["exact", "official"])
@@ -612,6 +630,18 @@ def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
     assert float(errors[0]) < float(errors[2])  # the nearest is nearer than a random hand
     with np.load(tmp_path / "two.npz") as file:
         assert all(np.array_equal(file[name], found[name]) for name in found)
+
+
+def test_videos_of_two_indices_are_not_the_same(hands, tmp_path):
+    """The same index twice. With --mix a hand's copy is its nearest, else all are of its own index."""
+    flags = ("mine_pairs.py", "--data", hands / "train", hands / "train", "--labelled", "--neighbours", 1)
+    found = {}
+    for name, mix in (("apart", ()), ("mixed", ("--mix",))):
+        call(*flags, *mix, "--out", tmp_path / f"{name}.npz")
+        with np.load(tmp_path / f"{name}.npz") as file:
+            found[name] = file["idx"][:, 0]
+    assert np.array_equal(found["mixed"], (np.arange(48) + 24) % 48)
+    assert np.array_equal(found["apart"] // 24, np.arange(48) // 24)
 
 
 @pytest.mark.parametrize("method", ["simclr", "peclr", "simhand"])
