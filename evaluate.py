@@ -386,8 +386,8 @@ def flags():
     source.add_argument("--predictions", metavar="FILE",
                         help="file of results: pred.json, or it in a .zip, [joints (N,21,3), vertices "
                              "(N,778,3)] or [joints, []] in metres, in the order and frame of --protocol; "
-                             "dexycb also pred.txt, a line an image: its number in the split, from 0, and 21 x "
-                             "3 numbers in mm, commas, no header; assemblyhands also the challenge's JSON")
+                             "dexycb also pred.txt, a line an image: its number in the split, from 0, and 21 "
+                             "x 3 numbers in mm, commas, no header; assemblyhands also the challenge's JSON")
     source.add_argument("--compare", nargs="+", metavar="NAME=metrics.json",
                         help="runs to print in one table")
     cli.add_argument("--data", metavar="INDEX", help="index to score; needed unless --compare")

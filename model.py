@@ -183,8 +183,8 @@ def resize_positions(pos_embed, patches):
         return pos_embed
     old, new = (int(round(n ** 0.5)) for n in (pos_embed.shape[1] - 1, patches))
     if old * old != pos_embed.shape[1] - 1:
-        raise ValueError(f"a position embedding for {pos_embed.shape[1]} tokens is not that of one class token "
-                         "and a square of patches")
+        raise ValueError(f"a position embedding for {pos_embed.shape[1]} tokens is not that of one class "
+                         "token and a square of patches")
     grid = pos_embed[:, 1:].transpose(1, 2).unflatten(2, (old, old))
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -12,7 +12,8 @@ import evaluate
 import metrics
 import results
 from data import HandIndex, write_index
-from mano import FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
+from mano import (FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, hand_fingerprint, joints_from_vertices,
+                  rotmat_from_axis_angle)
 from results import read_predictions, write_predictions
 from runtime import Runtime
 from synthetic_hand import synthetic_mano
