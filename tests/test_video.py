@@ -224,7 +224,7 @@ def test_cutting_goes_on_where_it_was_stopped(frames, tmp_path):
     root = shutil.copytree(frames[0], tmp_path / "root")
     (root / "film0" / "frame_000030.png").write_bytes(b"no picture")
     write_csv(tmp_path / "seen.csv", frames[1])
-    out = tmp_path / "out"
+    out = root / "pool"  # its crops are no frames to cut again
     command = ("prepare_data.py", "video", root, "--out", out, "--detections", tmp_path / "seen.csv",
                "--every")
     done = call(*command, 1)
