@@ -28,6 +28,7 @@ RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 # What is changed in a call, and nothing else: values of flags (None: the flag goes), and flags at its end,
 # which overrule earlier ones.
 IN_PLACE = {"--epochs": None, "--steps": None, "--arch": "vit_micro", "--videos": "9"}
+OTHERS_FLAGS = {"--help", "--nproc", "--standalone"}  # argparse's and torchrun's
 TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
 AT_THE_END = {
     "make_synthetic.py": ["--hands", "26", "--size", "64", "--workers", "1"],
@@ -137,8 +138,8 @@ def test_flags_files_and_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = PAGES | {name: (ROOT / "recipes" / name).read_text(encoding="utf-8") for name in RECIPES}
     for name, text in texts.items():
-        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - {"--help"}:
-            assert flag == "--nproc" or f'"{flag}"' in "".join(sources.values()), f"{name}: {flag}"
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) - OTHERS_FLAGS:
+            assert f'"{flag}"' in "".join(sources.values()), f"{name}: {flag}"
         for script, rest in re.findall(r"^\S*python\"? (\w+\.py)((?:.*\\\n)*.*)$", text, flags=re.M):
             for flag in re.findall(r"(?<!\w)--[a-z][a-z0-9-]+", rest):
                 assert f'"{flag}"' in sources[script] + sources["runtime.py"], f"{name}: {script} {flag}"
