@@ -44,9 +44,11 @@ Example::
     from PIL import Image
     from data import HandDataset, HandIndex, write_index
 
-    Image.new("RGB", (128, 96)).save("a.png") write_index("my_index", {"image": np.array([b"a.png"]), "box":
-    [[30, 20, 90, 80]]}, {"name": "mine"}, root="..") hand = HandDataset([HandIndex("my_index")],
-    canvas=256)[0] assert hand["canvas"].shape == (3, 256, 256)
+    Image.new("RGB", (128, 96)).save("a.png")
+    columns = {"image": np.array([b"a.png"]), "box": [[30, 20, 90, 80]]}
+    write_index("my_index", columns, {"name": "mine"}, root="..")
+    hand = HandDataset([HandIndex("my_index")], canvas=256)[0]
+    assert hand["canvas"].shape == (3, 256, 256)
 
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
@@ -619,7 +621,7 @@ def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
     ValueError where the file is damaged, of another format, or of other hands.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             idx = file["idx"]
             made_for = str(file["fingerprint"])
             number = int(file["format"]) if "format" in file else 1

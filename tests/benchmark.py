@@ -324,7 +324,7 @@ def contrast_once(pairs, name):
     latent = torch.randn(2, int(pairs), 128, generator=g, requires_grad=True)
     joints = torch.rand(2, int(pairs), 21, 2, generator=g)
     start = time.perf_counter()
-    loss = pc.nt_xent(*torch.nn.functional.normalize(latent, dim=2), 0.5, *pc.weights(*joints))
+    loss = pc.nt_xent(*torch.nn.functional.normalize(latent, dim=2), 0.5, *pc.pair_weights_by_rows(*joints))
     loss.backward()
     seconds = time.perf_counter() - start
     print(f"{seconds:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
