@@ -23,55 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (
-    CONTEXT,
-    HandDataset,
-    HandIndex,
-    PairSampler,
-    UnreadImages,
-    check_mix,
-    make_loader,
-    make_sampler,
-    read_pairs,
-)
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix, make_loader,
+                  make_sampler, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
-from runtime import (
-    Log,
-    adamw,
-    add_training_flags,
-    announce,
-    batch_parts,
-    check_ranges,
-    cosine,
-    finish,
-    generator,
-    initial_weights,
-    is_due,
-    param_groups,
-    parser,
-    read_log,
-    require_finite,
-    restore,
-    run,
-    save_checkpoint,
-    set_lr,
-    setup,
-    start_run,
-    total_steps,
-    update,
-)
-from views import (
-    apply_hsv,
-    apply_strong_color,
-    apply_theta,
-    invert_theta,
-    normalise,
-    random_hsv,
-    strong_color,
-    to_rgb,
-    warp,
-)
+from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, finish,
+                     generator, initial_weights, is_due, param_groups, parser, read_log, require_finite,
+                     restore, run, save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from views import (apply_hsv, apply_strong_color, apply_theta, invert_theta, normalise, random_hsv,
+                   strong_color, to_rgb, warp)
 
 CROP = 1.3  # the public code's crop: its side over the longer side of the box
 PIXELS = 112  # half the side of that crop in pixels, before it is resized

@@ -465,7 +465,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]):
 
 @contextlib.contextmanager
 def staged_folder(out: Path | str) -> Iterator[Path]:
-    """A temporary folder beside `out`; its files move into `out` when the block has ended well, else they go."""
+    """A temporary folder beside `out`. Its files move into `out` where the block ends well; else they go."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

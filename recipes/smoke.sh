@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bash recipes/smoke.sh [DIR]: every stage two steps on tiny drawn data, also under torchrun. Under a minute on
-# two cores. Writes DIR (default out/smoke) anew, prints "smoke: all stages ran". PYTHON= another interpreter.
+# bash recipes/smoke.sh [DIR]: every stage two steps on tiny drawn data, also under torchrun. Under a minute
+# on two cores. Writes DIR (default out/smoke) anew, prints "smoke: all stages ran". PYTHON= another
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

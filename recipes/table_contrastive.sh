@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash recipes/table_contrastive.sh                     the table of docs/contrastive.md: two hours on one core
+# bash recipes/table_contrastive.sh                    the table of docs/contrastive.md: two hours on one core
 # bash recipes/table_contrastive.sh NAME [SWITCH ...]   one row of it, or of docs/experiments.md
 # The probe prints its numbers and writes them to runs/table_contrastive/NAME.SEED/probe/metrics.json.
 set -euo pipefail

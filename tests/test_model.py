@@ -167,7 +167,7 @@ def test_head_reads_where_it_projects_and_stores_no_hand(arch, size):
 
 
 def test_an_iteration_learns_from_its_own_estimate_alone():
-    """The loss of iteration t does not reach the regressors of earlier ones: the state is handed on as a number."""
+    """The loss of iteration t does not reach the regressors of earlier ones: the state is detached."""
     torch.manual_seed(0)
     head = MeshHead(Square(), 8, width=32, dropout=0)
     first, second, third = head(torch.randn(2, 8, 4, 4))
