@@ -5,9 +5,9 @@ whatever the order in a data set's own files. Errors of single hands stay in met
 millimetres, and its keys say so. Everything is float64: float32 distances at arm's length are wrong by tenths
 of a millimetre.
 
-The arithmetic is that of the official scripts: lmb-freiburg/freihand `eval.py`, shreyashampali/ho3d `eval.py`,
-NVlabs/dex-ycb-toolkit `hpe_eval.py`, facebookresearch/assemblyhands-toolkit `dataset.py`. 3,960 hands take
-about 10 s.
+The arithmetic is that of the official scripts: lmb-freiburg/freihand `eval.py`, shreyashampali/ho3d
+`eval.py`, NVlabs/dex-ycb-toolkit `hpe_eval.py`, facebookresearch/assemblyhands-toolkit `dataset.py`. 3,960
+hands take about 10 s.
 
 Example::
 
@@ -349,7 +349,7 @@ def evaluate_hands(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol:
 
     Returns a flat dict. Joints and mesh are aligned by two separate fits.
 
-      pa_mpjpe_mm, pa_mpvpe_mm         after the leaderboards' similarity fit, which may reflect (`procrustes`)
+      pa_mpjpe_mm, pa_mpvpe_mm         after the leaderboards' similarity fit, which may reflect
       pa_*_noreflect_mm, reflected_*   the same without reflections; how many samples were reflected
       mpjpe_mm, mpvpe_mm               the protocol's own placement
       abs_*, root_*, sc_tr_*           as submitted; minus the wrist; wrist and bone to the middle knuckle

@@ -201,7 +201,7 @@ def flags():
                      help="side of the views in pixels (default: the encoder's own)")
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
     cli.add_argument("--mano", metavar="FILE",
-                     help="MANO file of the mean hand that poses are aligned to (default: the synthetic hand)")
+                     help="MANO file; poses are aligned to its mean hand (default: the synthetic hand)")
     add_device_flags(cli)
     return cli
 

@@ -38,9 +38,7 @@ STRENGTHS = 10.0 ** np.arange(-5, 2)  # of the ridge
 TEMPERATURE = 0.07  # of a neighbour's vote (Wu et al. 2018, facebookresearch/dino eval_knn.py)
 WRIST = 0
 MIDDLE_KNUCKLE = 9
-# The three joints (a, b, c) around each angle, thumb first, base to tip: bone a-b meets bone b-c at b.
-FLEXIONS = [(0 if k == 0 else 4 * finger + k, 4 * finger + k + 1, 4 * finger + k + 2)
-            for finger in range(5) for k in range(3)]
+FINGERS = np.array([[WRIST, k, k + 1, k + 2, k + 3] for k in (1, 5, 9, 13, 17)])  # wrist to tip, thumb first
 
 
 # --------------------------------------------------------------------------------------------------- features
@@ -49,8 +47,8 @@ def encode(encoders: dict[str, Callable], batches: Iterable[dict], make_views: C
            labels: tuple[str, ...] = ()) -> tuple[dict, dict]:
     """Frozen encoders over batches -> features and labels, in the order of the batches' rows.
 
-    encoders: name -> callable, views (B,3,S,S) in [0,1] -> summary (B,D), map (B,D,h,w). batches: dicts of
-    tensors. make_views: batch -> views. labels: names of entries of the batches.
+    encoders: name -> callable, views (B,3,S,S) in [0,1] -> summary (B,D), map (B,D,h,w); networks in eval
+    mode. batches: dicts of tensors. make_views: batch -> views. labels: names of entries of the batches.
 
     Returns ({(name, feature): (N,D)}, {label: (N,...)}), float64. The features of an encoder are "class" (its
     summary), "mean" (of the map) and "both" (N,2D). ("pixels", "raw") is the view at 16 x 16 pixels.
@@ -61,13 +59,17 @@ def encode(encoders: dict[str, Callable], batches: Iterable[dict], make_views: C
         views = make_views(batch)
         for name, encoder in encoders.items():
             for feature, value in pool_features(*encoder(views)).items():
-                features.setdefault((name, feature), []).append(value.double().cpu().numpy())
+                features.setdefault((name, feature), []).append(_to_numpy(value))
         pixels = F.interpolate(views, 16, mode="area").flatten(1)  # (B, 768)
-        features.setdefault(("pixels", "raw"), []).append(pixels.double().cpu().numpy())
+        features.setdefault(("pixels", "raw"), []).append(_to_numpy(pixels))
         for name in labels:
-            found[name].append(batch[name].double().cpu().numpy())
+            found[name].append(_to_numpy(batch[name]))
     features = {key: np.concatenate(parts) for key, parts in features.items()}
     return features, {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _to_numpy(tensor):
+    return tensor.cpu().double().numpy()  # in this order: mps has no float64
 
 
 def pool_features(summary: torch.Tensor, feature_map: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,7 +80,7 @@ def pool_features(summary: torch.Tensor, feature_map: torch.Tensor) -> dict[str,
 
 
 # ----------------------------------------------------------------------------------------- which hands to use
-def hand_groups(poses: np.ndarray, videos: np.ndarray | None = None) -> np.ndarray:
+def hand_groups(poses, videos=None):
     """(N,) the number of each hand's group. Hands of one pose or of one video share a group, and so does
     whatever these connect. poses (N,) numbers from 0; videos (N,), -1 where the video is unknown."""
     if videos is None:
@@ -90,21 +92,21 @@ def hand_groups(poses: np.ndarray, videos: np.ndarray | None = None) -> np.ndarr
     return component[poses]
 
 
-def split_groups(groups: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split_groups(groups, seed=0):
     """Rows to fit on and rows to test on: each half of the groups (N,), drawn at random."""
     chosen = np.random.default_rng(seed).permutation(np.unique(groups))[::2]
     fitted = np.isin(groups, chosen)
     return np.flatnonzero(fitted), np.flatnonzero(~fitted)
 
 
-def spread_rows(rows: np.ndarray, most: int = PROBE_HANDS) -> np.ndarray:
+def spread_rows(rows, most=PROBE_HANDS):
     """At most so many of the rows, evenly spaced and in their order."""
     places = np.linspace(0, len(rows) - 1, min(len(rows), most))
     return rows[places.astype(int)]
 
 
 # ------------------------------------------------------------------------------------------------- regression
-def ridge(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, strengths: np.ndarray = STRENGTHS) -> np.ndarray:
+def ridge(x, y, test_x, strengths=STRENGTHS):
     """Ridge regression of y (n,M) on features x (n,D), standardised; predicts (m,M) for test_x (m,D).
 
     The first four fifths of the rows are fitted with each strength (times their number). Each column of y
@@ -144,7 +146,7 @@ def _ridge_solver(x, y):
     return weights
 
 
-def r2(pred: np.ndarray, true: np.ndarray) -> float:
+def r2(pred, true) -> float:
     """Share of the variance that is explained, the mean over the columns of (N,M)."""
     residual = ((pred - true) ** 2).sum(0)
     total = ((true - true.mean(0)) ** 2).sum(0)
@@ -152,8 +154,7 @@ def r2(pred: np.ndarray, true: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- neighbours
-def nearest(x: np.ndarray, test_x: np.ndarray, neighbours: int = 1,
-            skip_self: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def nearest(x, test_x, neighbours=1, skip_self=False):
     """The rows of x (n,D) that are most like each row of test_x (m,D): indices (m,K) and cosines (m,K), best
     first.
 
@@ -180,7 +181,7 @@ def _unit_rows(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def leave_one_out(x: np.ndarray, classes: np.ndarray, neighbours: int = 10) -> float:
+def leave_one_out(x, classes, neighbours=10) -> float:
     """Share of the rows of x (N,D) whose class (N,) wins the vote of their nearest other rows.
 
     A vote weighs exp(cosine / 0.07): the k-NN of Wu et al. and DINO, here of standardised features."""
@@ -193,25 +194,26 @@ def leave_one_out(x: np.ndarray, classes: np.ndarray, neighbours: int = 10) -> f
 
 
 # ------------------------------------------------------------------------------------------------------- pose
-def flexion(joints: np.ndarray) -> np.ndarray:
+def flexion(joints):
     """Joints (B,21,3) -> (B,15) radians: how far each finger bends at its three joints, 0 is straight; thumb
     first, base to tip."""
-    a, b, c = (joints[:, list(places)] for places in zip(*FLEXIONS, strict=True))  # (B, 15, 3) each
-    first = b - a
+    a = joints[:, FINGERS[:, 0:3].ravel()]  # (B, 15, 3)
+    b = joints[:, FINGERS[:, 1:4].ravel()]
+    c = joints[:, FINGERS[:, 2:5].ravel()]
+    first = b - a  # bone a-b meets bone b-c at b
     second = c - b
     lengths = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
     cosine = (first * second).sum(-1) / np.maximum(lengths, 1e-12)
     return np.arccos(cosine.clip(-1, 1))
 
 
-def orientation(points: np.ndarray) -> np.ndarray:
+def orientation(points):
     """Points (B,21,2) in the image -> (B,2): the direction from the wrist to the middle knuckle."""
     arrow = points[:, MIDDLE_KNUCKLE] - points[:, WRIST]
     return arrow / np.maximum(np.linalg.norm(arrow, axis=1, keepdims=True), 1e-9)
 
 
-def probe_pose(x: np.ndarray, joints: np.ndarray, joints2d: np.ndarray, test_x: np.ndarray,
-               test_joints: np.ndarray, test_joints2d: np.ndarray, mean_joints: np.ndarray,
+def probe_pose(x, joints, joints2d, test_x, test_joints, test_joints2d, mean_joints,
                align: Callable) -> dict[str, float]:
     """What a frozen feature knows of the pose: fitted on some hands, tested on others (ours).
 
@@ -241,6 +243,6 @@ def probe_pose(x: np.ndarray, joints: np.ndarray, joints2d: np.ndarray, test_x: 
             "flexion_r2": r2(pred_flexion, flexion(test_joints))}
 
 
-def mean_distance_mm(pred: np.ndarray, true: np.ndarray) -> float:
+def mean_distance_mm(pred, true) -> float:
     """Mean distance of points (N,21,3) in metres, as millimetres."""
     return float(1000 * np.sqrt(((pred - true) ** 2).sum(-1)).mean())
