@@ -15,7 +15,7 @@ from metrics import procrustes
 from model import build_encoder
 
 
-# ---------------------------------------------------------------------------------------- ridge and neighbours
+# -------------------------------------------------------------------------------------- ridge and neighbours
 def test_ridge_is_the_penalised_least_squares_fit():
     """For one strength, against the normal equations solved as an augmented least-squares problem; and it
     finds a linear law."""
