@@ -429,6 +429,15 @@ def test_evaluation_scores_and_its_prediction_file_scores_the_same(hands, mesh, 
     assert row["pa_mpvpe_mm"] == pytest.approx(scores["pa_mpvpe_mm"])
 
 
+def volume(path):
+    """Of the mesh in an .obj file; negative where its faces show their backs."""
+    lines = [line.split() for line in path.read_text().splitlines()]
+    points = np.array([line[1:] for line in lines if line[0] == "v"], float)
+    faces = np.array([line[1:] for line in lines if line[0] == "f"], int) - 1
+    a, b, c = points[faces].transpose(1, 0, 2)
+    return (a * np.cross(b, c)).sum() / 6
+
+
 def pixels(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
@@ -456,6 +465,8 @@ def test_prediction_of_photographs_with_and_without_boxes_and_of_both_sides(hand
     for name in ("vertices", "joints", "camera", "translation"):
         flip = [1, -1, 1] if name == "camera" else FLIP
         np.testing.assert_allclose(left[name], right[name] * flip, rtol=2e-4, atol=2e-5)
+    volumes = [volume(tmp_path / f"boxes/{name}.obj") for name in ("photo", "mirror")]
+    assert volumes[0] > 0 and volumes[1] == pytest.approx(volumes[0], rel=1e-2)
     covered, mirrored = ((pixels(tmp_path / f"boxes/{name}.png") != pixels(tmp_path / f"{name}.png")).any(2)
                          for name in ("photo", "mirror"))  # by the mesh
     assert covered.mean() > 0.01 and (covered != mirrored[:, ::-1]).mean() < 0.03 * covered.mean()
