@@ -191,6 +191,18 @@ def test_assemblyhands_keeps_the_joints_of_a_hand_whose_wrist_is_doubtful():
     check(metrics.evaluate_hands(pj, None, gj, None, "assemblyhands", valid=valid), {"mpjpe_mm": expected})
 
 
+def test_two_joints_fix_no_rotation():
+    """A hand with two labelled joints has no aligned error, and the mean leaves it out; with three it has one."""
+    pj, _, gj, _ = hands()
+    gj[2, 2:] = np.nan
+    gj[4, 3:] = np.nan
+    errors = metrics.per_sample_errors(pj, None, gj, None, "assemblyhands")
+    assert np.isnan(errors["pa_joints"][2]).all() and not errors["reflected_joints"][2]
+    assert np.isfinite(errors["pa_joints"][4, :3]).all()
+    assert np.isfinite(errors["root_joints"][2, :2]).all()
+    assert np.isfinite(metrics.summarise(errors, "assemblyhands")["pa_mpjpe_mm"])
+
+
 def test_joints_and_vertices_are_aligned_by_separate_fits():
     _, _, gj, gv = hands()
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
