@@ -286,7 +286,7 @@ class Recorder:
 
 def one_step(hands, tmp_path, monkeypatch, *more):
     """A recorded step of the command on four hands: (Recorder, outputs of teacher and student in order)."""
-    record = Recorder(monkeypatch, "draw_two_views", "make_views", "align_loss", "contrast_loss", "distill",
+    record = Recorder(monkeypatch, "draw_two_views", "in_photograph", "align_loss", "contrast_loss", "distill",
                       "pixel_loss", "hog_targets", "ema_update", "update")
     outputs, forward = [], pretrain_mim.HandMIM.forward
 
@@ -303,7 +303,8 @@ def one_step(hands, tmp_path, monkeypatch, *more):
 def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     """Keypoints undone by their own view's theta against those of the OTHER view; class logits of the other
     view; patch logits and pixels of the same view; the teacher's never hidden, the student's always."""
-    record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--contrast", 1)
+    wide = ("--zoom", 1.3, 1.33, "--mask", "random", "--mask-ratio", 0.5, 0.5)  # views show padding
+    record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--contrast", 1, *wide)
     assert not taught["hide"] and learned["hide"] and torch.equal(taught["mask"], learned["mask"])
     assert not taught["training"] and learned["training"]
     theta = record.of("draw_two_views")[0][2]
@@ -319,9 +320,13 @@ def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     (student, teacher, center, temperature), _, _ = record.of("distill")[0]
     assert torch.equal(student, learned["patch"]) and torch.equal(teacher, taught["patch"])
     assert not center.any() and temperature == 0.04 and not teacher.requires_grad
-    predicted, patches, _ = record.of("pixel_loss")[0][0]
+    predicted, patches, share = record.of("pixel_loss")[0][0]
+    mask = learned["mask"]
     assert torch.equal(predicted, learned["pixels"])
-    assert torch.equal(patches, masking.to_patches(learned["views"], 16)[learned["mask"]])
+    assert torch.equal(patches, masking.to_patches(learned["views"], 16)[mask])
+    real = record.of("in_photograph")[0][2]
+    assert (real & mask).any() and (~real & mask).any()  # some canvases leave their photograph
+    torch.testing.assert_close(share, real[mask] / (real & mask).sum())
 
 
 def test_class_tokens_are_distilled_from_the_other_view(hands, tmp_path, monkeypatch):

@@ -86,6 +86,16 @@ def test_random_draws_are_functions_of_the_generator():
     assert torch.equal(big[4:], rank1)
 
 
+def test_random_views_are_rotations_times_a_scale_and_a_shift():
+    """A = s R(phi), with phi > 0 turning the window clockwise on the screen: its right edge goes down."""
+    phi, zoom, x, y = torch.rand(4, 64, generator=generator(7))
+    theta = random_theta(64, generator(7), 0.6, (0.5, 1.2), 0.3)
+    phi, scale = (2 * phi - 1) * 0.6, 0.5 * (1.2 / 0.5) ** zoom
+    right_edge = apply_theta(theta, torch.tensor([[1.0, 0]]))[:, 0] - theta[:, :, 2]
+    torch.testing.assert_close(right_edge, torch.stack([scale * phi.cos(), scale * phi.sin()], 1))
+    torch.testing.assert_close(theta[:, :, 2], torch.stack([2 * x - 1, 2 * y - 1], 1) * 0.3)
+
+
 def test_leading_axes_are_batches_one_after_the_other():
     """Two views of three canvases at once are what two calls give, for images, points and colours."""
     canvas = torch.rand(3, 3, 40, 40, generator=generator(1))
