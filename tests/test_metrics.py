@@ -192,7 +192,7 @@ def test_assemblyhands_keeps_the_joints_of_a_hand_whose_wrist_is_doubtful():
 
 
 def test_two_joints_fix_no_rotation():
-    """A hand with two labelled joints has no aligned error, and the mean leaves it out. With three it does."""
+    """A hand with two labelled joints has no aligned error; the mean leaves it out. With three it has one."""
     pj, _, gj, _ = hands()
     gj[2, 2:] = np.nan
     gj[4, 3:] = np.nan
