@@ -405,7 +405,7 @@ def main(argv=None):
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
                     iterations=args.iterations, width=args.head_width, dropout=args.dropout)
     head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
-    out, state = start_run(args, runtime)
+    out, state = start_run(args, runtime, "mesh")
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if args.init else 1.0)

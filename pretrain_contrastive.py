@@ -470,7 +470,7 @@ def main(argv=None):
     check_mix(anchors, dataset.starts, args.mix)
     torch.manual_seed(args.seed)
     encoder = choose_encoder(args.arch, initial_weights(args), args.image_size, "resnet50")
-    out, state = start_run(args, runtime)
+    out, state = start_run(args, runtime, "contrastive")
 
     gather = runtime.gather if args.gather else nn.Identity()  # (2,B,...) of one process or of all
     model = Contrastive(encoder, runtime.gather if args.gather else None).to(runtime.device).train()

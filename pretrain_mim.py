@@ -503,7 +503,7 @@ def main(argv=None):
     side = size // patch
     check_masks(args, side)
     check_mix(dataset.rows, dataset.starts, args.mix)
-    out, state = start_run(args, runtime)
+    out, state = start_run(args, runtime, "mim")
 
     weights = loss_weights(args)
     distil = tuple(name for name in ("class", "patch") if name in weights)
@@ -553,9 +553,9 @@ def main(argv=None):
         temperature = teacher_temperature(step, steps, *args.temperature)
         values = {"masked_views": mask.any(2).float().mean(), "masked_patches": mask.float().mean()}
 
-        for rows, last in batch_parts(len(canvas), args.accumulate):
-            some_views, some_theta, some_mask = views[:, rows], theta[:, rows], mask[:, rows]
-            with runtime.sync_gradients(net, last):
+        for part, is_last in batch_parts(len(canvas), args.accumulate):
+            some_views, some_theta, some_mask = views[:, part], theta[:, part], mask[:, part]
+            with runtime.sync_gradients(net, is_last):
                 with runtime.autocast():
                     with torch.no_grad():
                         taught = teacher(some_views, some_mask, hide=False)
@@ -576,14 +576,14 @@ def main(argv=None):
                     losses["patch"] = (errors * patch_weights(some_mask)).sum()
                 if "pixel" in weights:  # masked patches, but for the padding around the photograph
                     patches = to_patches(some_views, patch)[some_mask]  # (M, 3pp)
-                    share = real[:, rows][some_mask] / real_masked  # (M,)
+                    share = real[:, part][some_mask] / real_masked  # (M,)
                     losses["pixel"] = pixel_loss(learned["pixels"], patches, share)
                 if "hog" in weights:
                     whole, of_patches = hog_targets(some_views, patch)
                     losses["hog"] = F.mse_loss(learned["hog"], whole)
                     losses["patch_hog"] = F.mse_loss(learned["patch_hog"], of_patches)
                 loss = sum(weights[name] * term for name, term in losses.items())
-                logged = last and is_due(step, args.log_every, steps)  # of the last part
+                logged = is_last and is_due(step, args.log_every, steps)  # of the last part
                 if logged:
                     values |= diagnose_prototypes(taught, centers, temperature, runtime.mean)
                     values |= diagnose_keypoints(points, targets.flip(0)) if keypoints else {}

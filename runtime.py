@@ -366,8 +366,8 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------------- run
-def start_run(args, runtime: Runtime):
-    """Prepares RUN; returns its path and the checkpoint to continue from, or None.
+def start_run(args, runtime: Runtime, kind: str):
+    """Prepares RUN; returns its path and the checkpoint to continue from, or None. kind: as in FORMATS.
 
     A new run refuses a folder that is not empty; --resume refuses flags that differ from config.json.
     """
@@ -380,7 +380,7 @@ def start_run(args, runtime: Runtime):
     if problem[0]:
         raise ValueError(problem[0])
     checkpoint = out / "last.pt"
-    state = load_checkpoint(checkpoint, "any") if args.resume and checkpoint.is_file() else None
+    state = load_checkpoint(checkpoint, kind) if args.resume and checkpoint.is_file() else None
     if args.resume and state is None and runtime.is_main:
         print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
     if runtime.is_main:
@@ -496,7 +496,7 @@ def save_checkpoint(path: Path | str, kind: str, **state):
 
 
 def load_checkpoint(path: Path | str, kind: str) -> dict:
-    """The dict that save_checkpoint wrote, on the CPU. kind: as in FORMATS, or "any".
+    """The dict that save_checkpoint wrote, on the CPU. kind: as in FORMATS.
 
     Runs no code from the file. ValueError or OSError that names it: damaged, of another kind, of another
     format."""
@@ -510,7 +510,7 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: no checkpoint of plain tensors and values ({reason[:120]})") from None
     found = state.get("kind") if isinstance(state, dict) else None
-    if found not in FORMATS or (kind != "any" and found != kind):
+    if found != kind:
         raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}")
     number = state.get("format", 1)
     if number != FORMATS[found]:

@@ -29,7 +29,7 @@ from mano import (
 from model import build_encoder, load_encoder
 from runtime import Runtime
 from synthetic_hand import synthetic_mano
-from views import random_theta, warp
+from views import normalise, random_theta, warp
 
 SEED = int(os.environ.get("SEED", 0))
 TINY = ["--arch", "vit_micro", "--image-size", "32", "--head-width", "32", "--batch-size", "8",
@@ -224,6 +224,23 @@ def test_views_and_colours_are_drawn_as_the_flags_say():
 
 
 # ------------------------------------------------------------------------------ what is known before training
+def test_validation_sees_the_usual_window_upright():
+    """Its views are --box-scale x the box, where the canvas is 2 x the box: the middle 65 % of it for 1.3."""
+    canvas = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
+    found = finetune_mesh.upright_views(canvas, 1.3, 52)  # one canvas pixel a pixel
+    assert_near(found, normalise(canvas[:, :, 14:66, 14:66] / 255), 1e-3)
+
+
+def test_every_process_has_a_dropout_of_its_own(hands, tmp_path, monkeypatch):
+    keys = []
+    monkeypatch.setattr(finetune_mesh, "generator", lambda *key: keys.append(key) or torch.Generator())
+    second = Runtime(torch.device("cpu"), torch.float32, 1, 1, 0, 0)
+    monkeypatch.setattr(finetune_mesh, "setup", lambda args: second)
+    with contextlib.suppress(FileNotFoundError):  # it is not the process that makes RUN
+        train(hands, tmp_path / "run", "--steps", 2)
+    assert {key for key in keys if key[2] >= 2} == {(0, 0, 3), (0, 1, 3)}
+
+
 def table(folder, count, **columns):
     """An index without images: the columns alone."""
     columns = {"image": np.full(count, b"none.jpg"), "box": np.tile(np.float32([10, 20, 50, 40]), (count, 1)),

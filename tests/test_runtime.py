@@ -112,25 +112,27 @@ def arguments(out, **more):
 
 
 def test_a_run_is_continued_with_its_own_flags_alone(tmp_path):
-    out, state = start_run(arguments(tmp_path / "run"), one_of())
+    out, state = start_run(arguments(tmp_path / "run"), one_of(), "mim")
     assert state is None and json.loads((out / "config.json").read_text())["format"] == FORMATS["run"]
     save_checkpoint(out / "last.pt", "mim", step=7)
     with pytest.raises(ValueError, match="not empty"):
-        start_run(arguments(out), one_of())
+        start_run(arguments(out), one_of(), "mim")
     with pytest.raises(ValueError, match="--lr is 0.2"):
-        start_run(arguments(out, resume=True, lr=0.2), one_of())
-    assert start_run(arguments(out, resume=True, workers=0), one_of())[1]["step"] == 7
+        start_run(arguments(out, resume=True, lr=0.2), one_of(), "mim")
+    assert start_run(arguments(out, resume=True, workers=0), one_of(), "mim")[1]["step"] == 7
+    with pytest.raises(ValueError, match="kind 'mim', needed 'mesh'"):
+        start_run(arguments(out, resume=True), one_of(), "mesh")
     with pytest.raises(ValueError, match="no run in"):
-        start_run(arguments(tmp_path / "none", resume=True), one_of())
+        start_run(arguments(tmp_path / "none", resume=True), one_of(), "mim")
 
 
 def test_runs_and_checkpoints_of_another_format_are_refused(tmp_path):
-    out, _ = start_run(arguments(tmp_path / "run"), one_of())
+    out, _ = start_run(arguments(tmp_path / "run"), one_of(), "mim")
     config = json.loads((out / "config.json").read_text())
     del config["format"]  # as written before files had numbers
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="an older version"):
-        start_run(arguments(out, resume=True), one_of())
+        start_run(arguments(out, resume=True), one_of(), "mim")
     torch.save({"kind": "mim", "step": 3}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="format 1 of 'mim', this version reads 2"):
         load_checkpoint(tmp_path / "old.pt", "mim")
