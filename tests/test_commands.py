@@ -22,7 +22,7 @@ from PIL import Image
 
 import finetune_mesh
 import predict
-from data import HandDataset, HandIndex, image_size, index_fingerprint, read_pairs, write_index
+from data import EpochSampler, HandDataset, HandIndex, image_size, index_fingerprint, read_pairs, write_index
 from mano import (
     Mano, axis_angle_from_rotmat, joints_from_vertices, rotmat_from_axis_angle, weak_perspective,
 )
@@ -236,6 +236,7 @@ def test_every_process_has_a_dropout_of_its_own(hands, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_mesh, "generator", lambda *key: keys.append(key) or torch.Generator())
     second = Runtime(torch.device("cpu"), torch.float32, 1, 1, 0, 0)
     monkeypatch.setattr(finetune_mesh, "setup", lambda args: second)
+    monkeypatch.setattr(finetune_mesh, "make_sampler", lambda *_: EpochSampler(24, 8, 0, 0, 2))
     with contextlib.suppress(FileNotFoundError):  # it is not the process that makes RUN
         train(hands, tmp_path / "run", "--steps", 2)
     assert {key for key in keys if key[2] >= 2} == {(0, 0, 3), (0, 1, 3)}

@@ -286,8 +286,8 @@ class Recorder:
 
 def one_step(hands, tmp_path, monkeypatch, *more):
     """A recorded step of the command on four hands: (Recorder, outputs of teacher and student in order)."""
-    record = Recorder(monkeypatch, "draw_two_views", "in_photograph", "align_loss", "contrast_loss", "distill",
-                      "pixel_loss", "hog_targets", "ema_update", "update")
+    record = Recorder(monkeypatch, "draw_two_views", "in_photograph", "align_loss", "contrast_loss",
+                      "distill", "pixel_loss")
     outputs, forward = [], pretrain_mim.HandMIM.forward
 
     def spy_forward(self, views, mask, hide):
