@@ -34,6 +34,8 @@ def call(*command, check=True, processes=1, **options):
         start = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / command[0])]
         options = {"env": ENV, "capture_output": True, "text": True} | options
         done = subprocess.run([*start, *command[1:]], **options)
+        if "Address already in use" in done.stderr:  # another torchrun took the free port first
+            done = subprocess.run([*start, *command[1:]], **options)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

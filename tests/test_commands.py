@@ -551,6 +551,7 @@ def test_a_run_continues_without_the_file_it_started_from(hands, mesh, tmp_path)
     assert_same_bits(before, load(tmp_path / "run"))
 
 
+@pytest.mark.commands
 def test_one_hand_is_learned_by_heart(tmp_path):
     call("make_synthetic.py", "--out", tmp_path / "one", "--hands", 1, "--size", 96)
     one_view = ["--rotation", 0, "--zoom", 1, 1, "--shift", 0, "--color", 0]

@@ -641,6 +641,7 @@ def test_damage_is_named_and_leaves_nothing(roots, tmp_path, name, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- training
+@pytest.mark.commands
 def test_a_mixture_of_sets_trains(roots, tmp_path):
     """Meshes, joints alone of which some are unknown, and poses without betas in one batch; each with its
     definition of joints."""
