@@ -79,8 +79,10 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
 
 
 def canvas_size(image_size: int) -> int:
-    """Side of the canvas for views of this side: 256 for 224. Views of 1.75 x the box or less are then never
-    finer."""
+    """Side of the canvas for views of this side: 256 for 224.
+
+    A view of 1.75 x the box then has the canvas' resolution; a smaller window is enlarged.
+    """
     return image_size * 8 // 7
 
 
@@ -367,19 +369,25 @@ def crop_mask(path: Path, width, centre_x, centre_y, side, size: int):
 class HandDataset(torch.utils.data.Dataset):
     """Hands of one or more indices as canvases with their labels, right-handed, in canvas coordinates.
 
-    labels: names of label columns, or "mask". rows: some rows of the concatenated indices (default: all). An
-    item is a dict of tensors and numbers:
+    labels: names of label columns, or "mask". rows: some rows of the concatenated indices (default: all).
+    An item is a dict of tensors and numbers:
 
-      canvas (3,S,S) u8, valid (4,) rectangle of real pixels, crop (3,) centre x, y and side in pixels row,
-      source (which index), mirrored (1 for a left hand), failed (the row whose image could not be read, or
-      -1) pose_mean (1 where the pose's 45 numbers are offsets to the hand's mean) joints2d, keypoints (21,2)
-      canvas coordinates; visible, keypoints_score (21,); joints (21,3) m; vertices (778,3) m; pose (48,);
-      betas (10,); mask (1,S,S) u8, 0 or 255; each zero where it is unknown has_<label> 1 or 0; known_<label>
-      (21,) for labels of 21 joints. has_joints asks for the wrist. In a `partial` index a joint that is not
-      `visible` is not known.
+      canvas (3,S,S)             u8
+      valid (4,)                 rectangle of real pixels in canvas coordinates, the rest is padding
+      crop (3,)                  centre x, y and side in pixels
+      row, source                of the concatenated indices; which index
+      mirrored                   1 for a left hand
+      failed                     the row whose image could not be read, or -1
+      pose_mean                  1 where the pose's 45 numbers are offsets to the hand's mean
+      joints2d, keypoints (21,2) canvas coordinates; visible, keypoints_score (21,)
+      joints (21,3), vertices (778,3)    metres; pose (48,), betas (10,)
+      mask (1,S,S)               u8, 0 or 255
+      has_<label>                1 or 0; has_joints asks for the wrist
+      known_<label> (21,)        of labels of 21 joints; a `partial` index knows only `visible` joints
 
-    A file that cannot be read never ends a run. With `substitute` the next readable hand takes its place,
-    otherwise the canvas is black; `failed` says so either way. """
+    Labels are zero where they are unknown. A file that cannot be read never ends a run. With `substitute`
+    the next readable hand takes its place, otherwise the canvas is black; `failed` says so either way.
+    """
 
     def __init__(self, indices, canvas=256, context=CONTEXT, labels=(), rows=None, substitute=True):
         self.indices = list(indices)
@@ -637,7 +645,7 @@ def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
                          f"than {points}; mine these with mine_pairs.py")
     hands = sum(len(index) for index in indices)
     shaped = idx.ndim == 2 and idx.shape[0] == hands and idx.shape[1] > 0 and idx.dtype.kind == "i"
-    in_range = shaped and -1 <= idx.min() and idx.max() < hands
+    in_range = shaped and idx.min() >= -1 and idx.max() < hands
     gap = in_range and ((idx[:, :-1] < 0) & (idx[:, 1:] >= 0)).any()
     if not in_range or gap or not (idx[:, 0] >= 0).any():
         raise ValueError(f"--pairs {path}: damaged, or no hand has a neighbour")

@@ -70,8 +70,8 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
         rows = batch["row"].numpy()
         hand = predict_views(net, batch["canvas"].to(runtime.device), zoom, size, runtime, tta)
         left = batch["mirrored"] > 0
-        own_joints = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
-        points = torch.cat([own_joints, hand["vertices"]], 1)  # (B, 21 + 778, 3)
+        joints21 = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
+        points = torch.cat([joints21, hand["vertices"]], 1)  # (B, 21 + 778, 3)
         sign = torch.where(left, -1.0, 1.0)
         points[..., 0] *= sign[:, None]
         if "K" in index.columns:
@@ -195,8 +195,8 @@ def compare(entries, out):
         if not isinstance(table, dict) or not {"pa_mpjpe_mm", "count"} <= set(table):
             raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm or count is missing)")
         groups.setdefault(name, []).append(table)
-        hand = {key.removeprefix("mean_hand_"): value for key,
-                value in table.items() if key.startswith("mean_hand_")}
+        guess = [key for key in table if key.startswith("mean_hand_")]
+        hand = {key.removeprefix("mean_hand_"): table[key] for key in guess}
         mean = mean or hand
         first = next(iter(groups.values()))[0]
         alike = hand.keys() == mean.keys() and all(abs(hand[key] - mean[key]) < 1e-6 for key in hand)
@@ -237,8 +237,8 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
     errors, baseline: of metrics.per_sample_errors, for the prediction and for the mean hand.
     """
     part = "vertices" if "pa_vertices" in errors else "joints"
-    # (n,) mm
-    score = 1000 * (errors["pa_vertices"] if part == "vertices" else _row_mean(errors["pa_joints"]))
+    distance = errors["pa_vertices"] if part == "vertices" else _row_mean(errors["pa_joints"])
+    score = 1000 * distance  # (n,) mm
     known = max(1, np.isfinite(score).sum())  # a hand with too few joints to align has NaN and comes last
     order = np.argsort(score, kind="stable")[:known]
     cases, pictures = [], ""
@@ -259,8 +259,8 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
     numbers = _numbers(faces, part, cases, score[order], errors, baseline, facts["protocol"])
     slots = {"TITLE": html.escape(index.meta.get("name", "hands")), "NOTE": note, "PICTURES": pictures,
              "CARDS": "".join(cards),
-             "FACTS": "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k,
-                              v in facts.items()),
+             "FACTS": "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>"
+                              for name, fact in facts.items()),
              "HEAD": "".join(f"<th>{column}</th>" for column in COLUMNS),
              "HEADS": "".join(f"<th>{caption}</th>" for caption in images),
              "TABLE": "".join(body),
@@ -285,8 +285,8 @@ def _numbers(faces, part, cases, score, errors, baseline, protocol):
             "bones": [[a, b, _css_color(finger)] for a, b, finger in BONES], "joints": joints,
             "by_joint": [(1000 * _row_mean(e["pa_joints"].T)).round(3).tolist() for e in (errors, baseline)],
             "histogram": {"counts": counts.tolist(), "edges": edges.tolist(), "marks": marks},
-            "curves": [[name, metrics.pck_curve(values)[1].round(4).tolist()] for name,
-                       values in curves.items()]}
+            "curves": [[name, metrics.pck_curve(values)[1].round(4).tolist()]
+                       for name, values in curves.items()]}
 
 
 def _css_color(finger):
@@ -306,8 +306,8 @@ def _show_case(index, faces, pred, labels, row, part, size=256):
     truth = {"joints": np.asarray(labels["gt_joints"][row], np.float64)}
     guess = {"joints": pred[0][row]}
     if part == "vertices":
-        truth["vertices"], guess["vertices"] = np.asarray(labels["gt_vertices"][row],
-                                                          np.float64), pred[1][row]
+        truth["vertices"] = np.asarray(labels["gt_vertices"][row], np.float64)
+        guess["vertices"] = pred[1][row]
     known = np.isfinite(truth["joints"]).all(1)
     fitted = {"joints": np.full((21, 3), np.nan)}
     fitted["joints"][known] = metrics.procrustes(guess["joints"][known], truth["joints"][known], reflect=True)
@@ -316,9 +316,10 @@ def _show_case(index, faces, pred, labels, row, part, size=256):
     centre = np.nanmean(truth[part], axis=0)
     values = {"pred": fitted[part] - centre, "true": truth[part] - centre,
               "error": np.linalg.norm(fitted[part] - truth[part], axis=1)}
-    # of a mm
-    tenths = {name: np.round(1e4 * np.nan_to_num(value)).astype(int) for name, value in values.items()}
-    case = {name: value.ravel().tolist() for name, value in tenths.items()}
+    case = {}
+    for name, value in values.items():
+        tenths_of_mm = np.round(1e4 * np.nan_to_num(value)).astype(int)
+        case[name] = tenths_of_mm.ravel().tolist()
 
     centre_x, centre_y, side = square(index.columns["box"][row], 1.6)
     try:

@@ -284,7 +284,7 @@ def validate(net, loader, runtime, box_scale, size, arrays, definition):
                 points = points.float().cpu().numpy()[chosen]
                 true = batch[name].numpy()[chosen]
                 errors = np.linalg.norm(procrustes(points, true, reflect=True) - true, axis=-1).mean(1)
-                sums[name] += torch.tensor([errors.sum(), len(errors)], device=runtime.device)
+                sums[name] += torch.tensor([float(errors.sum()), len(errors)], device=runtime.device)
     scores = []
     for name in ("joints", "vertices"):
         total, hands = runtime.mean(sums[name])

@@ -107,10 +107,10 @@ class ViT(nn.Module):
     def __init__(self, arch="vit_small", image_size=224, patch=16, drop_path=0.0, dim=None, depth=None,
                  heads=None):
         super().__init__()
-        named = ARCHS.get(arch, {})
-        size = {"dim": dim or named.get("dim"),
-                "depth": depth or named.get("depth"),
-                "heads": heads or named.get("heads")}
+        default = ARCHS.get(arch, {})
+        size = {"dim": dim or default.get("dim"),
+                "depth": depth or default.get("depth"),
+                "heads": heads or default.get("heads")}
         if image_size % patch or None in size.values():
             raise ValueError(f"ViT {arch}: --image-size {image_size} must be a multiple of the patch {patch}")
         self.arch = arch
@@ -298,7 +298,8 @@ def _architecture(path, state, weights):
     if isinstance(state, dict) and {"arch", "config", "state_dict"} <= set(state):
         if state.get("format", 1) != FORMAT:
             number = state["format"]
-            raise ValueError(f"{path}: an encoder.pt of format {number}, this version reads {FORMAT}")
+            raise ValueError(f"{path}: an encoder.pt of format {number}, this version reads {FORMAT}; "
+                             "use the revision in the run's config.json")
         return state["arch"], dict(state["config"])
     if "conv1.weight" in weights:
         return "resnet50", {"image_size": 224}

@@ -280,8 +280,8 @@ def finish():
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of the integers in key: (seed, step, stream, ...)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1,
-                                                                                        np.uint64)[0]) >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed >> 1)
 
 
 # -------------------------------------------------------------------------------------- schedules and updates
@@ -406,7 +406,7 @@ def _problem_with_run(out, flags, resume):
     if not isinstance(before, dict):
         return f"{config}: not the configuration of a run; choose another --out"
     if before.get("format", 1) != FORMATS["run"]:
-        return (f"{config}: a run of an older version (format {before.get('format', 1)}, needed "
+        return (f"{config}: a run of another version (format {before.get('format', 1)}, needed "
                 f"{FORMATS['run']}), whose flags have changed since: start a new run in another --out")
     for name, value in flags.items():
         if name not in FREE_ON_RESUME and before.get(name, value) != value:
@@ -416,9 +416,13 @@ def _problem_with_run(out, flags, resume):
 
 
 def initial_weights(args):
-    """The file that the encoder starts from: with --resume the run's own, because --init may be gone."""
-    saved = Path(args.out) / "encoder.pt"
-    return saved if args.resume and saved.exists() else args.init
+    """The file that the encoder starts from: with --resume the run's own, because --init may be gone.
+
+    Without last.pt the run starts at step 0 again, from --init.
+    """
+    out = Path(args.out)
+    is_saved = (out / "encoder.pt").is_file() and (out / "last.pt").is_file()
+    return out / "encoder.pt" if args.resume and is_saved else args.init
 
 
 def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int):

@@ -99,8 +99,7 @@ def warp(canvas, theta, size):
     leading = theta.shape[:-3]
     canvas = canvas.expand(*leading, *canvas.shape).reshape(-1, *canvas.shape[1:])
     theta = theta.reshape(-1, 2, 3)
-    # of the coarsest view, in canvas pixels
-    pixel = (theta[:, :, :2].norm(dim=1).amax() * canvas.shape[-1] / size)
+    pixel = theta[:, :, :2].norm(dim=1).amax() * canvas.shape[-1] / size  # coarsest view, canvas pixels
     finer = 1 if pixel <= 1.5 else 2 ** math.ceil(math.log2(float(pixel) / 1.5))
     places = F.affine_grid(theta, [len(theta), canvas.shape[1], size * finer, size * finer],
                            align_corners=False)
@@ -190,8 +189,7 @@ def blur(images, sigma, widest):
         return images
     radius = math.ceil(3 * widest)
     offsets = torch.arange(-radius, radius + 1)
-    taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)
-    # (R, 2 radius + 1, 1, 1, 1)
+    taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)  # (R, 2 radius + 1)
     taps = (taps / taps.sum(1, keepdim=True)).to(images.device)[:, :, None, None, None]
     rows = rows.to(images.device)
     blurred = images[rows]

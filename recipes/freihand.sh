@@ -5,11 +5,12 @@
 # We have not run it on the real data set, which was not at hand; its flags follow iBOT and PyMAF.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
 freihand=${1:-FreiHAND_pub_v2}
 mano=${2:-MANO_RIGHT.pkl}
 
 for split in train val evaluation; do            # val: every 20th pose of the training set
-    python prepare_data.py freihand "$freihand" --split "$split" --out "freihand/$split"
+    "$python" prepare_data.py freihand "$freihand" --split "$split" --out "freihand/$split"
 done
 
 pretraining=(
@@ -17,13 +18,13 @@ pretraining=(
     --batch-size 256         # --accumulate 2 where memory is short
     --epochs 100
 )
-python pretrain_mim.py --data freihand/train --out runs/freihand_mim "${pretraining[@]}"
+"$python" pretrain_mim.py --data freihand/train --out runs/freihand_mim "${pretraining[@]}"
 
 mesh=(
     --init runs/freihand_mim/encoder.pt
     --mano "$mano"
     --epochs 100
 )
-python finetune_mesh.py --data freihand/train --val freihand/val --out runs/freihand "${mesh[@]}"
-python evaluate.py --data freihand/evaluation --mano "$mano" \
+"$python" finetune_mesh.py --data freihand/train --val freihand/val --out runs/freihand "${mesh[@]}"
+"$python" evaluate.py --data freihand/evaluation --mano "$mano" \
     --checkpoint runs/freihand/last.pt --out runs/freihand/evaluation

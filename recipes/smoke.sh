@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bash recipes/smoke.sh [DIR]: every stage two steps on tiny drawn data, also under torchrun. Under a minute
-# on two cores. Writes DIR (default out/smoke) anew, prints "smoke: all stages ran". PYTHON= another
+# bash recipes/smoke.sh [DIR]: every stage two steps on tiny drawn data, training under torchrun too. Under a
+# minute on two cores. Writes DIR (default out/smoke) anew, prints "smoke: all stages ran". PYTHON= another
 # interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,9 +24,9 @@ two="$python -m torch.distributed.run --standalone --nproc_per_node=2"
 "$python" mine_pairs.py --data "$out/train" --out "$out/pairs.npz" --labelled
 "$python" pretrain_mim.py --data "$out/train" --out "$out/mim" --prototypes 64 "${tiny[@]}"
 $two pretrain_mim.py --data "$out/train" --out "$out/mim2" --prototypes 64 "${tiny[@]}"
-"$python" pretrain_contrastive.py --data "$out/train" --pairs "$out/pairs.npz" --labelled \
+$two pretrain_contrastive.py --data "$out/train" --pairs "$out/pairs.npz" --labelled \
     --out "$out/simhand" "${tiny[@]}"
-"$python" finetune_mesh.py --data "$out/train" --val "$out/val" --init "$out/mim/encoder.pt" \
+$two finetune_mesh.py --data "$out/train" --val "$out/val" --init "$out/mim/encoder.pt" \
     --out "$out/mesh" --head-width 32 "${tiny[@]}"
 "$python" evaluate.py --data "$out/val" --checkpoint "$out/mesh/last.pt" --out "$out/evaluation"
 "$python" probe.py "$out/mim/encoder.pt" --data "$out/train" --out "$out/probe"

@@ -4,12 +4,13 @@
 # The probe prints its numbers and writes them to runs/table_handmim/NAME.SEED/probe/metrics.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
 seeds=${SEEDS:-0 1 2}
 
 upright=(--tilt 12 --anywhere 0)                     # what two cores learn in minutes
 if [ ! -e hands/easy/index.json ]; then
-    python make_synthetic.py --out hands/easy --hands 24000 --videos 8000 "${upright[@]}"
-    python make_synthetic.py --out hands/easy_val --hands 3000 --videos 1500 --seed 1 "${upright[@]}"
+    "$python" make_synthetic.py --out hands/easy --hands 24000 --videos 8000 "${upright[@]}"
+    "$python" make_synthetic.py --out hands/easy_val --hands 3000 --videos 1500 --seed 1 "${upright[@]}"
 fi
 
 pretraining=(
@@ -45,16 +46,16 @@ row() {                      # row NAME [SWITCH ...]: pre-trains and probes, onc
     shift
     for seed in $seeds; do
         run=runs/table_handmim/$name.$seed
-        python pretrain_mim.py --out "$run" --seed "$seed" "${pretraining[@]}" "$@"
-        python probe.py "$run/encoder.pt" --data hands/easy_val --train hands/easy --out "$run/probe"
+        "$python" pretrain_mim.py --out "$run" --seed "$seed" "${pretraining[@]}" "$@"
+        "$python" probe.py "$run/encoder.pt" --data hands/easy_val --train hands/easy --out "$run/probe"
     done
 }
 
 train_mesh() {               # train_mesh NAME SEED FLAG ...: trains and scores a mesh network
     local run=runs/table_handmim/mesh_$1.$2
     shift 2
-    python finetune_mesh.py --out "$run" "${mesh[@]}" "$@"
-    python evaluate.py --data hands/easy_val --checkpoint "$run/last.pt" --out "$run/scores"
+    "$python" finetune_mesh.py --out "$run" "${mesh[@]}" "$@"
+    "$python" evaluate.py --data hands/easy_val --checkpoint "$run/last.pt" --out "$run/scores"
 }
 
 if [ $# -gt 0 ]; then
@@ -80,4 +81,4 @@ for seed in $seeds; do
     done
 done
 # Mean and deviation of the seeds.
-python evaluate.py --compare "${scores[@]}" --out runs/table_handmim/meshes
+"$python" evaluate.py --compare "${scores[@]}" --out runs/table_handmim/meshes

@@ -611,7 +611,7 @@ def test_a_run_of_an_older_version_is_not_continued(hands, tmp_path, script, kin
     (out / "config.json").write_text(json.dumps(old))
     torch.save({"kind": kind, "step": 1, "student": {}, "model": {}}, out / "last.pt")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    refused(*command, out, "--resume", words=["config.json", "older version", "--out"])
+    refused(*command, out, "--resume", words=["config.json", "another version", "--out"])
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     if kind != "mesh":
         other = tmp_path / "other"

@@ -70,7 +70,7 @@ def test_dataset_mirrors_left_hands_with_their_labels(tmp_path):
         np.testing.assert_allclose(item["joints"], index.columns["joints"][row] * [sign, 1, 1])
     np.testing.assert_allclose(left["pose"].reshape(16, 3),
                                index.columns["pose"][1].reshape(16, 3) * [1, -1, -1])
-    for name in ("joints2d", "joints", "vertices", "pose"):        # twice is the identity 
+    for name in ("joints2d", "joints", "vertices", "pose"):        # twice is the identity
         value = np.random.default_rng(1).normal(size=data.LABEL_COLUMNS[name])
         np.testing.assert_array_equal(mirror(name, mirror(name, value)), value)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, generator, is_due,
-                     load_checkpoint, param_groups, read_log, restore, save_checkpoint, set_lr, start_run,
-                     update)
+from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, generator,
+                     initial_weights, is_due, load_checkpoint, param_groups, read_log, restore,
+                     save_checkpoint, set_lr, start_run, update)
 
 CPU = torch.device("cpu")
 
@@ -126,12 +126,21 @@ def test_a_run_is_continued_with_its_own_flags_alone(tmp_path):
         start_run(arguments(tmp_path / "none", resume=True), one_of(), "mim")
 
 
+def test_a_resumed_run_starts_from_its_own_encoder_once_there_is_a_checkpoint(tmp_path):
+    args = arguments(tmp_path, resume=True, init="weights.pth")
+    (tmp_path / "encoder.pt").touch()  # killed between the two files: it starts at step 0 again
+    assert initial_weights(args) == "weights.pth"
+    (tmp_path / "last.pt").touch()
+    assert initial_weights(args) == tmp_path / "encoder.pt"
+    assert initial_weights(arguments(tmp_path, init="weights.pth")) == "weights.pth"
+
+
 def test_runs_and_checkpoints_of_another_format_are_refused(tmp_path):
     out, _ = start_run(arguments(tmp_path / "run"), one_of(), "mim")
     config = json.loads((out / "config.json").read_text())
     del config["format"]  # as written before files had numbers
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="an older version"):
+    with pytest.raises(ValueError, match="another version"):
         start_run(arguments(out, resume=True), one_of(), "mim")
     torch.save({"kind": "mim", "step": 3}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="format 1 of 'mim', this version reads 2"):
