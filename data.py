@@ -92,7 +92,7 @@ def write_index(path: Path | str, columns: dict, meta: dict, root: Path | str = 
 
     columns: name -> array as in the table above. meta: for index.json. root: folder of the images, relative
     to `path` or absolute. index.json comes last, so a half-written index never opens. ValueError names the
-    column and its first wrong entry; nothing is written then. """
+    column and its first wrong entry; nothing is written then."""
     path = Path(path)
     if (path / "index.json").exists():
         raise ValueError(f"{path} already holds an index: choose another folder or delete it first")
@@ -241,7 +241,7 @@ def read_image(path: Path | str, smallest: int | None = None) -> tuple[Image.Ima
     """The photograph as an upright RGB image, whatever its mode, and its scale.
 
     A large JPEG is decoded at half, a quarter or an eighth of its size while at least `smallest` pixels a
-    side remain; the scale is then below 1. Raises ValueError or OSError that names the file. """
+    side remain; the scale is then below 1. Raises ValueError or OSError that names the file."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -268,7 +268,7 @@ def read_mask(path: Path) -> Image.Image:
     """The hand's pixels as a grey image, 255 where it is; ValueError names the file.
 
     Reads FreiHAND's pictures (white on black), HO-3D's (hand blue, object green) and `seg` of DexYCB's label
-    files. """
+    files."""
     if path.suffix != ".npz":
         return read_image(path)[0].getchannel("B").point(lambda value: 255 * (value > 127))
     try:
@@ -339,7 +339,7 @@ def crop_canvas(image: Image.Image, centre_x, centre_y, side, size: int):
     reflection.
 
     centre, side: pixels. Returns canvas (size,size,3) u8 and valid (4,) f4: the rectangle x0, y0, x1, y1 of
-    real pixels in canvas coordinates. ValueError where the crop does not touch the image. """
+    real pixels in canvas coordinates. ValueError where the crop does not touch the image."""
     x0, y0 = centre_x - side / 2, centre_y - side / 2
     left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x0 + side), math.ceil(y0 + side)
     beside = right <= 0 or bottom <= 0 or left >= image.width or top >= image.height
@@ -515,7 +515,7 @@ class UnreadImages:
     def __str__(self):
         places = [self.dataset.locate(row) for row in sorted(self.rows)]
         names = "; ".join(str(index.image_path(local)) for index, local in places[:10])
-        return f"{len(places)} images could not be read and were replaced by the next one: {names}"
+        return f"{len(places)} images could not be read and were replaced by others: {names}"
 
 
 # ----------------------------------------------------------------------------------------- the order of hands
@@ -525,7 +525,7 @@ class EpochSampler:
 
     Each epoch is a permutation of `count` hands. Batches run on across epochs, so none is short. The global
     batch of a step is the same for any number of processes; process `rank` of `world` takes its consecutive
-    rows. """
+    rows."""
 
     def __init__(self, count, batch, seed, start, stop, rank=0, world=1):
         self.count = count
@@ -596,7 +596,7 @@ class PairSampler:
     neighbours.
 
     idx (N,K): the neighbours of every hand, nearest first, -1 where there are fewer; without it the hands
-    alone. neighbour: 1 the nearest, 2 the next (where there is none, the last), 0 any at random. """
+    alone. neighbour: 1 the nearest, 2 the next (where there is none, the last), 0 any at random."""
 
     def __init__(self, order, anchors, idx=None, neighbour=1, seed=0):
         self.order = order

@@ -12,7 +12,7 @@ label are compared as submitted, minus the wrist, and after a similarity fit (me
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), the
 leaderboard's files (results.py) and report.html, one page that needs nothing else. --compare writes
 table.json. All files appear together at the end; a run that fails leaves nothing. An index without labels
-gets its files and no scores. """
+gets its files and no scores."""
 
 import base64
 import html
@@ -55,7 +55,7 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     box_scale: side of a view over the box. tta: views a hand. Left hands are predicted as right ones in the
     mirrored image and mirrored back. With K in the index the hand stands in the camera frame, at the depth
     that its size in the image implies; without K it is relative to its wrist. ValueError names the first
-    image that cannot be read: a blank one would be scored as a bad prediction. """
+    image that cannot be read: a blank one would be scored as a bad prediction."""
     size = net.encoder.config["image_size"]
     zoom = box_scale / CONTEXT
     dataset = HandDataset([index], canvas_size(size), substitute=False)
@@ -89,7 +89,7 @@ def predict_views(net, canvas, zoom, size, runtime, tta):
     """The network's hand for canvases (B,3,H,W) seen upright, on the CPU: the dict of its last estimate.
 
     tta above 1: mesh and joints are means over views turned by -30 to 30 degrees, turned back and laid upon
-    each other by the wrist; the camera stays the upright view's. """
+    each other by the wrist; the camera stays the upright view's."""
     if tta == 1:
         return predict_view(net, canvas, 0.0, zoom, size, runtime)
     sums = {"vertices": 0, "joints": 0}
@@ -123,7 +123,7 @@ def read_labels(index, protocol, required=True):
     they lack.
 
     Meshes are scored where every hand has one. Without any label: ValueError, or {} where they are not
-    required. """
+    required."""
     columns = index.columns
     if "joints" not in columns or np.isnan(columns["joints"]).all():
         if not required:

@@ -12,7 +12,7 @@ samples/*.png. One step:
     articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
     betas            10 shape numbers                                       the labels
     camera           true joints through the estimated camera               the 2-D joints in the view
-    joints2d         estimated joints through the same camera               the 2-D joints in the view
+    joints2d         estimated joints through that camera, held fixed       the 2-D joints in the view
     joints           joints, relative to the wrist                          the labels, turned like the view
     vertices         vertices, relative to the wrist                        the labels, turned like the view
 
@@ -43,7 +43,7 @@ from runtime import (
 from synthetic_hand import synthetic_mano
 from views import (
     apply_color, apply_theta, centre_theta, invert_theta, normalise, random_color, random_theta,
-    theta_rotation, to_rgb, warp,
+    theta_rotation, to_pixels, to_rgb, warp,
 )
 
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
@@ -66,7 +66,7 @@ WARMUP = 0.05  # share of the steps in which the rate rises (MAE)
 CLIP = 1.0  # largest norm of the gradient (ViTPose)
 THETA, COLOR, DROPOUT = 0, 1, 2  # random streams: generator(seed, step, stream), of DROPOUT + rank
 FRACTION = 77  # random stream of --label-fraction
-CURVES = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
+CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -295,7 +295,7 @@ def validate(net, loader, runtime, box_scale, size, arrays, definition):
 def label_picture(views, joints2d):
     """Views (B,3,S,S) with their joints2d (B,21,2) in view coordinates."""
     size = views.shape[-1]
-    points = ((joints2d + 1) * size / 2 - 0.5).cpu().numpy()  # pixels
+    points = to_pixels(joints2d, size)
     marked = [draw_joints(*hand) for hand in zip(to_rgb(views), points, strict=True)]
     return grid(marked, 8, cell=144)
 
@@ -305,7 +305,7 @@ def estimate_picture(views, joints2d, estimate, faces):
     size = views.shape[-1]
     points = weak_perspective(estimate["vertices"], estimate["camera"])
     points = torch.cat([(points + 1) * size / 2, estimate["vertices"][..., 2:]], dim=2).cpu().numpy()
-    true_points = ((joints2d + 1) * size / 2 - 0.5).cpu().numpy()  # pixels
+    true_points = to_pixels(joints2d, size)
     tiles = []
     for image, mesh, joints in zip(to_rgb(views), points, true_points, strict=True):
         tiles += [draw_joints(image, joints), overlay(image, mesh, faces)]
@@ -474,7 +474,7 @@ def main(argv=None):
                 picture = estimate_picture(shown_views, shown_joints2d, estimate, hand_arrays["f"])
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture)
         if runtime.is_main and is_due(step, args.save_every, steps):
-            save_curves(out / "samples", read_log(out / "log.jsonl"), CURVES)
+            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
             save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
                             config=encoder.config, state_dict=ema.encoder.state_dict())
             save_checkpoint(out / "last.pt", "mesh", step=step + 1, hand=hand_fingerprint(hand_arrays),

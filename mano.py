@@ -51,7 +51,7 @@ MANO_TO_FREIHAND = (0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19,
 FREIHAND_TO_MANO = tuple(MANO_TO_FREIHAND.index(i) for i in range(21))
 PARENTS = (-1, 0, 1, 2, 0, 4, 5, 0, 7, 8, 0, 10, 11, 0, 13, 14)  # of the file's 16 joints
 
-# Tip vertices, thumb to little finger. Wrong ones cost 0.5 to 1.9 mm of PA-MPJPE on FreiHAND.
+# Tip vertices, thumb to little finger. Wrong ones cost PA-MPJPE: docs/evaluation.md has the numbers.
 TIPS = {
     "freihand": (744, 320, 443, 555, 672),  # FreiHAND's labels, PeCLR, SiMHand
     "smplx": (744, 320, 443, 554, 671),  # smplx, HaMeR, WiLoR

@@ -31,7 +31,7 @@ def block_mask(batch, grid, ratio, generator):
     hidden, never more.
 
     As bytedance/ibot loader.py. grid: patches a side, or (rows, columns). ratio: a number, or (B,) one for
-    each image. """
+    each image."""
     H, W = (grid, grid) if isinstance(grid, int) else grid
     wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * H * W
     least = least_block(H, W)
@@ -128,7 +128,7 @@ def hog(images, cells):
     How strongly edges run in each of 8 directions (of 180 degrees) in each cell, over what runs in the 3 x 3
     cells around; about unit variance. MaskFeat (arXiv 2112.09133) asks it of masked patches. Ours: the class
     token answers for the whole view, every patch token for its patch. Edges show where fingers run; skin,
-    background and light, which grey levels show, are left out. """
+    background and light, which grey levels show, are left out."""
     images = F.pad(images, (1, 1, 1, 1), mode="replicate")
     across = images[:, :, 1:-1, 2:] - images[:, :, 1:-1, :-2]  # (B, 3, S, S)
     down = images[:, :, 2:, 1:-1] - images[:, :, :-2, 1:-1]

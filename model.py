@@ -102,7 +102,8 @@ class ViT(nn.Module):
 
     Square images of any multiple of `patch`. forward(images (B,3,S,S), mask (B,N) bool or None, mask_token
     (1,D)) -> tokens (B,1+N,D) after the final LayerNorm, class token first. Where mask is True, mask_token
-    replaces the patch's embedding; the pre-training owns it. """
+    replaces the patch's embedding; the pre-training owns it.
+    """
 
     def __init__(self, arch="vit_small", image_size=224, patch=16, drop_path=0.0, dim=None, depth=None,
                  heads=None):
@@ -167,7 +168,7 @@ def sine_positions(side, dim):
     coordinates.
 
     Ours, in place of noise of 0.02: from noise a small ViT needs several times the images to learn where a
-    patch is. """
+    patch is."""
     place = (torch.arange(side) + 0.5) / side
     angle = torch.pi * place[:, None] * 2 ** torch.linspace(0, 5, dim // 4)  # (side, dim / 4)
     code = 0.5 * torch.cat([angle.sin(), angle.cos()], 1)  # (side, dim / 2)
@@ -270,7 +271,7 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     Reads our encoder.pt, ViT weights of timm, MAE, DINO or iBOT, and ResNet-50 weights under torchvision's
     names (also as PeCLR and SiMHand publish them). Prefixes and heads are dropped; every weight of the trunk
     must be there, and none be left over. image_size: interpolates the position embedding to another input
-    size. ValueError says what does not fit; nothing in the file is executed. """
+    size. ValueError says what does not fit; nothing in the file is executed."""
     state = _read_weights(path)
     weights = _trunk_weights(state)
     arch, config = _architecture(path, state, weights)
@@ -352,7 +353,7 @@ class PrototypeHead(nn.Module):
     """Tokens (...,D) -> logits (...,P), cosines to P prototypes.
 
     An MLP to 256 numbers, normalised, against normalised prototypes (bytedance/ibot models/head.py, whose
-    weight-normed last layer of fixed magnitude is the same function). """
+    weight-normed last layer of fixed magnitude is the same function)."""
 
     def __init__(self, dim, prototypes, width=2048, bottleneck=256):
         super().__init__()
@@ -371,7 +372,7 @@ class KeypointHead(nn.Module):
     """Class token (B,D) -> K pseudo keypoints (B,K,2) in coordinates of the view.
 
     Ours: the bias spreads them over the middle of the view, so that the points differ before anything is
-    learned. """
+    learned."""
 
     def __init__(self, dim, keypoints):
         super().__init__()
@@ -392,7 +393,7 @@ class ProjectionHead(nn.Sequential):
 
     Ours: standardised over the batch, as at the end of SimCLR's own head. What all hands have in common would
     otherwise be turned by each view's theta. It would be noise in every similarity, and similar hands of
-    other videos would not emerge. """
+    other videos would not emerge."""
 
     def __init__(self, dim):
         super().__init__(nn.Linear(dim, 512), nn.BatchNorm1d(512), nn.ReLU(),
@@ -417,7 +418,7 @@ class MeshHead(nn.Module):
 
     forward(map (B,C,h,w), summary (B,D)) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
     ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features were read,
-    in [-1,1] of the view. """
+    in [-1,1] of the view."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
                  grid=21, dropout=0.1):
@@ -482,7 +483,7 @@ class PointReducer(nn.Module):
     """256 -> 128 -> 64 -> 5 for every point, the input concatenated again before the later layers (PyMAF).
 
     Ours: no ReLU at the end. With it, all five numbers of all points were zero after 400 steps from scratch,
-    for good. """
+    for good."""
 
     def __init__(self, width):
         super().__init__()

@@ -31,7 +31,7 @@ from runtime import (Log, adamw, add_training_flags, announce, batch_parts, chec
                      generator, initial_weights, is_due, param_groups, parser, read_log, require_finite,
                      restore, run, save_checkpoint, set_lr, setup, start_run, total_steps, update)
 from views import (apply_hsv, apply_strong_color, apply_theta, invert_theta, normalise, random_hsv,
-                   strong_color, to_rgb, warp)
+                   strong_color, to_pixels, to_rgb, warp)
 
 CROP = 1.3  # the public code's crop: its side over the longer side of the box
 PIXELS = 112  # half the side of that crop in pixels, before it is resized
@@ -141,8 +141,9 @@ def nt_xent(a, b, temperature, positive_weights=None, negative_weights=None):
 def pair_weights(joints_a, joints_b):
     """SiMHand's weights from the joints (N,21,2) of the pairs' views: positive (N,), negative (2N,2N).
 
-    1 for the closest, 0 for the farthest, linear between (ut-vision/SiMHand src/models/utils.py). Where all
-    are equally far apart the weights are 1 (ours: the public code divides by 0)."""
+    Linear in the distance (ut-vision/SiMHand src/models/utils.py). Positive: 1 for the closest pair, 0 for
+    the farthest, 1 for all where all are equally far apart (ours: the public code divides by 0). Negative: 1
+    at distance 0, 0 for the farthest two views."""
     positive, negative_rows = pair_weights_by_rows(joints_a, joints_b)
     rows = torch.arange(2 * len(joints_a), device=joints_a.device)
     return positive, torch.cat([negative_rows(some) for some in rows.split(CHUNK)])
@@ -314,16 +315,11 @@ def draw_views(views, theta, middle, joints, latent=None, hands=12):
     for pair in range(min(hands, views.shape[1])):
         for view in (0, 1):
             at = (view, pair)
-            tile = draw_joints(to_rgb(views[at][None])[0], _pixels(joints[at], size))
+            tile = draw_joints(to_rgb(views[at][None])[0], to_pixels(joints[at], size))
             if latent is not None:
-                tile = draw_points(tile, _pixels(points[at], size), _pixels(rings[at], size))
+                tile = draw_points(tile, to_pixels(points[at], size), to_pixels(rings[at], size))
             tiles.append(tile)
     return grid(tiles, 6, ["a", "b"] * (len(tiles) // 2), cell=160)
-
-
-def _pixels(points, size):
-    """Points (K,2) in [-1,1] of a view of this size -> pixel-centre coordinates, numpy."""
-    return ((points + 1) * size / 2 - 0.5).cpu().numpy()
 
 
 def draw_similarity(h):
@@ -497,8 +493,8 @@ def main(argv=None):
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity",))
     B = args.batch_size // runtime.world  # pairs of this process
-    losses = args.accumulate * (1 if args.gather else runtime.world)  # of an update, each over its own pairs
-    peak_lr = args.lr * math.sqrt(args.batch_size / losses)
+    losses_per_update = args.accumulate * (1 if args.gather else runtime.world)  # each over its own pairs
+    peak_lr = args.lr * math.sqrt(args.batch_size / losses_per_update)
 
     def save(step, h):
         """Charts of the log, encoder.pt and last.pt after `step` updates."""

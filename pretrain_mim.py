@@ -9,7 +9,9 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
     canvas -> two views u, v (theta, colour)     teacher: EMA of the student, sees both views whole
            -> masks, for the student only        student: sees both views masked
 
+    the pose loss
     class token          -> K pseudo keypoints -> undone by theta  = the teacher's of the OTHER view  align
+    the others
     masked patch tokens  -> prototypes                             = the teacher's of the SAME patch  patch
                          -> their pixels                                                              pixel
     class token          -> HOG of the whole view                                                  hog (ours)
@@ -35,7 +37,7 @@ from runtime import (Log, adamw, add_training_flags, announce, batch_parts, chec
                      require_finite, restore, run, save_checkpoint, set_lr, setup, start_run, total_steps,
                      update)
 from views import (apply_strong_color, apply_theta, invert_theta, normalise, random_theta, strong_color,
-                   to_rgb, warp)
+                   to_pixels, to_rgb, warp)
 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
@@ -52,7 +54,7 @@ class HandMIM(nn.Module):
     """Encoder, mask token and the heads that the losses ask for. The teacher is a copy of it.
 
     distil: the tokens whose logits over the prototypes are compared, "class", "patch" or both. keypoints: how
-    many, 0 for none. pixels, hog: whether there are heads for them. """
+    many, 0 for none. pixels, hog: whether there are heads for them."""
 
     def __init__(self, encoder, prototypes=8192, distil=("patch",), keypoints=21, pixels=True, hog=False):
         super().__init__()
@@ -73,7 +75,7 @@ class HandMIM(nn.Module):
 
         Returns a dict: tokens (2B,1+N,D); class (2,B,P) and patch (M,P) logits; keypoints (2,B,K,2),
         coordinates of the VIEW; and from the student pixels (M,3pp), hog (2,B,512), patch_hog (2,B,N,32). M
-        counts the masked patches. """
+        counts the masked patches."""
         two_views = views.shape[:2]
         mask = mask.flatten(0, 1)  # (2B, N)
         tokens = self.encoder(views.flatten(0, 1), mask if hide else None, self.mask_token).float()
@@ -101,7 +103,7 @@ def align_loss(student, teacher):
     (ours).
 
     The squared distance to the teacher's points after these are brought to a fixed spread. Otherwise the
-    points could shrink together, from one teacher to the next. """
+    points could shrink together, from one teacher to the next."""
     spread, _ = spreads(teacher)
     middle = teacher.mean(2, keepdim=True)
     target = middle + (teacher - middle) * (SPREAD / spread.clamp(min=1e-3))
@@ -231,7 +233,7 @@ def in_photograph(theta, valid, grid):
     """(2,B,N) True where at least half of a patch shows the photograph and not its padding.
 
     theta (2,B,2,3); valid (B,4): the photograph's rectangle on the canvas. Looks at 4 x 4 points of each
-    patch. """
+    patch."""
     line = (torch.arange(4 * grid, device=theta.device) * 2 + 1) / (4 * grid) - 1
     points = apply_theta(theta, torch.cartesian_prod(line, line).flip(1))  # (2, B, 16 N, 2)
     low, high = valid[:, None, :2], valid[:, None, 2:]
@@ -332,7 +334,7 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
 
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
     (rings; a keypoint has one colour); the masked input; the reconstruction with the visible patches pasted;
-    the HOG of the view, and what the class token makes of the masked input. """
+    the HOG of the view, and what the class token makes of the masked input."""
     two_views = views.shape[:2]
     size = views.shape[-1]
     patches = to_patches(views, patch)  # (2, B, N, 3pp)
@@ -343,8 +345,7 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
         here = teacher["keypoints"]
         undone = apply_theta(theta, here)
         others = apply_theta(invert_theta(theta), undone.flip(0))
-        dots, rings = (((points + 1) * size / 2 - 0.5).flatten(0, 1).cpu().numpy()
-                       for points in (here, others))  # pixels
+        dots, rings = (to_pixels(points.flatten(0, 1), size) for points in (here, others))
         columns["view"] = list(map(draw_points, columns["view"], dots, rings))
     if "pixels" in student:
         _, mean, deviation = normalise_patches(patches[mask])
@@ -362,7 +363,7 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
     return grid(tiles, 2 * len(columns), names, cell=128)
 
 
-PICTURES = {"loss": ("class", "patch", "pixel", "hog", "patch_hog", "align", "contrast", "loss"),
+CHARTS = {"loss": ("class", "patch", "pixel", "hog", "patch_hog", "align", "contrast", "loss"),
             "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy",
                          "patch_entropy_of_mean"),
             "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error")}
@@ -427,7 +428,7 @@ def flags():
                             ".98 for some hundred steps)")
     group.add_argument("--temperature", type=float, nargs=2, default=(0.04, 0.07), metavar=("FIRST", "LAST"),
                        help="temperature of the teacher, rises over 15 %% of the steps (default .04 .07, "
-                            "iBOT); lower it if a loss stays at ln D")
+                            "iBOT); lower it if a loss stays at ln of --prototypes")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile of the encoder: slower to start, faster afterwards")
     add_training_flags(cli, batch_size=256, epochs=100)
@@ -561,7 +562,7 @@ def main(argv=None):
                         taught = teacher(some_views, some_mask, hide=False)
                     learned = net(some_views, some_mask, hide=True)
                 losses = {}
-                if keypoints:  # class token, undone by theta onto the canvas: the OTHER view of the hand
+                if keypoints:  # the pose loss: class token, undone onto the canvas; the OTHER view
                     points = runtime.gather(apply_theta(some_theta, learned["keypoints"]))  # (2, B, K, 2)
                     targets = runtime.gather(apply_theta(some_theta, taught["keypoints"])).flip(0)
                     if "align" in weights:
@@ -611,7 +612,7 @@ def main(argv=None):
             shown = picture(learned, taught, some_views, some_theta, some_mask, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
         if runtime.is_main and saved:
-            save_curves(out / "samples", read_log(out / "log.jsonl"), PICTURES)
+            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
             save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
                             config=encoder.config, state_dict=teacher.encoder.state_dict())
             save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),

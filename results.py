@@ -55,7 +55,7 @@ def read_predictions(path: Path | str, index, protocol: str) -> tuple[np.ndarray
     """Joints (N,21,3) and vertices (N,778,3) or None from a file of results; ValueError names file and mend.
 
     DexYCB's text, the JSON of the AssemblyHands challenge, or [joints, vertices] (plain or in a .zip) with an
-    entry for each hand of the index or for each of the official list. """
+    entry for each hand of the index or for each of the official list."""
     suffix = Path(path).suffix
     if protocol == "dexycb" and suffix not in (".json", ".zip"):
         return _read_dexycb(path, index), None

@@ -182,10 +182,8 @@ class Runtime:
 
     def local_rows(self, array, dim=0):
         """This process's consecutive rows of something that was drawn for the whole batch."""
-        size = array.shape[dim]
-        first = self.rank * size // self.world
-        return (array.narrow(dim, first, (self.rank + 1) * size // self.world - first) if self.world > 1
-                else array)
+        first, end = (rank * array.shape[dim] // self.world for rank in (self.rank, self.rank + 1))
+        return array.narrow(dim, first, end - first)
 
     def gather(self, value):
         """Tensors (2,B,...) of all processes joined along dimension 1, with their gradients.
@@ -248,7 +246,7 @@ def setup(args) -> Runtime:
                          f"{world * args.accumulate}")
     if name == "cuda":
         torch.cuda.set_device(local_rank)
-        # products outside the encoder stay exact: views, losses
+        # Convolutions of a fp32 encoder stay exact too; torch's matrix products are by default.
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     bf16 = name == "cuda" and torch.cuda.is_bf16_supported()
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"

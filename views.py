@@ -31,13 +31,14 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, in every stage
 STD = (0.229, 0.224, 0.225)
-BLUR = 3.0  # widest Gaussian of strong_color, in pixels of a view of 224
+WIDEST_BLUR = 3.0  # widest Gaussian of strong_color, in pixels of a view of 224
 
 
 # --------------------------------------------------------------------------------------------------- geometry
@@ -208,17 +209,10 @@ def strong_color(strength, size):
     (ours, after iBOT)."""
     jitter = min(0.9, 0.4 * strength)
     pixels = size / 224
-
-    def light(batch, generator):
-        return random_light(batch, generator, jitter)
-
-    def color(batch, generator):
-        return random_color(batch, generator, jitter, jitter, jitter, jitter, grey=min(1, 0.2 * strength))
-
-    def sigma(batch, generator):
-        return random_blur(batch, generator, (0.1 * pixels, BLUR * pixels), min(1, 0.3 * strength))
-
-    return light, color, sigma
+    return (partial(random_light, spread=jitter),
+            partial(random_color, gain=jitter, brightness=jitter, contrast=jitter, saturation=jitter,
+                    grey=min(1, 0.2 * strength)),
+            partial(random_blur, sigma=(0.1 * pixels, WIDEST_BLUR * pixels), share=min(1, 0.3 * strength)))
 
 
 def apply_strong_color(images, light, color, sigma):
@@ -227,7 +221,7 @@ def apply_strong_color(images, light, color, sigma):
     images = images.flatten(0, -4)
     images = apply_light(images, light.reshape(-1, 3, 4, 4).to(images.device))
     images = apply_color(images, color.reshape(-1, 6).to(images.device))
-    return blur(images, sigma.flatten(), BLUR * images.shape[-1] / 224).unflatten(0, leading)
+    return blur(images, sigma.flatten(), WIDEST_BLUR * images.shape[-1] / 224).unflatten(0, leading)
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
@@ -237,6 +231,11 @@ def normalise(images):
     mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
     return (images - mean) / std
+
+
+def to_pixels(points, size):
+    """Points (...,2) in [-1,1] of an image -> pixel-CENTRE coordinates of one of this side, numpy."""
+    return ((points + 1) * size / 2 - 0.5).cpu().numpy()
 
 
 def to_rgb(views):

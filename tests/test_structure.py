@@ -9,7 +9,16 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import data
+import model
+import photo
+import results
+import runtime
+import surfaces
+import video
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["make_synthetic", "prepare_data", "mine_pairs", "pretrain_mim", "pretrain_contrastive",
@@ -70,6 +79,22 @@ for folder in sys.argv[1:]:
                           cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-2000:]
     assert re.findall(r"^ran (\w+)$", done.stdout, flags=re.M) == LIBRARY
+
+
+def test_what_stands_twice_is_the_same(tmp_path):
+    """Library files import nothing of ours, so a few things stand in two of them."""
+    assert runtime.FORMATS["encoder"] == model.FORMAT
+    assert data.SUFFIXES == video.IMAGE_SUFFIXES
+    points = np.random.default_rng(0).normal(size=(9, 3))
+    np.testing.assert_array_equal(photo.unit(points), surfaces._unit(points))
+    (tmp_path / "broken.json").write_text("[1, 2")
+    for path in (tmp_path / "broken.json", tmp_path / "none.json", tmp_path):
+        said = set()
+        for read in (runtime.read_json, results._read_json):
+            with pytest.raises((ValueError, OSError)) as error:
+                read(path)
+            said.add(str(error.value))
+        assert len(said) == 1, said
 
 
 def test_help_needs_nothing(tmp_path):
