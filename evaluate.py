@@ -32,7 +32,7 @@ from draw import BONES, FINGER_COLORS, draw_joints, overlay
 from mano import (JOINT_NAMES, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
                   read_mano)
 from model import load_mesh
-from results import read_predictions, write_predictions
+from results import read_predictions, warn_of_units, write_predictions
 from runtime import (add_device_flags, load_checkpoint, parser, read_json, run, setup, staged_folder,
                      text_table)
 from synthetic_hand import synthetic_mano
@@ -52,41 +52,58 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     """Every hand of the index, in its order: joints (N,21,3) and vertices (N,778,3), metres, as the image
     shows them.
 
-    box_scale: side of a view over the box. tta: views a hand. Left hands are predicted as right ones in the
-    mirrored image and mirrored back. With K in the index the hand stands in the camera frame, at the depth
-    that its size in the image implies; without K it is relative to its wrist. ValueError names the first
-    image that cannot be read: a blank one would be scored as a bad prediction."""
+    definition: of the joints, as in index.json. box_scale: side of a view over the box. tta: views a hand.
+    With K in the index the hand stands in the camera frame; without K it is relative to its wrist. ValueError
+    names the first image that cannot be read: a blank one would be scored as a bad prediction."""
     size = net.encoder.config["image_size"]
     zoom = box_scale / CONTEXT
     dataset = HandDataset([index], canvas_size(size), substitute=False)
     joints = np.zeros((len(index), 21, 3), np.float32)
     vertices = np.zeros((len(index), 778, 3), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=batch_size, workers=runtime.workers), desc="predict"):
-        failed = batch["failed"][batch["failed"] >= 0]
-        if len(failed):
-            path = index.image_path(int(failed[0]))
-            read_image(path)  # says what is wrong with the file
-            raise ValueError(f"{path}: its box lies outside the image")
+        _refuse_unread(index, batch["failed"])
         rows = batch["row"].numpy()
+        left = batch["mirrored"] > 0  # (B,) the canvas of a left hand shows a right one
         hand = predict_views(net, batch["canvas"].to(runtime.device), zoom, size, runtime, tta)
-        left = batch["mirrored"] > 0
         joints21 = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
-        points = torch.cat([joints21, hand["vertices"]], 1)  # (B, 21 + 778, 3)
-        sign = torch.where(left, -1.0, 1.0)
-        points[..., 0] *= sign[:, None]
+        points = torch.cat([joints21, hand["vertices"]], 1)  # (B, 21 + 778, 3) relative to the wrist
+        points, camera = mirror_back(points, hand["camera"], left)
         if "K" in index.columns:
-            scale, x, y = hand["camera"].unbind(1)
-            camera = torch.stack([scale, sign * x, y], 1)
-            K = torch.from_numpy(np.array(index.columns["K"][index.pose_ids()[rows]]))
-            side = batch["crop"][:, 2] * zoom  # of the view, in pixels of the photograph
-            points = points + crop_to_full_camera(camera, batch["crop"][:, :2], side, K)[:, None]
+            points = points + wrist_in_camera(index, rows, camera, batch["crop"], zoom)
         joints[rows] = points[:, :21].numpy()
         vertices[rows] = points[:, 21:].numpy()
     return joints, vertices
 
 
+def _refuse_unread(index, failed):
+    """ValueError or OSError on the first image that could not be read. failed (B,): its row, else -1."""
+    failed = failed[failed >= 0]
+    if len(failed):
+        path = index.image_path(int(failed[0]))
+        read_image(path)  # says what is wrong with the file
+        raise ValueError(f"{path}: its box lies outside the image")
+
+
+def mirror_back(points, camera, left):
+    """Points (B,P,3) and cameras (B,3) of right hands, as the network predicts them -> as the image shows
+    them: x changes its sign where `left` (B,) is True."""
+    one = torch.ones(len(left))
+    sign = torch.where(left, -1.0, 1.0)
+    return points * torch.stack([sign, one, one], 1)[:, None], camera * torch.stack([one, sign, one], 1)
+
+
+def wrist_in_camera(index, rows, camera, crop, zoom):
+    """The wrists (B,1,3) in the camera frame, metres, by the intrinsics K of the index. The hand's place in
+    its view gives the direction, its size there the depth.
+
+    camera (B,3): weak perspective of the view. crop (B,3): centre and side of the canvas, in pixels."""
+    K = torch.from_numpy(np.array(index.columns["K"][index.pose_ids()[rows]]))  # (B, 3, 3)
+    side = crop[:, 2] * zoom  # of the view, in pixels of the photograph
+    return crop_to_full_camera(camera, crop[:, :2], side, K)[:, None]
+
+
 def predict_views(net, canvas, zoom, size, runtime, tta):
-    """The network's hand for canvases (B,3,H,W) seen upright, on the CPU: the dict of its last estimate.
+    """The network's last estimate, a dict on the CPU, for the upright hands of canvases (B,3,H,W).
 
     tta above 1: mesh and joints are means over views turned by -30 to 30 degrees, turned back and laid upon
     each other by the wrist; the camera stays the upright view's."""
@@ -119,17 +136,14 @@ def turned_theta(degrees, zoom, batch):
 
 # ----------------------------------------------------------------------------------------------------- labels
 def read_labels(index, protocol, required=True):
-    """The labels, one row a hand, as the keyword arguments of metrics.per_sample_errors, and a note on what
-    they lack.
+    """The labels as keyword arguments of metrics.per_sample_errors, and a note on hands without mesh.
 
-    Meshes are scored where every hand has one. Without any label: ValueError, or {} where they are not
-    required."""
+    Meshes are scored if every hand has one. Without any label: ValueError, or {} if none is required."""
     columns = index.columns
     if "joints" not in columns or np.isnan(columns["joints"]).all():
         if not required:
             return {}, ""
-        raise ValueError(f"{index.path} has no labels (column `joints`) to score against; predict.py shows "
-                         "hands")
+        raise ValueError(f"{index.path} has no labels (column `joints`) to score; predict.py shows hands")
     rows = index.pose_ids()
     labels = {"gt_joints": np.asarray(columns["joints"][rows], np.float64), "gt_vertices": None}
     note = ""
@@ -146,22 +160,9 @@ def read_labels(index, protocol, required=True):
     return labels, note
 
 
-def warn_of_units(joints, true, path):
-    """A line on what a fit would hide: hands in other units, or behind the camera where the labels stand
-    before it."""
-    size, wanted = (np.nanmedian(np.linalg.norm(points - points[:, :1], axis=2)) for points in (joints, true))
-    ratio = size / max(wanted, 1e-9)
-    if not 0.2 < ratio < 5:
-        print(f"warning: {path}: hands are {ratio:.3g} times as large as the labels'; are they in metres "
-              "(pred.txt: mm)?")
-    if np.median(joints[:, 0, 2]) < 0 < np.nanmedian(true[:, 0, 2]):
-        print(f"warning: {path}: hands lie behind the camera; is it in the frame of another --protocol?")
-
-
 # ----------------------------------------------------------------------------------------------------- tables
 def table_rows(table, protocol):
-    """[(name, six texts)]: one row for each way of laying the prediction over the truth, the mean hand
-    last."""
+    """[(name, six texts)]: a row for each way to lay the prediction over the truth, then the mean hand."""
     raw = {"abs": (), "root": ()} | {metrics.PROTOCOLS[protocol]: ("f_5_unaligned", "f_15_unaligned")}
     kinds = [("similarity fit (leaderboards)", "pa_{}_mm", "auc_{}", ("f_5", "f_15")),
              ("  the same, no reflections", "pa_{}_noreflect_mm", "auc_{}_noreflect", ()),
@@ -172,9 +173,8 @@ def table_rows(table, protocol):
               ("mean_hand_f_5", "mean_hand_f_15"))]
     rows = []
     for name, distance, area, f_scores in kinds:
-        keys = [distance.format("mpjpe"), distance.format("mpvpe"), area.format("joints"),
-                area.format("vertices"),
-                *(f_scores or ("", ""))]
+        keys = [distance.format("mpjpe"), distance.format("mpvpe"),
+                area.format("joints"), area.format("vertices"), *(f_scores or ("", ""))]
         texts = ["" if key not in table else f"{table[key]:.{2 if key.endswith('mm') else 3}f}"
                  for key in keys]
         if any(texts):
@@ -183,8 +183,7 @@ def table_rows(table, protocol):
 
 
 def compare(entries, out):
-    """Prints one table of several metrics.json and writes table.json; runs of one name become mean +-
-    deviation."""
+    """Prints one table of several metrics.json and writes table.json. Runs of one name are averaged."""
     groups = {}
     mean = None
     for entry in entries:
@@ -195,8 +194,8 @@ def compare(entries, out):
         if not isinstance(table, dict) or not {"pa_mpjpe_mm", "count"} <= set(table):
             raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm or count is missing)")
         groups.setdefault(name, []).append(table)
-        guess = [key for key in table if key.startswith("mean_hand_")]
-        hand = {key.removeprefix("mean_hand_"): table[key] for key in guess}
+        mean_keys = [key for key in table if key.startswith("mean_hand_")]
+        hand = {key.removeprefix("mean_hand_"): table[key] for key in mean_keys}
         mean = mean or hand
         first = next(iter(groups.values()))[0]
         alike = hand.keys() == mean.keys() and all(abs(hand[key] - mean[key]) < 1e-6 for key in hand)
@@ -231,25 +230,23 @@ def _mean_and_deviation(runs):
 
 # ----------------------------------------------------------------------------------------------------- report
 def report(index, faces, pred, labels, errors, baseline, table, facts):
-    """The whole of report.html as one string: the template beside this file, filled with text, pictures and
-    numbers.
+    """report.html as one string: the template beside this file, filled with text, pictures and numbers.
 
-    errors, baseline: of metrics.per_sample_errors, for the prediction and for the mean hand.
-    """
+    errors, baseline: metrics.per_sample_errors of the prediction and of the mean hand."""
     part = "vertices" if "pa_vertices" in errors else "joints"
     distance = errors["pa_vertices"] if part == "vertices" else _row_mean(errors["pa_joints"])
     score = 1000 * distance  # (n,) mm
-    known = max(1, np.isfinite(score).sum())  # a hand with too few joints to align has NaN and comes last
-    order = np.argsort(score, kind="stable")[:known]
+    scored = max(1, np.isfinite(score).sum())  # a hand with too few joints to align has NaN and comes last
+    order = np.argsort(score, kind="stable")[:scored]
     cases, pictures = [], ""
     for name, rank in (("best", 0), ("25 %", 0.25), ("median", 0.5), ("75 %", 0.75), ("95 %", 0.95),
                        ("worst", 1)):
         which = order[round(rank * (len(order) - 1))]
         row = int(errors["row"][which])
-        case, images, note = _show_case(index, faces, pred, labels, row, part)
+        case, images, note = show_case(index, faces, pred, labels, row, part)
         cases.append(case | {"name": f"{name}, {score[which]:.1f} mm"})
-        cells = [f'<td><img src="{_data_uri(image)}" alt="{name}: {caption}"></td>' for caption,
-                 image in images.items()]
+        cells = [f'<td><img src="{_data_uri(image)}" alt="{name}: {caption}"></td>'
+                 for caption, image in images.items()]
         head = f"{name}<br><b>{score[which]:.1f} mm</b><br>hand {row}"
         pictures += f"<tr><th>{head}</th>{''.join(cells)}</tr>"
     cards = [f"<div><b>{table[key]:.{2 if unit else 3}f}</b><i>{unit}</i><span>{label}</span></div>"
@@ -300,9 +297,8 @@ def _row_mean(values):
     return np.where(known.any(1), mean, np.nan)
 
 
-def _show_case(index, faces, pred, labels, row, part, size=256):
-    """One hand of the report: its points for the view that turns, pictures of prediction and truth, a note on
-    them."""
+def show_case(index, faces, pred, labels, row, part, size=256):
+    """One hand of the report: points for the view that turns, pictures by caption, a note on the pictures."""
     truth = {"joints": np.asarray(labels["gt_joints"][row], np.float64)}
     guess = {"joints": pred[0][row]}
     if part == "vertices":
@@ -348,11 +344,9 @@ def _show_case(index, faces, pred, labels, row, part, size=256):
 
 
 def image_camera(index, row, joints):
-    """A function from (N,3) metres to (N,3) = x, y in pixel edges and depth, and whether that is the true
-    camera.
+    """A function (N,3) metres -> (N,3): x, y in pixel edges and depth; and whether it is the true camera.
 
-    By K, else by the weak perspective that fits the labelled 2-D joints, else (None, False).
-    """
+    By K, else by the weak perspective that fits the labelled 2-D joints, else (None, False)."""
     label = index.label(row)
     if "K" in index.columns:
         K = np.asarray(index.columns["K"][label], np.float64)
@@ -365,10 +359,10 @@ def image_camera(index, row, joints):
     if "joints2d" not in index.columns:
         return None, False
     known = np.isfinite(joints).all(1)
-    seen = index.columns["joints2d"][label][known] + 0.5
+    pixels = index.columns["joints2d"][label][known] + 0.5  # (n, 2), pixel edges
     flat = joints[known, :2]
-    centre, root = seen.mean(0), flat.mean(0)
-    scale = ((seen - centre) * (flat - root)).sum() / max(((flat - root) ** 2).sum(), 1e-12)
+    centre, root = pixels.mean(0), flat.mean(0)
+    scale = ((pixels - centre) * (flat - root)).sum() / max(((flat - root) ** 2).sum(), 1e-12)
     return lambda points: np.concatenate([scale * (points[:, :2] - root) + centre, points[:, 2:]], 1), False
 
 
@@ -385,14 +379,13 @@ def flags():
     source.add_argument("--checkpoint",
                         help="RUN/last.pt of finetune_mesh.py: predict with its averaged weights")
     source.add_argument("--predictions", metavar="FILE",
-                        help="file of results: pred.json, or it in a .zip, [joints (N,21,3), vertices "
-                             "(N,778,3)] or [joints, []] in metres, in the order and frame of --protocol; "
-                             "dexycb also pred.txt, a line an image: its number in the split, from 0, and 21 "
-                             "x 3 numbers in mm, commas, no header; assemblyhands also the challenge's JSON")
+                        help="file of results in the joint order and frame of --protocol: pred.json or .zip, "
+                             "[joints (N,21,3), vertices (N,778,3) or []] in metres; dexycb also pred.txt in "
+                             "mm, assemblyhands the challenge's JSON (formats: top of results.py)")
     source.add_argument("--compare", nargs="+", metavar="NAME=metrics.json",
                         help="runs to print in one table")
     cli.add_argument("--data", metavar="INDEX", help="index to score; needed unless --compare")
-    cli.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    cli.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     cli.add_argument("--protocol", choices=list(metrics.PROTOCOLS),
                      help="how hands are scored and --predictions is read (default: as the index says, else "
                           "freihand)")
@@ -408,78 +401,88 @@ def flags():
 
 def check_flags(args):
     """ValueError where a flag is out of its range, does nothing, or would overwrite what it reads."""
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
     if args.tta < 1 or args.tta % 2 == 0:
         raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
     if args.tta > 1 and not args.checkpoint:
         raise ValueError("--tta does nothing here: it needs --checkpoint")
     if args.mano and args.compare:
         raise ValueError("--mano does nothing here: leave it out")
-    if args.predictions and out.resolve() in Path(args.predictions).resolve().parents:
-        raise ValueError(f"--out {out} holds --predictions {args.predictions}, which would be overwritten: "
-                         "choose another folder")
+    if args.predictions and args.out.resolve() in Path(args.predictions).resolve().parents:
+        raise ValueError(f"--out {args.out} holds --predictions {args.predictions}, which would be "
+                         "overwritten: choose another folder")
     if not args.data and not args.compare:
         raise ValueError("--data is missing: name the index to score")
+
+
+def predict_with_checkpoint(args, index, arrays, definition):
+    """predict_index with the network of --checkpoint, and facts for the report. Points are rounded here, so
+    that the file holds what is scored."""
+    runtime = setup(args)
+    state = load_checkpoint(args.checkpoint, "mesh")
+    if state["hand"] != hand_fingerprint(arrays):
+        raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "
+                         "with --mano (none for the synthetic hand)")
+    net = load_mesh(state, Mano(arrays)).to(runtime.device)
+    pred = predict_index(net, index, arrays, definition, state["box_scale"], args.tta, args.batch_size,
+                         runtime)
+    pred = [np.round(points.astype(np.float64), 7) for points in pred]
+    kind = index.meta.get("box", "as it was given")
+    return pred, {"crop": f"the index' box ({kind}), squared, x {state['box_scale']:g}",
+                  "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
+
+
+def score_mean_hand(index, arrays, definition, labels, protocol):
+    """metrics.per_sample_errors of the hand model's mean hand, predicted for every hand of the index."""
+    joints, vertices = mean_hand(arrays, definition)  # (1, 21, 3), (1, 778, 3)
+    pred = [np.broadcast_to(points, (len(index), *points.shape[1:])) for points in (joints, vertices)]
+    return metrics.per_sample_errors(*pred, protocol=protocol, **labels)
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
     check_flags(args)
-    out = Path(args.out)
     if args.compare:
-        return compare(args.compare, out)
+        return compare(args.compare, args.out)
     index = HandIndex(args.data)
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     protocol = args.protocol or index.meta.get("protocol", "freihand")
     definition = index.meta.get("joints", "freihand")
-    labels, unlabelled = read_labels(index, protocol, required=not args.checkpoint)
-    facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})",
-             "predicted by": args.checkpoint or args.predictions}
+    labels, label_note = read_labels(index, protocol, required=not args.checkpoint)
+    source = args.checkpoint or args.predictions
+    facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})", "predicted by": source}
+
     if args.predictions:
         pred = read_predictions(args.predictions, index, protocol)
-        warn_of_units(pred[0], labels["gt_joints"], args.predictions)
+        warn_of_units(pred[0], labels["gt_joints"], source)
         labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
         facts["crop"] = "made elsewhere, unknown"
-    if labels:  # before hours of prediction: refuses labels that cannot be scored
-        mean = [np.broadcast_to(points[0], (len(index), *points.shape[1:])) for points
-                in mean_hand(arrays, definition)]
-        baseline = metrics.per_sample_errors(*mean, protocol=protocol, **labels)
+    if labels:  # before hours of prediction: labels that cannot be scored are refused here
+        baseline = score_mean_hand(index, arrays, definition, labels, protocol)
     if args.checkpoint:
-        runtime = setup(args)
-        state = load_checkpoint(args.checkpoint, "mesh")
-        if state["hand"] != hand_fingerprint(arrays):
-            raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "
-                             "with --mano (none for the synthetic hand)")
-        net = load_mesh(state, Mano(arrays)).to(runtime.device)
-        pred = predict_index(net, index, arrays, definition, state["box_scale"], args.tta, args.batch_size,
-                             runtime)
-        # what pred.json holds is what is scored
-        pred = [np.round(points.astype(np.float64), 7) for points in pred]
-        kind = index.meta.get("box", "as it was given")
-        facts["crop"] = f"the index' box ({kind}), squared, x {state['box_scale']:g}"
-        facts["views"] = f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")
+        pred, more_facts = predict_with_checkpoint(args, index, arrays, definition)
+        facts |= more_facts
     if not labels:
-        with staged_folder(out) as folder:
+        with staged_folder(args.out) as folder:
             write_predictions(folder, *pred, protocol, index)
-        print(f"{index.path} has no labels: nothing was scored; predictions are in {out}")
+        print(f"{index.path} has no labels: nothing was scored; predictions are in {args.out}")
         return
 
     try:
         errors = metrics.per_sample_errors(*pred, protocol=protocol, **labels)
     except ValueError as error:
-        raise ValueError(f"{args.checkpoint or args.predictions}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
     table = metrics.summarise(errors, protocol)
-    guess = metrics.summarise(baseline, protocol)
-    table |= {f"mean_hand_{key}": guess[key] for key in guess if key in HEADLINE}
+    mean_table = metrics.summarise(baseline, protocol)
+    table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
     table |= {"views": args.tta} if args.tta > 1 else {}
-    facts |= {"protocol": protocol, "hands": f"{table['count']}" + unlabelled,
+    facts |= {"protocol": protocol, "hands": f"{table['count']}" + label_note,
               "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
               "hand model": args.mano or "the synthetic hand",
               "reflected": ", ".join(f"{table[key]} ({key[10:]})"
                                      for key in table if key.startswith("reflected"))}
-    with staged_folder(out) as folder:
+    with staged_folder(args.out) as folder:
         (folder / "metrics.json").write_text(json.dumps(table, indent=1))
         scores = metrics.official_scores(table, protocol)
         (folder / "scores.txt").write_text("".join(f"{key}: {value:f}\n" for key, value in scores.items()))
@@ -488,7 +491,8 @@ def main(argv=None):
         (folder / "report.html").write_text(page, encoding="utf-8")
     print(text_table(COLUMNS, table_rows(table, protocol)))
     print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
-    print(*(f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table), f"-> {out / 'report.html'}")
+    headline = [f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table]
+    print(*headline, f"-> {args.out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     probe.py ENCODER --data FOLDER --out DIR                    classes, the sub-folders of FOLDER
 
 Features are the class token, the mean of the patches (of a ResNet the pooled map twice) and both together, of
-an upright view of each hand. Beside them stand the same network untrained, and raw pixels.
+an upright view of each hand. The same network untrained, and raw pixels, are probed for comparison.
 
 Poses: ridge regression and the nearest neighbour (probing.probe_pose), fitted on the hands of --train, else
 on half of the videos of --data. Classes: leave-one-out k-NN accuracy, also for an index without joints,
@@ -46,8 +46,7 @@ def _open_data(path, folder):
 
 
 def _index_class_folders(path, folder):
-    """An index, written to `folder`, of the images in the sub-folders of `path`; each image is one hand's
-    crop."""
+    """An index of the images in the sub-folders of `path`, written to `folder`. Each image is one hand."""
     images = list_images(path) if Path(path).is_dir() else []
     if len({image.parent for image in images}) < 2:
         raise ValueError(f"--data {path}: neither an index nor a folder of class sub-folders with images")

@@ -81,8 +81,8 @@ def pool_features(summary: torch.Tensor, feature_map: torch.Tensor) -> dict[str,
 
 # ----------------------------------------------------------------------------------------- which hands to use
 def hand_groups(poses, videos=None):
-    """(N,) the number of each hand's group. Hands of one pose or of one video share a group, and so does
-    whatever these connect. poses (N,) numbers from 0; videos (N,), -1 where the video is unknown."""
+    """(N,) the number of each hand's group. Two hands are in one group if they have the same pose or video,
+    also by way of other hands. poses (N,) numbers from 0; videos (N,), -1 where the video is unknown."""
     if videos is None:
         videos = np.full(len(poses), -1)
     nodes = np.where(videos < 0, poses, poses.max() + 1 + videos)

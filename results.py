@@ -1,12 +1,13 @@
 """The result files of the leaderboards, read and written: FreiHAND, HO-3D, DexYCB, AssemblyHands.
 
-Inside, predictions are joints (N,21,3) in FreiHAND's order and vertices (N,778,3) or None, metres, in each
-hand's camera frame (x right, y down, z forward), a row for each hand of an index. Outside:
+In memory, predictions are joints (N,21,3) in FreiHAND's order and vertices (N,778,3) or None, metres, in each
+hand's camera frame (x right, y down, z forward), a row for each hand of an index. In the files:
 
     freihand        pred.json, pred.zip   [joints, vertices], the same order and frame, a hand for each entry
                                           of the official list
     ho3d            pred.json, pred.zip   the same; joints in MANO's order, y up and z backward
-    dexycb          pred.txt              a line an image: its number in the split, 63 numbers in mm
+    dexycb          pred.txt              a line an image: its number in the split, from 0, and 63 numbers
+                                          in mm, with commas, without a header
     assemblyhands   pred_world.json       {"annotations": {sequence: {frame: {"world_coord": 42 x 3}}}}, mm,
                                           world frame, right hand first, tip first in each finger
 
@@ -54,8 +55,8 @@ TIP_FIRST = [4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 
 def read_predictions(path: Path | str, index, protocol: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Joints (N,21,3) and vertices (N,778,3) or None from a file of results; ValueError names file and mend.
 
-    DexYCB's text, the JSON of the AssemblyHands challenge, or [joints, vertices] (plain or in a .zip) with an
-    entry for each hand of the index or for each of the official list."""
+    The file is DexYCB's text, the JSON of the AssemblyHands challenge, or [joints, vertices], plain or in a
+    .zip. The two lists have an entry for each hand of the index, or for each of the official list."""
     suffix = Path(path).suffix
     if protocol == "dexycb" and suffix not in (".json", ".zip"):
         return _read_dexycb(path, index), None
@@ -152,12 +153,30 @@ def _read_world(path, content, index):
     return joints
 
 
+def warn_of_units(joints: np.ndarray, true: np.ndarray, path: Path | str):
+    """Warns of two mistakes in a file of results that a similarity fit would hide: other units, and hands
+    behind the camera where the labels stand before it.
+
+    joints, true (N,21,3): as read, and the labels, metres, NaN where a label is missing."""
+    ratio = _hand_size(joints) / max(_hand_size(true), 1e-9)
+    if not 0.2 < ratio < 5:
+        print(f"warning: {path}: hands are {ratio:.3g} times as large as the labels'; are they in metres "
+              "(pred.txt: mm)?")
+    if np.median(joints[:, 0, 2]) < 0 < np.nanmedian(true[:, 0, 2]):
+        print(f"warning: {path}: hands lie behind the camera; is it in the frame of another --protocol?")
+
+
+def _hand_size(joints):
+    """The median distance of joints from their wrist."""
+    return np.nanmedian(np.linalg.norm(joints - joints[:, :1], axis=2))
+
+
 # ---------------------------------------------------------------------------------------------------- writing
 def write_predictions(folder: Path, joints: np.ndarray, vertices: np.ndarray | None, protocol: str, index):
-    """The files of a leaderboard in `folder`, hand by hand; zeros for what the official list has and the
-    index has not.
+    """Writes the files of a leaderboard into `folder`. Hands of the official list that the index lacks are
+    zeros.
 
-    For DexYCB and AssemblyHands also their own file, and no meshes in pred.json.
+    DexYCB and AssemblyHands get their own file too, and a pred.json without meshes.
     """
     numbers = _official_numbers(index)
     entries = max(index.meta.get("frames", 0), len(index))
@@ -185,8 +204,8 @@ def write_predictions(folder: Path, joints: np.ndarray, vertices: np.ndarray | N
 
 
 def _write_points(file, points, rows, entries):
-    """A JSON list of `entries` hands: number n is points[rows[n]], zeros where it has no row; [] without
-    points."""
+    """Writes a JSON list of `entries` hands. Number n is points[rows[n]], or zeros without such a row. The
+    list is empty where points are None."""
     file.write("[")
     for number in range(entries if points is not None else 0):
         hand = points[rows[number]] if number in rows else 0 * points[0]
@@ -201,8 +220,8 @@ def _write_dexycb(path, joints, numbers):
 
 
 def _to_world(index, joints):
-    """The challenge's file: joints in the world in every frame of the official list, the mean of the cameras
-    that see a hand, zeros where there is none."""
+    """The challenge's file: joints in the world for every frame of the official list. Each is the mean over
+    the cameras that see the hand, zeros where no camera does."""
     official = index.meta.get("sequences", {})
     sums = {}
     for sequence, frames in official.items():

@@ -2,6 +2,7 @@
 import json
 import re
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from PIL import Image
 import evaluate
 import metrics
 import results
-from data import HandIndex, write_index
-from mano import (FREIHAND_TO_MANO, MANO_TO_FREIHAND, Mano, hand_fingerprint, joints_from_vertices,
+from data import CONTEXT, HandIndex, write_index
+from mano import (FREIHAND_TO_MANO, MANO_TO_FREIHAND, TIPS, Mano, hand_fingerprint, joints_from_vertices,
                   rotmat_from_axis_angle)
 from results import read_predictions, write_predictions
 from runtime import Runtime
@@ -42,15 +43,15 @@ def index(tmp_path_factory):
     vertices += rng.uniform([-0.03, -0.03, 0.55], [0.03, 0.03, 0.7], (N, 1, 3))
     joints = joints_from_vertices(torch.tensor(vertices, dtype=torch.float32), synthetic_mano()).numpy()
     K = np.tile([[FOCAL, 0, 47.5], [0, FOCAL, 47.5], [0, 0, 1]], (N, 1, 1))
-    seen = joints @ K[0].T
-    joints2d = seen[..., :2] / seen[..., 2:]
+    projected = joints @ K[0].T
+    joints2d = projected[..., :2] / projected[..., 2:]
     for i in range(N):
         Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    write_index(folder / "index", {
-        "image": np.array([f"{i}.png" for i in range(N)], "S"), "side": left, "K": K, "vertices": vertices,
-        "joints": joints, "joints2d": joints2d, "box": np.concatenate([joints2d.min(1), joints2d.max(1) + 1],
-                                                                      1)},
-        {"name": "ten <hands>", "joints": "freihand", "protocol": "freihand"}, root=str(folder))
+    columns = {"image": np.array([f"{i}.png" for i in range(N)], "S"), "side": left, "K": K,
+               "vertices": vertices, "joints": joints, "joints2d": joints2d,
+               "box": np.concatenate([joints2d.min(1), joints2d.max(1) + 1], 1)}
+    meta = {"name": "ten <hands>", "joints": "freihand", "protocol": "freihand"}
+    write_index(folder / "index", columns, meta, root=str(folder))
     return folder / "index"
 
 
@@ -58,6 +59,14 @@ def index(tmp_path_factory):
 def labels(index):
     columns = HandIndex(index).columns
     return np.array(columns["joints"], np.float64), np.array(columns["vertices"], np.float64)
+
+
+def copy_index(index, folder, **columns):
+    """The index with some columns replaced, in `folder`."""
+    hands = HandIndex(index)
+    columns = {name: np.array(values) for name, values in hands.columns.items()} | columns
+    write_index(folder, columns, hands.meta | {"partial": True}, root=str(hands.root))
+    return folder
 
 
 def noisy(labels, seed=0):
@@ -106,6 +115,31 @@ def test_the_report_is_one_page_that_needs_nothing_else(index, labels, tmp_path)
     assert errors == sorted(errors)
 
 
+def test_the_report_draws_hands_where_the_camera_saw_them(index, labels, monkeypatch):
+    """Truth: on the labelled pixels. A prediction 20 mm to the side: as far beside it as K says; without K it
+    is fitted to the truth first."""
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_joints", lambda image, points: drawn.append(points) or image)
+    joints, vertices = labels
+    pred = (joints + [0.02, 0, 0], vertices)
+    truth = {"gt_joints": joints, "gt_vertices": vertices}
+    hands = HandIndex(index)
+    x0, y0, x1, y1 = hands.columns["box"][2]
+    side = 1.6 * max(x1 - x0, y1 - y0)
+    corner = np.array([x0 + x1 - side, y0 + y1 - side]) / 2
+    expected = (hands.columns["joints2d"][2] + 0.5 - corner) * 256 / side - 0.5
+    _, _, note = evaluate.show_case(hands, synthetic_mano()["f"], pred, truth, 2, "joints")
+    np.testing.assert_allclose(drawn[1], expected, atol=1e-2)
+    beside = FOCAL * 0.02 / joints[2, :, 2] * 256 / side
+    np.testing.assert_allclose(drawn[0] - drawn[1], np.c_[beside, 0 * beside], atol=1e-6)
+    assert "placed in the camera" in note
+    del hands.columns["K"]
+    _, _, note = evaluate.show_case(hands, synthetic_mano()["f"], pred, truth, 2, "joints")
+    np.testing.assert_allclose(drawn[3], expected, atol=12)  # weak perspective, in a crop of 256 pixels
+    np.testing.assert_allclose(drawn[2], drawn[3], atol=1e-4)
+    assert "after the similarity fit" in note
+
+
 def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, labels, tmp_path, capsys):
     joints, vertices = noisy(labels)
     score(index, [1000 * joints, None], tmp_path)
@@ -121,10 +155,40 @@ def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, la
         evaluate.main(["--data", str(index), "--predictions", str(out / "pred.json"), "--out", str(out)])
 
 
+def test_images_of_one_pose_share_their_labels(index, labels, tmp_path):
+    rows = np.array([3, 3, 0, 7])
+    columns = {name: np.array(HandIndex(index).columns[name])[rows] for name in ("image", "side", "box")}
+    copy_index(index, tmp_path / "shared", label=rows, **columns)
+    table, _ = score(tmp_path / "shared", [points[rows] for points in labels], tmp_path)
+    assert table["count"] == 4 and table["mpjpe_mm"] < 1e-6 and table["mpvpe_mm"] < 1e-6
+
+
+def test_a_hand_without_a_mesh_leaves_the_joints(index, labels, tmp_path, capsys):
+    vertices = labels[1].copy()
+    vertices[4] = np.nan
+    table, _ = score(copy_index(index, tmp_path / "partial", vertices=vertices), noisy(labels), tmp_path)
+    assert table["count"] == N and "pa_mpjpe_mm" in table and "pa_mpvpe_mm" not in table
+    assert "joints alone: 1 of them have no mesh" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_ends_the_prediction(index, tmp_path):
+    """A blank image would be scored as a bad prediction."""
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    images = np.array(HandIndex(index).columns["image"])
+    images[5] = b"x.png"
+    boxes = np.array(HandIndex(index).columns["box"])
+    boxes[7] += 1000
+    for message, columns in ((r"x\.png", {"image": images}), (r"7\.png: its box lies", {"box": boxes})):
+        net = TrueHands(index, 1.4 / CONTEXT)
+        hands = HandIndex(copy_index(index, tmp_path / message[:4], **columns))
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate.predict_index(net, hands, synthetic_mano(), "freihand", 1.4, 1, 4, runtime)
+
+
 def test_joints_alone(index, labels, tmp_path):
     table, out = score(index, [noisy(labels)[0], None], tmp_path)
-    assert "pa_mpjpe_mm" in table and not any("mpvpe" in key or "vertices" in key or "f_5"
-                                              in key for key in table)
+    assert "pa_mpjpe_mm" in table
+    assert not [key for key in table for word in ("mpvpe", "vertices", "f_5") if word in key]
     assert json.loads((out / "pred.json").read_text())[1] == [] and (out / "report.html").stat().st_size > 1e5
 
 
@@ -160,16 +224,16 @@ class TrueHands(torch.nn.Module):
         self.encoder = type("Encoder", (), {"config": {"image_size": 32}})()
         columns = HandIndex(index).columns
         vertices, joints, left = posed_hands()
-        # absolute
-        wrist = columns["vertices"][:, 0] - vertices[:, 0] * np.where(left[:, None], [-1, 1, 1], 1)
+        wrist = columns["vertices"][:, 0] - vertices[:, 0] * np.where(left[:, None], [-1, 1, 1], 1)  # camera
         x0, y0, x1, y1 = columns["box"].T
-        side = evaluate.CONTEXT * np.maximum(x1 - x0, y1 - y0) * zoom
+        side = CONTEXT * np.maximum(x1 - x0, y1 - y0) * zoom
         scale = FOCAL / wrist[:, 2] * 2 / side
         centre = np.stack([x0 + x1, y0 + y1], 1) / 2
-        # of the wrist, in the view
-        seen = (wrist[:, :2] / wrist[:, 2:] * FOCAL + 48 - centre) * 2 / side[:, None]
-        seen[left, 0] *= -1
-        self.answers = {"vertices": vertices, "joints": joints, "camera": np.c_[scale, seen / scale[:, None]]}
+        pixel = wrist[:, :2] / wrist[:, 2:] * FOCAL + 48  # pixel edges
+        in_view = (pixel - centre) * 2 / side[:, None]  # the edges at -1 and 1
+        in_view[left, 0] *= -1
+        camera = np.c_[scale, in_view / scale[:, None]]
+        self.answers = {"vertices": vertices, "joints": joints, "camera": camera}
         self.next = 0
 
     def forward(self, images):
@@ -181,7 +245,7 @@ class TrueHands(torch.nn.Module):
 def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatch):
     state = {"hand": hand_fingerprint(synthetic_mano()), "box_scale": 1.4}
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, kind: state)
-    monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: TrueHands(index, 1.4 / evaluate.CONTEXT))
+    monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: TrueHands(index, 1.4 / CONTEXT))
     flags = ["--data", str(index), "--device", "cpu", "--workers", "0", "--batch-size", "4", "--out"]
     evaluate.main([*flags, str(tmp_path / "a"), "--checkpoint", "last.pt"])
     table = json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -190,9 +254,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
     evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
     # what is written is what was scored
     assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table
-    columns = {name: np.array(value) for name, value in HandIndex(index).columns.items() if name not
-               in ("joints", "vertices", "joints2d")}
     # a split whose labels are withheld
+    columns = {name: np.array(HandIndex(index).columns[name]) for name in ("image", "side", "K", "box")}
     write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)
     evaluate.main([*flags[:1], str(tmp_path / "bare"), *flags[2:], str(tmp_path / "d"), "--checkpoint",
                    "last.pt"])
@@ -203,11 +266,41 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
         evaluate.main([*flags, str(tmp_path / "c"), "--checkpoint", "last.pt"])
 
 
+def test_left_hands_have_the_tip_that_dexycb_gives_them(index):
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    net = TrueHands(index, 1.4 / CONTEXT)
+    joints, vertices = evaluate.predict_index(net, HandIndex(index), synthetic_mano(), "manopth", 1.4, 1, 4,
+                                              runtime)
+    for row in range(N):
+        tips = TIPS["manopth445" if HandIndex(index).side(row) else "manopth"]
+        np.testing.assert_array_equal(joints[row, [4, 8, 12, 16, 20]], vertices[row, list(tips)])
+
+
+def test_the_camera_of_the_label_row_sees_the_wrist_where_its_view_showed_it():
+    """Four images of three labels, each with its own K: the wrist's pixel, and the pixels of a metre beside
+    it."""
+    K = np.array([[[f, 0, 40 + f / 9], [0, f, 30], [0, 0, 1]] for f in (150.0, 240.0, 310.0)])
+    index = SimpleNamespace(columns={"K": K}, pose_ids=lambda: np.array([2, 0, 1, 0]))
+    rows = np.array([2, 0])
+    camera = torch.tensor([[5.0, 0.02, -0.03], [7.0, -0.04, 0.01]], dtype=torch.float64)
+    crop = torch.tensor([[60.0, 50.0, 100.0], [80.0, 20.0, 130.0]], dtype=torch.float64)
+    wrist = evaluate.wrist_in_camera(index, rows, camera, crop, 0.7).numpy()
+    for i, label in enumerate((1, 2)):
+        half_side = 0.7 * crop[i, 2].item() / 2
+        projected = K[label] @ wrist[i, 0]
+        expected = crop[i, :2].numpy() + half_side * (camera[i, 0] * camera[i, 1:]).numpy()
+        np.testing.assert_allclose(projected[:2] / projected[2] + 0.5, expected, atol=1e-9)
+        assert K[label, 0, 0] / projected[2] == pytest.approx(half_side * camera[i, 0].item())
+
+
 @pytest.mark.parametrize("content, message", [
-    ("nonsense", "broken JSON"), ("{}", r"needs \[joints, vertices\]"), ("[[1], [2]]",
-                                                                         "1 entries of joints, but"),
-    ("nan", "sample 3 "), ("short", "joints of hand 3 are not 21 points"), (None, "no such file"),
-    ("text", "vertices of hand 9 are not 778 points")])
+    ("nonsense", "broken JSON"),
+    ("{}", r"needs \[joints, vertices\]"),
+    ("[[1], [2]]", "1 entries of joints, but"),
+    ("nan", "sample 3 "),
+    ("short", "joints of hand 3 are not 21 points"),
+    ("text", "vertices of hand 9 are not 778 points"),
+    (None, "no such file")])
 def test_a_broken_file_costs_one_line_and_leaves_nothing(index, labels, tmp_path, content, message):
     points = [p.tolist() for p in labels]
     if content == "nan":
@@ -227,9 +320,14 @@ def test_a_broken_file_costs_one_line_and_leaves_nothing(index, labels, tmp_path
 
 def test_other_mistakes(index, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    for flags, message in ((["--predictions", "p.json", "--out", str(tmp_path / "file")], "is a file"),
-                           (["--predictions", "p.json", "--out", str(tmp_path / "out")], "--data is missing"),
-                           (["--compare", "a", "--out", str(tmp_path / "out")], "NAME=")):
+    out = ["--out", str(tmp_path / "out")]
+    data = ["--data", str(index), *out]
+    for message, flags in (("is a file", ["--predictions", "p.json", "--out", str(tmp_path / "file")]),
+                           ("--data is missing", ["--predictions", "p.json", *out]),
+                           ("NAME=", ["--compare", "a", *out]),
+                           ("must be odd", ["--checkpoint", "last.pt", "--tta", "2", *data]),
+                           ("--tta does nothing here", ["--predictions", "p.json", "--tta", "3", *data]),
+                           ("--mano does nothing here", ["--compare", "a=b", "--mano", "m.pkl", *out])):
         with pytest.raises(ValueError, match=message):
             evaluate.main(flags)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk"):  # dies while writing
@@ -269,17 +367,22 @@ def test_augmented_views_are_turned_back():
     """A network that points from the middle of its view at a bright spot points at the same spot of the
     canvas, however the view is turned."""
     canvas = torch.zeros(2, 3, 72, 72, dtype=torch.uint8)
-    canvas[0, :, 20:24, 40:44], canvas[1, :, 50:54, 30:34] = 255, 255
+    canvas[0, :, 20:24, 40:44] = 255
+    canvas[1, :, 50:54, 30:34] = 255
 
     def net(views):
         light = views[:, 0] - views[:, 0].amin((1, 2), keepdim=True)
         line = (torch.arange(64) * 2 + 1) / 64 - 1
-        at = torch.stack([(light.sum(1) * line).sum(1), (light.sum(2) * line).sum(1), 0 * light[:, 0, 0]],
-                         1) / light.sum((1, 2))[:, None]
-        joints = at[:, None] * torch.arange(21.0)[:, None]
-        return [{"joints": joints, "vertices": joints.repeat(1, 38, 1)[:, :778] + 0.1, "camera": at}]
+        x = (light.sum(1) * line).sum(1)
+        y = (light.sum(2) * line).sum(1)
+        spot = torch.stack([x, y, 0 * x], 1) / light.sum((1, 2))[:, None]  # (B, 3)
+        joints = spot[:, None] * torch.arange(21.0)[:, None]
+        return [{"joints": joints, "vertices": joints.repeat(1, 38, 1)[:, :778] + 0.1, "camera": spot}]
+
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
-    one, five = (evaluate.predict_views(net, canvas, 0.9, 64, runtime, count) for count in (1, 5))
-    assert one["joints"][0, 20, 0] > 1 and (one["joints"] - five["joints"]).abs().max() < 0.05
-    assert (five["joints"][:, 0] - one["joints"][:, 0]).abs().max() < 1e-6 and torch.equal(one["camera"],
-                                                                                           five["camera"])
+    one, five = (evaluate.predict_views(net, canvas, 0.9, 64, runtime, tta) for tta in (1, 5))
+    assert one["joints"][0, 20, 0] > 1
+    assert (one["joints"] - five["joints"]).abs().max() < 0.05
+    assert (one["vertices"] - five["vertices"]).abs().max() < 0.05
+    assert (five["joints"][:, 0] - one["joints"][:, 0]).abs().max() < 1e-6
+    assert torch.equal(one["camera"], five["camera"])

@@ -284,6 +284,16 @@ def test_perfect_prediction_and_the_two_comparisons():
     assert metrics.f_score(inside[0], np.zeros((1, 3))).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_the_unaligned_f_score_is_of_the_protocols_placement(protocol):
+    """A perfect hand, 20 mm to the side: only minus the wrist do all vertices meet."""
+    _, _, gj, gv = hands()
+    table = metrics.evaluate_hands(gj + [0.02, 0, 0], gv + [0.02, 0, 0], gj, gv, protocol)
+    rooted = metrics.PROTOCOLS[protocol] == "root"
+    assert (table["f_5_unaligned"] == 1) == rooted and table["f_5"] == 1
+    assert (table["mpvpe_mm"] < 1e-9) == rooted
+
+
 def test_scores_file_is_in_centimetres():
     _, pv, gj, gv = hands()
     table = metrics.evaluate_hands(gj + [0.03, 0, 0.04], pv, gj, gv, "freihand")  # 50 mm off

@@ -1,18 +1,22 @@
 """probing.py against loops and laws that are known, and the command: the view, the split, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from fixtures import call
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 import probe
 import probing
 from data import HandIndex, write_index
 from metrics import procrustes
 from model import build_encoder
+from runtime import Runtime
+from views import MEAN, STD
 
 
 # -------------------------------------------------------------------------------------- ridge and neighbours
@@ -46,6 +50,17 @@ def test_ridge_chooses_a_strength_for_each_column_on_the_last_fifth():
     np.testing.assert_allclose(pred[:, 0], weak[:, 0], atol=1e-12)
     np.testing.assert_allclose(pred[:, 1], strong[:, 1], atol=1e-12)
     assert np.abs(weak - strong).max() > 0.1
+
+
+def test_ridge_judges_a_strength_on_the_last_fifth_alone():
+    """A law holds in the first 40 of 50 rows and in the last row; nothing in between. The last fifth asks for
+    the strong penalty. The last row alone, and the last half, would ask for the weak one."""
+    x = np.tile([[1.0], [-1.0]], (25, 1))
+    y = x.copy()
+    y[40:49] = 0
+    strengths = np.array([1e-5, 10.0])
+    strong = probing.ridge(x, y, x[:1], strengths[1:])
+    assert probing.ridge(x, y, x[:1], strengths) == strong != probing.ridge(x, y, x[:1], strengths[:1])
 
 
 def test_r2_is_one_for_the_truth_and_zero_for_its_mean():
@@ -86,6 +101,25 @@ def test_flexion_is_the_angle_between_bones():
     angles = np.degrees(probing.flexion(bent)[0]).reshape(5, 3)
     np.testing.assert_allclose(angles[1], [0, 90, 0], atol=1e-4)
     assert np.abs(np.delete(angles, 1, 0)).max() < 1e-4
+
+
+def test_orientation_points_from_the_wrist_to_the_middle_knuckle():
+    points = np.random.default_rng(6).normal(size=(2, 21, 2))
+    points[:, 9] = points[:, 0] + [[0, -3], [4, 3]]
+    np.testing.assert_allclose(probing.orientation(points), [[0, -1], [0.8, 0.6]], atol=1e-12)
+
+
+def test_a_pose_that_only_turns_needs_no_feature():
+    """One hand, turned, moved and scaled: the aligned targets are all equal, so features of noise suffice."""
+    rng = np.random.default_rng(7)
+    base = rng.normal(0, 0.03, (21, 3))
+    turns = Rotation.random(80, random_state=7).as_matrix()
+    joints = rng.uniform(0.5, 2, (80, 1, 1)) * base @ turns + rng.normal(size=(80, 1, 3))
+    x = rng.normal(size=(80, 5))
+    table = probing.probe_pose(x[:60], joints[:60], joints[:60, :, :2],
+                               x[60:], joints[60:], joints[60:, :, :2], base, procrustes)
+    assert table["ridge_pa_mpjpe_mm"] < 1e-3 and table["nearest_pa_mpjpe_mm"] < 1e-3
+    assert table["ridge_mpjpe_mm"] > 20
 
 
 def test_a_feature_that_is_the_pose_probes_as_the_pose():
@@ -223,6 +257,28 @@ def test_the_view_is_upright_and_1_3_times_the_box(encoder, tmp_path, monkeypatc
         torch.testing.assert_close(view[1], expected.T, atol=1 / 255, rtol=0)
 
 
+def test_encoders_are_shown_normalised_views(tmp_path):
+    """White images, and a network that returns what it is shown."""
+
+    class Echo(torch.nn.Module):
+        config = {"image_size": 32}
+
+        def features(self, images):
+            return images.mean((2, 3)), images
+
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    write_index(tmp_path / "index", {"image": np.array([b"white.png"] * 3), "box": [[16, 16, 48, 48]] * 3},
+                {"name": "white"}, root=str(tmp_path))
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    args = SimpleNamespace(batch_size=2)
+    features, labels, unread = probe.read_features({"probe": Echo()}, HandIndex(tmp_path / "index"),
+                                                   np.arange(3), (), args, runtime)
+    white = (1 - np.ravel(MEAN)) / np.ravel(STD)
+    np.testing.assert_allclose(features["probe", "class"], np.tile(white, (3, 1)), atol=1e-5)
+    assert (features["pixels", "raw"] == 1).all()
+    assert labels == {} and unread == 0
+
+
 # ------------------------------------------------------------------------------------------------ the command
 def read(folder):
     return json.loads((folder / "metrics.json").read_text())
@@ -239,6 +295,21 @@ def test_poses_fitted_on_half_of_the_videos(hands, encoder, tmp_path):
         assert feature.replace("_", ", ") in done.stdout
     assert 5 < table["mean_hand_pa_mpjpe_mm"] < 50
     assert table["probe_class_ridge_mpjpe_mm"] != table["untrained_class_ridge_mpjpe_mm"]
+
+
+def test_the_command_splits_by_video(hands, encoder, tmp_path, monkeypatch):
+    halves = []
+    read_features = probe.read_features
+
+    def spy(networks, index, rows, *rest):
+        halves.append(rows)
+        return read_features(networks, index, rows, *rest)
+
+    monkeypatch.setattr(probe, "read_features", spy)
+    call("probe.py", encoder, "--data", hands / "train", "--out", tmp_path / "out")
+    videos = HandIndex(hands / "train").columns["video"]
+    fitted, tested = (set(videos[rows].tolist()) for rows in halves)
+    assert fitted and tested and not fitted & tested
 
 
 def test_train_names_the_hands_to_fit_on(hands, encoder, tmp_path):
