@@ -237,6 +237,7 @@ def test_every_process_has_a_dropout_of_its_own(hands, tmp_path, monkeypatch):
     second = Runtime(torch.device("cpu"), torch.float32, 1, 1, 0, 0)
     monkeypatch.setattr(finetune_mesh, "setup", lambda args: second)
     monkeypatch.setattr(finetune_mesh, "make_sampler", lambda *_: EpochSampler(24, 8, 0, 0, 2))
+    monkeypatch.setattr(Runtime, "local_rows", lambda self, rows, dim=0: rows)
     with contextlib.suppress(FileNotFoundError):  # it is not the process that makes RUN
         train(hands, tmp_path / "run", "--steps", 2)
     assert {key for key in keys if key[2] >= 2} == {(0, 0, 3), (0, 1, 3)}
