@@ -334,6 +334,13 @@ def read_boxes(path: Path | str) -> dict:
     return boxes
 
 
+def refuse_unread(index, row: int):
+    """ValueError or OSError that says why no canvas can be cut for a row of an index."""
+    path = index.image_path(row)
+    read_image(path)  # says what is wrong with the file
+    raise ValueError(f"{path}: its box lies outside the image")
+
+
 def crop_canvas(image: Image.Image, centre_x, centre_y, side, size: int):
     """The square crop of an image, resized to size x size; where it leaves the image it is padded by
     reflection.

@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from data import CONTEXT, HandDataset, HandIndex, canvas_size, crop_canvas, make_loader, read_image, square
+from data import (CONTEXT, HandDataset, HandIndex, canvas_size, crop_canvas, make_loader, read_image,
+                  refuse_unread, square)
 from draw import BONES, FINGER_COLORS, draw_joints, overlay
 from mano import (JOINT_NAMES, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
                   read_mano)
@@ -61,7 +62,8 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     joints = np.zeros((len(index), 21, 3), np.float32)
     vertices = np.zeros((len(index), 778, 3), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=batch_size, workers=runtime.workers), desc="predict"):
-        _refuse_unread(index, batch["failed"])
+        for row in batch["failed"][batch["failed"] >= 0].tolist():
+            refuse_unread(index, row)
         rows = batch["row"].numpy()
         left = batch["mirrored"] > 0  # (B,) the canvas of a left hand shows a right one
         hand = predict_views(net, batch["canvas"].to(runtime.device), zoom, size, runtime, tta)
@@ -73,15 +75,6 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
         joints[rows] = points[:, :21].numpy()
         vertices[rows] = points[:, 21:].numpy()
     return joints, vertices
-
-
-def _refuse_unread(index, failed):
-    """ValueError or OSError on the first image that could not be read. failed (B,): its row, else -1."""
-    failed = failed[failed >= 0]
-    if len(failed):
-        path = index.image_path(int(failed[0]))
-        read_image(path)  # says what is wrong with the file
-        raise ValueError(f"{path}: its box lies outside the image")
 
 
 def mirror_back(points, camera, left):

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data import (CONTEXT, HandDataset, HandIndex, canvas_size, image_size, list_images, make_loader,
-                  read_image, whole_box, write_index)
+                  refuse_unread, whole_box, write_index)
 from mano import mean_hand, read_mano
 from metrics import procrustes
 from model import build_encoder, load_encoder
@@ -90,7 +90,7 @@ def read_features(networks, index, rows, labels, args, runtime):
             readable = batch["failed"] < 0
             unread.extend(batch["failed"][~readable].tolist())
             if unread and (not labels or len(unread) == len(rows)):
-                _refuse_unread(index, unread[0])
+                refuse_unread(index, unread[0])
             if readable.any():
                 yield {name: value[readable] for name, value in batch.items()}
 
@@ -110,12 +110,6 @@ def read_features(networks, index, rows, labels, args, runtime):
     encoders = {name: encoder_of(network) for name, network in networks.items()}
     features, found = encode(encoders, readable_batches(), make_views, labels)
     return features, found, len(unread)
-
-
-def _refuse_unread(index, row):
-    """ValueError that says why the image of a row cannot be used."""
-    read_image(index.image_path(row))
-    raise ValueError(f"{index.image_path(row)}: its box lies outside the image")
 
 
 # ----------------------------------------------------------------------------------------------------- probes
