@@ -412,7 +412,7 @@ def check_flags(args):
 def predict_with_checkpoint(args, index, arrays, definition):
     """predict_index with the network of --checkpoint, and facts for the report. Points are rounded here, so
     that the file holds what is scored."""
-    runtime = setup(args)
+    runtime = setup(args, alone=True)
     state = load_checkpoint(args.checkpoint, "mesh")
     if state["hand"] != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "

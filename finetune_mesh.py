@@ -36,14 +36,14 @@ from mano import (
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
-    Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update, finish,
+    Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update, feed, finish,
     generator, initial_weights, is_due, param_groups, parser, read_log, restore, run, save_checkpoint,
     set_lr, setup, start_run, total_steps, update,
 )
 from synthetic_hand import synthetic_mano
 from views import (
-    apply_color, apply_theta, centre_theta, invert_theta, normalise, random_color, random_theta,
-    theta_rotation, to_pixels, to_rgb, warp,
+    apply_color, apply_theta, centre_theta, choose_finer, invert_theta, normalise, random_color,
+    random_theta, theta_rotation, to_pixels, to_rgb, warp,
 )
 
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
@@ -64,7 +64,7 @@ RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
 WEIGHT_DECAY = 0.05  # not on 1-D tensors (MAE)
 WARMUP = 0.05  # share of the steps in which the rate rises (MAE)
 CLIP = 1.0  # largest norm of the gradient (ViTPose)
-THETA, COLOR, DROPOUT = 0, 1, 2  # random streams: generator(seed, step, stream), of DROPOUT + rank
+THETA, COLOR, DROPOUT = 0, 1, 2  # random streams: of (seed, step, stream), of DROPOUT also of the process
 FRACTION = 77  # random stream of --label-fraction
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
@@ -123,16 +123,16 @@ def masked_mean(values, has):
 def defined_joints(estimate, target, arrays, definitions):
     """Joints (B,21,3) of an estimate, for each hand as the labels of its source define them.
 
-    arrays: of the hand. definitions: of each source, by its name in mano.labelled_joints.
+    arrays: of the hand. definitions: {name in mano.labelled_joints: (S,) bool, which sources use it}.
     """
     was_left = target["mirrored"] > 0
     vertices, kinematic = estimate["vertices"], estimate["joints"]
-    first, *others = dict.fromkeys(definitions)
-    joints = labelled_joints(vertices, kinematic, arrays, first, was_left)
-    for name in others:
-        uses_name = torch.tensor([each == name for each in definitions], device=vertices.device)
-        uses_name = uses_name[target["source"]][:, None, None]  # (B, 1, 1)
-        joints = torch.where(uses_name, labelled_joints(vertices, kinematic, arrays, name, was_left), joints)
+    joints = None
+    for name, sources in definitions.items():
+        others = joints
+        joints = labelled_joints(vertices, kinematic, arrays, name, was_left)
+        if others is not None:
+            joints = torch.where(sources[target["source"]][:, None, None], joints, others)
     return joints
 
 
@@ -150,9 +150,9 @@ def draw_color(batch, generator, strength):
     return random_color(batch, generator, 0.4 * strength, 0.2 * strength, 0.3 * strength, 0.3 * strength)
 
 
-def make_views(canvas, theta, size, color):
-    """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them."""
-    return normalise(apply_color(warp(canvas, theta, size), color))
+def make_views(canvas, theta, size, finer, color):
+    """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them. finer: as warp's."""
+    return normalise(apply_color(warp(canvas, theta, size, finer), color))
 
 
 def upright_views(canvas, box_scale, size):
@@ -421,33 +421,40 @@ def main(argv=None):
     unread = UnreadImages(dataset)
     val_rows = runtime.local_rows(torch.arange(len(val_index)))
     val_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, val_rows, substitute=False)
-    val_loader = make_loader(val_dataset, batch_size=64, workers=runtime.workers)
+    val_loader = make_loader(val_dataset, batch_size=64, workers=runtime.workers, pin=device.type == "cuda")
     shown_rows = np.linspace(0, len(val_index) - 1, 8).astype(int)
     shown_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, shown_rows)
     shown = next(iter(make_loader(shown_dataset, batch_size=8)))
     shown_views = upright_views(shown["canvas"].to(device), args.box_scale, size)
     shown_joints2d = shown["joints2d"] * CONTEXT / args.box_scale  # canvas -> view
-    definitions = [joint_definition(index) for index in indices]
+    names = [joint_definition(index) for index in indices]
+    definitions = {name: torch.tensor([each == name for each in names], device=device) for name in names}
     lr_base = args.lr * args.batch_size / 256
+    parts = list(batch_parts(args.batch_size // runtime.world, args.accumulate))
+    finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas_size(size), size)
+    theta_of = partial(draw_theta, box_scale=args.box_scale, rotation=args.rotation, zoom=args.zoom,
+                       shift=args.shift)
+    color_of = partial(draw_color, strength=args.color)
+
+    def draw(step):
+        """What is random in a step, of this process's hands."""
+        return {"theta": runtime.draw(theta_of, args.batch_size, args.seed, step, THETA),
+                "color": runtime.draw(color_of, args.batch_size, args.seed, step, COLOR)}
+
     announce(runtime, out, model, len(rows), steps, args.batch_size)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
 
-    for step, batch in enumerate(loader, start):
-        unread.note(batch)
-        labels = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        canvas = labels.pop("canvas")  # (B, 3, C, C) u8
-        theta = draw_theta(args.batch_size, generator(args.seed, step, THETA), args.box_scale, args.rotation,
-                           args.zoom, args.shift)
-        color = draw_color(args.batch_size, generator(args.seed, step, COLOR), args.color)
-        theta = runtime.local_rows(theta).to(device)  # (B, 2, 3)
-        views = make_views(canvas, theta, size, runtime.local_rows(color).to(device))  # (B, 3, S, S)
-        target = make_target(labels, theta, hand.hands_mean)
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, device):
+        canvas = batch.pop("canvas")  # (B, 3, C, C) u8
+        theta = drawn["theta"]  # (B, 2, 3)
+        views = make_views(canvas, theta, size, finer, drawn["color"])  # (B, 3, S, S)
+        target = make_target(batch, theta, hand.hands_mean)
         if step == 0 and runtime.is_main:
             save_image(out / "samples" / "views.png", label_picture(views[:16], target["joints2d"][:16]))
 
-        torch.manual_seed(generator(args.seed, step, DROPOUT + runtime.rank).initial_seed())
+        torch.manual_seed(generator(args.seed, step, DROPOUT, runtime.rank).initial_seed())
         values = {}
-        for part, is_last in batch_parts(len(views), args.accumulate):
+        for part, is_last in parts:
             true = {name: value[part] for name, value in target.items()}
             with runtime.sync_gradients(net, is_last):
                 with runtime.autocast():

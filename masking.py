@@ -18,6 +18,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -33,31 +34,38 @@ def block_mask(batch, grid, ratio, generator):
     As bytedance/ibot loader.py. grid: patches a side, or (rows, columns). ratio: a number, or (B,) one for
     each image."""
     H, W = (grid, grid) if isinstance(grid, int) else grid
-    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch) * H * W
+    wanted = torch.as_tensor(ratio, dtype=torch.float32).expand(batch).numpy() * H * W
     least = least_block(H, W)
     flattest = math.log(0.3)  # of the rectangles' log aspect ratio
-    mask = torch.zeros(batch, H, W, dtype=torch.bool)
-    tries = torch.zeros(batch)
+    mask = np.zeros((batch, H, W), bool)  # numpy, because the arrays of a step are too small for torch
+    hidden = np.zeros(batch, int)
+    tries = np.zeros(batch, int)
     while True:
-        unfinished = (wanted - mask.sum((1, 2)) >= 1) & (tries < 10)
-        rows = unfinished.nonzero().squeeze(1)  # (R,)
+        rows = np.flatnonzero((wanted - hidden >= 1) & (tries < 10))  # (R,) unfinished
         if not len(rows):
-            return mask.flatten(1)
-        area, aspect, top, left = torch.rand(4, batch, generator=generator)[:, rows]
-        room = wanted[rows] - mask[rows].sum((1, 2))
-        area = (least + area * (room - least)).clamp(min=0)
-        aspect = torch.exp(flattest - 2 * flattest * aspect)
-        height = (area * aspect).sqrt().round()
-        width = (area / aspect).sqrt().round()
-        top = (top * (H - height + 1)).floor()
-        left = (left * (W - width + 1)).floor()
-        in_rows = (torch.arange(H) >= top[:, None]) & (torch.arange(H) < (top + height)[:, None])
-        in_columns = (torch.arange(W) >= left[:, None]) & (torch.arange(W) < (left + width)[:, None])
-        block = in_rows[:, :, None] & in_columns[:, None]  # (R, H, W)
-        added = (block & ~mask[rows]).sum((1, 2))
-        fits = (height < H) & (width < W) & (added > 0) & (added <= room)
-        mask[rows] |= block & fits[:, None, None]
-        tries[rows] = torch.where(fits, 0, tries[rows] + 1)
+            return torch.from_numpy(mask).flatten(1)
+        area, aspect, top, left = torch.rand(4, batch, generator=generator).numpy()[:, rows]
+        room = wanted[rows] - hidden[rows]
+        area = np.maximum(least + area * (room - least), 0)
+        aspect = np.exp(flattest - 2 * flattest * aspect)
+        height = np.sqrt(area * aspect).round()
+        width = np.sqrt(area / aspect).round()
+        top = np.floor(top * (H - height + 1))
+        left = np.floor(left * (W - width + 1))
+        in_rows = _between(H, top, height)  # (R, H)
+        in_columns = _between(W, left, width)  # (R, W)
+        added = in_rows[:, :, None] & in_columns[:, None] & ~mask[rows]  # (R, H, W)
+        count = added.sum((1, 2))
+        fits = (height < H) & (width < W) & (count > 0) & (count <= room)
+        mask[rows[fits]] |= added[fits]
+        hidden[rows[fits]] += count[fits]
+        tries[rows] = np.where(fits, 0, tries[rows] + 1)
+
+
+def _between(length, first, count):
+    """(R,length) True at the places first .. first + count - 1."""
+    place = np.arange(length)
+    return (place >= first[:, None]) & (place < (first + count)[:, None])
 
 
 def least_block(H, W):

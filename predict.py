@@ -179,7 +179,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     if args.batch_size < 1 or not (args.focal is None or args.focal > 0):
         raise ValueError("--batch-size and --focal must be positive")
-    runtime = setup(args)
+    runtime = setup(args, alone=True)
     net, box_scale, arrays = load_network(args.checkpoint, args.mano, runtime.device)
     faces = net.head.hand.faces.cpu().numpy()
     images = []

@@ -27,17 +27,17 @@ from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, ch
                   make_sampler, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
-from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, finish,
-                     generator, initial_weights, is_due, param_groups, parser, read_log, require_finite,
-                     restore, run, save_checkpoint, set_lr, setup, start_run, total_steps, update)
-from views import (apply_hsv, apply_strong_color, apply_theta, invert_theta, normalise, random_hsv,
-                   strong_color, to_pixels, to_rgb, warp)
+from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, feed,
+                     finish, initial_weights, is_due, param_groups, parser, read_log, restore, run,
+                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
+                   random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 
 CROP = 1.3  # the public code's crop: its side over the longer side of the box
 PIXELS = 112  # half the side of that crop in pixels, before it is resized
 OUTPUT = 128  # side of the public code's view, after the crop is resized
 SIMCLR_ZOOM = (1.25, 1.25)  # the public code's fixed margin around the keypoints
-VIEW_STREAM = 2  # number of the random stream that views are drawn from
+THETA, LIGHT, COLOR, BLUR, HSV = 0, 1, 2, 3, 4  # random streams: of (seed, step, stream)
 CHUNK = 256  # rows of the similarity matrix that exist at a time
 CHARTS = {"loss": ("loss",), "agreement": ("positive_similarity", "negative_similarity", "alignment")}
 
@@ -155,7 +155,7 @@ def pair_weights_by_rows(joints_a, joints_b):
     once."""
     joints = torch.cat([joints_a, joints_b])  # (2N, 21, 2)
     pair_distance = (joints_a - joints_b).norm(dim=2).mean(1)  # (N,)
-    farthest = max(_joint_distance(some, joints).max() for some in joints.split(CHUNK))
+    farthest = torch.stack([_joint_distance(some, joints).max() for some in joints.split(CHUNK)]).max()
 
     def negative_rows(rows):
         return _closeness(_joint_distance(joints[rows], joints), 0, farthest)
@@ -164,18 +164,21 @@ def pair_weights_by_rows(joints_a, joints_b):
 
 
 def _joint_distance(joints_a, joints_b):
-    """(R,21,2), (M,21,2) -> (R,M): the distance of two joints, mean over the joints."""
-    a = joints_a.transpose(0, 1).contiguous()  # (21, R, 2)
-    b = joints_b.transpose(0, 1).contiguous()  # (21, M, 2)
-    mode = "donot_use_mm_for_euclid_dist"  # products would lose the small distances
-    return torch.cat([torch.cdist(some, b, compute_mode=mode).mean(0) for some in a.split(64, 1)])
+    """(R,21,2), (M,21,2) -> (R,M): the distance of two joints, mean over the joints.
+
+    Element by element: matrix products would lose the small distances, and cdist without them is slow on a
+    GPU."""
+    total = 0
+    for a, b in zip(joints_a.unbind(1), joints_b.unbind(1), strict=True):  # (R, 2), (M, 2)
+        across, down = (a[:, None] - b).unbind(-1)  # (R, M)
+        total = total + torch.hypot(across, down)
+    return total / joints_a.shape[1]
 
 
 def _closeness(distance, nearest, farthest):
     """1 at the nearest, 0 at the farthest distance, linear between; 1 where the two are equal."""
-    if farthest - nearest < 1e-6:
-        return torch.ones_like(distance)
-    return (farthest - distance) / (farthest - nearest)
+    extent = farthest - nearest
+    return torch.where(extent < 1e-6, 1.0, (farthest - distance) / extent.clamp(min=1e-6))
 
 
 def lars(parameters, lr, weight_decay, eta=0.02):
@@ -183,16 +186,17 @@ def lars(parameters, lr, weight_decay, eta=0.02):
 
     ut-vision/SiMHand src/models/base_model.py: a LARS wrapper whose rate is at most 1. No weight decay on 1-D
     tensors."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        decay = weight_decay if parameter.ndim > 1 else 0.0
-        size = parameter.detach().norm()
-        slope = parameter.grad.norm()
+    for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+        some = [each for each in parameters if each.grad is not None and (each.ndim > 1) == is_matrix]
+        values = [each.detach() for each in some]
+        gradients = [each.grad for each in some]
+        size = torch.stack(torch._foreach_norm(values))  # (P,), one for each tensor
+        slope = torch.stack(torch._foreach_norm(gradients))
         rate = (eta * size / (slope + decay * size + 1e-8) / lr).clamp(max=1)
         moves = (size > 0) & (slope > 0)
-        parameter.grad.add_(parameter.detach() * (decay * moves))
-        parameter.grad.mul_(torch.where(moves, rate, 1.0))
+        if decay:
+            torch._foreach_add_(gradients, torch._foreach_mul(values, (decay * moves).unbind()))
+        torch._foreach_mul_(gradients, torch.where(moves, rate, 1.0).unbind())
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -201,7 +205,7 @@ def pair_rows(failed, pairs):
 
     failed (B,) of hands that are paired with themselves, or (2B,) of hands and then their neighbours: -1
     where the image could be read. Where it could not, the other one of the pair stands in both views."""
-    rows = torch.arange(len(failed)).unflatten(0, (-1, pairs)).expand(2, pairs)
+    rows = torch.arange(len(failed), device=failed.device).unflatten(0, (-1, pairs)).expand(2, pairs)
     return torch.where(failed[rows] < 0, rows, rows.flip(0))
 
 
@@ -214,17 +218,6 @@ def hand_circle(joints, is_known):
     middle = torch.where(is_known[..., None], joints.mean(2), 0.0)
     radius = (joints - middle[..., None, :]).norm(dim=-1).amax(-1)
     return middle, torch.where(is_known, radius, CROP / CONTEXT).clamp(0.1, 2)
-
-
-def draw_numbers(seed, step, batch, color, size):
-    """What is random in a step's views (2,batch,...): unit (2,batch,4) ~ U(0,1) for hand_theta, then the
-    factors of colour for make_views. The views have generators of their own."""
-    color_draws = (random_hsv,) if color is None else strong_color(color, size)
-    numbers = []
-    for view in (0, 1):
-        g = generator(seed, step, VIEW_STREAM, view)
-        numbers.append([torch.rand(batch, 4, generator=g), *(draw(batch, g) for draw in color_draws)])
-    return [torch.stack(two_views) for two_views in zip(*numbers, strict=True)]
 
 
 def hand_theta(unit, middle, radius, rotation, zoom, shift, both_ways=True):
@@ -243,16 +236,15 @@ def hand_theta(unit, middle, radius, rotation, zoom, shift, both_ways=True):
     return torch.cat([scale[..., None, None] * turn, middle[..., None] + moved], -1)
 
 
-def make_views(canvas, theta, size, color, factors):
+def make_views(canvas, theta, size, finer, looks):
     """Canvases (2,B,3,H,W) u8 seen through theta (2,B,2,3) -> normalised views (2,B,3,size,size).
 
-    color: the strength of strong_color, None for PeCLR's random_hsv. factors: what they drew, (2,B,...)."""
-    views = warp(canvas.flatten(0, 1), theta.flatten(0, 1), size)  # (2B, 3, S, S)
-    factors = [factor.flatten(0, 1) for factor in factors]
-    if color is None:
-        views = apply_hsv(views, factors[0].to(views.device))
+    finer: as warp's. looks: the factors (2,B,...) of colour, {"hsv": ...} or apply_strong_color's."""
+    views = warp(canvas.flatten(0, 1), theta.flatten(0, 1), size, finer)  # (2B, 3, S, S)
+    if "hsv" in looks:
+        views = apply_hsv(views, looks["hsv"].flatten(0, 1))
     else:
-        views = apply_strong_color(views, *factors)
+        views = apply_strong_color(views, **looks)
     return normalise(views).unflatten(0, (2, -1))
 
 
@@ -493,6 +485,26 @@ def main(argv=None):
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity",))
     B = args.batch_size // runtime.world  # pairs of this process
+    parts = list(batch_parts(B, args.accumulate))
+    is_known = is_known.to(runtime.device)
+    # The widest usual window. Around a hand that fills more than that, views are a little coarser.
+    finer = choose_finer(CROP / CONTEXT * args.zoom[1], dataset.canvas, args.image_size)
+    if args.color is None:
+        looks = {"hsv": (HSV, random_hsv)}
+    else:
+        draw_light, draw_color, draw_sigma = strong_color(args.color, args.image_size)
+        looks = {"light": (LIGHT, draw_light), "color": (COLOR, draw_color), "sigma": (BLUR, draw_sigma)}
+
+    def draw(step):
+        """What is random in a step, of this process's pairs, for views a and b: (2, B, ...)."""
+        def rows(stream, draw):
+            return runtime.draw(two_views(draw), args.batch_size, args.seed, step, stream, dim=1)
+
+        drawn = {name: rows(*each) for name, each in looks.items()}
+        if "sigma" in drawn:
+            drawn["blurred"] = rows_to_blur(drawn["sigma"])
+        return {"unit": rows(THETA, lambda count, g: torch.rand(count, 4, generator=g)), "looks": drawn}
+
     losses_per_update = args.accumulate * (1 if args.gather else runtime.world)  # each over its own pairs
     peak_lr = args.lr * math.sqrt(args.batch_size / losses_per_update)
 
@@ -505,23 +517,19 @@ def main(argv=None):
         save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    for step, batch in enumerate(loader, start):
-        unread.note(batch)
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, runtime.device):
         rows = pair_rows(batch["failed"], B)  # (2, B)
-        canvas = batch["canvas"].to(runtime.device, non_blocking=True)[rows]  # (2, B, 3, H, W)
-        joints = batch[column].to(runtime.device, non_blocking=True)[rows]  # (2, B, 21, 2), on the canvas
-        has_joints = is_known[batch["row"]][rows].to(runtime.device)  # (2, B)
-
-        drawn = draw_numbers(args.seed, step, args.batch_size, args.color, args.image_size)
-        unit, *factors = (runtime.local_rows(numbers, dim=1) for numbers in drawn)
+        canvas = batch["canvas"][rows]  # (2, B, 3, H, W)
+        joints = batch[column][rows]  # (2, B, 21, 2), on the canvas
+        has_joints = is_known[batch["row"]][rows]  # (2, B)
         middle, radius = hand_circle(joints, has_joints)
-        theta = hand_theta(unit.to(runtime.device), middle, radius, args.rotation, args.zoom, args.shift,
+        theta = hand_theta(drawn["unit"], middle, radius, args.rotation, args.zoom, args.shift,
                            both_ways=args.undo != "official")  # (2, B, 2, 3)
-        views = make_views(canvas, theta, args.image_size, args.color, factors)  # (2, B, 3, S, S)
+        views = make_views(canvas, theta, args.image_size, finer, drawn["looks"])  # (2, B, 3, S, S)
         joints = apply_theta(invert_theta(theta), joints)  # (2, B, 21, 2), in the view
 
         mean_loss = 0.0
-        for part, is_last in batch_parts(B, args.accumulate):
+        for part, is_last in parts:
             positive = negative = None  # the weights
             with runtime.sync_gradients(net, is_last):
                 with runtime.autocast():
@@ -535,7 +543,6 @@ def main(argv=None):
                                negative if args.weights in ("negative", "both") else None)
                 scaler.scale(loss / args.accumulate).backward()
             mean_loss += loss.detach() / args.accumulate
-        require_finite(mean_loss, "loss")
 
         lr = cosine(step, steps, peak_lr, final=1e-3 * peak_lr, warmup=int(args.warmup * steps))
         set_lr(optimizer, lr)

@@ -33,11 +33,10 @@ from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_ta
                      mask_sampler, normalise_patches, random_mask, to_patches)
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
 from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update,
-                     finish, generator, initial_weights, is_due, param_groups, parser, read_log,
-                     require_finite, restore, run, save_checkpoint, set_lr, setup, start_run, total_steps,
-                     update)
-from views import (apply_strong_color, apply_theta, invert_theta, normalise, random_theta, strong_color,
-                   to_pixels, to_rgb, warp)
+                     feed, finish, initial_weights, is_due, param_groups, parser, read_log, restore, run,
+                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
+                   rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
@@ -46,7 +45,7 @@ CONTRAST_TEMPERATURE = 0.2  # ours
 SPREAD = 0.4  # of the teacher's keypoints, canvas units: align_loss (ours)
 CLIP = 3.0  # largest norm of the gradient; iBOT's number, which it applies to each tensor
 FROZEN = 1250  # steps in which the prototypes stand still, at most a 50th of the run (iBOT: its first epoch)
-THETA, LIGHT, COLOR, BLUR, MASKS = 0, 1, 2, 3, 5  # random streams: generator(seed, step, stream, view)
+THETA, LIGHT, COLOR, BLUR, MASKS = 0, 1, 2, 3, 5  # random streams: of (seed, step, stream)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -69,31 +68,31 @@ class HandMIM(nn.Module):
         self.hog_head = nn.Linear(dim, HOG_DIRECTIONS * HOG_CELLS ** 2) if hog else None
         self.patch_hog_head = nn.Linear(dim, HOG_DIRECTIONS * 4) if hog else None
 
-    def forward(self, views, mask, hide):
-        """views (2,B,3,S,S); mask (2,B,N), the patches that are asked about; hide: True for the student,
-        which does not see them, False for the teacher.
+    def forward(self, views, mask, masked, hide):
+        """views (2,B,3,S,S); mask (2,B,N), the patches that are asked about; masked (M,), their places in the
+        flat mask; hide: True for the student, which does not see them, False for the teacher.
 
-        Returns a dict: tokens (2B,1+N,D); class (2,B,P) and patch (M,P) logits; keypoints (2,B,K,2),
-        coordinates of the VIEW; and from the student pixels (M,3pp), hog (2,B,512), patch_hog (2,B,N,32). M
-        counts the masked patches."""
+        Returns a dict, all fp32: tokens (2B,1+N,D); class (2,B,P) and patch (M,P) logits; keypoints
+        (2,B,K,2), coordinates of the VIEW; and from the student pixels (M,3pp), hog (2,B,512), patch_hog
+        (2,B,N,32)."""
         two_views = views.shape[:2]
-        mask = mask.flatten(0, 1)  # (2B, N)
-        tokens = self.encoder(views.flatten(0, 1), mask if hide else None, self.mask_token).float()
+        hidden = mask.flatten(0, 1) if hide else None  # (2B, N)
+        tokens = self.encoder(views.flatten(0, 1), hidden, self.mask_token).float()
         outputs = {"tokens": tokens}
         class_tokens = tokens[:, 0]  # (2B, D)
-        masked_patches = tokens[:, 1:][mask]  # (M, D)
-        with torch.autocast("cuda" if views.is_cuda else "cpu", enabled=False):
-            if "class" in self.distil:
-                outputs["class"] = self.prototype_head(class_tokens).unflatten(0, two_views)
-            if "patch" in self.distil:
-                outputs["patch"] = self.prototype_head(masked_patches)
-            if self.keypoint_head is not None:
+        masked_patches = tokens[:, 1:].flatten(0, 1)[masked]  # (M, D)
+        if "class" in self.distil:
+            outputs["class"] = self.prototype_head(class_tokens).float().unflatten(0, two_views)
+        if "patch" in self.distil:
+            outputs["patch"] = self.prototype_head(masked_patches).float()
+        if self.keypoint_head is not None:
+            with torch.autocast(views.device.type, enabled=False):  # coordinates need all digits
                 outputs["keypoints"] = self.keypoint_head(class_tokens).unflatten(0, two_views)
-            if self.pixel_head is not None and hide:
-                outputs["pixels"] = self.pixel_head(masked_patches)
-            if self.hog_head is not None and hide:
-                outputs["hog"] = self.hog_head(class_tokens).unflatten(0, two_views)
-                outputs["patch_hog"] = self.patch_hog_head(tokens[:, 1:]).unflatten(0, two_views)
+        if self.pixel_head is not None and hide:
+            outputs["pixels"] = self.pixel_head(masked_patches).float()
+        if self.hog_head is not None and hide:
+            outputs["hog"] = self.hog_head(class_tokens).float().unflatten(0, two_views)
+            outputs["patch_hog"] = self.patch_hog_head(tokens[:, 1:]).float().unflatten(0, two_views)
         return outputs
 
 
@@ -164,12 +163,14 @@ class Centers(dict):
 
     @torch.no_grad()
     def move(self, mean):
-        """mean: over the processes."""
-        for name, center in self.items():
-            rows = mean(torch.tensor(float(self.rows[name]), device=center.device))
-            added = (1 - CENTER_MOMENTUM) * mean(self.sums[name]) / rows.clamp(min=1e-6)
-            moved = CENTER_MOMENTUM * center + added
-            self[name] = torch.where(rows > 0, moved, center)
+        """mean: over the processes, of a tensor. Logits that are not finite move nothing."""
+        if not self:
+            return
+        totals = [F.pad(self.sums[name], (0, 1), value=self.rows[name]) for name in self]  # (1, P + 1) each
+        for name, total in zip(self, mean(torch.stack(totals)), strict=True):
+            logits, rows = total[:, :-1], total[:, -1:]
+            moved = CENTER_MOMENTUM * self[name] + (1 - CENTER_MOMENTUM) * logits / rows.clamp(min=1e-6)
+            self[name] = torch.where((rows > 0) & moved.isfinite().all(), moved, self[name])
         self.sums, self.rows = dict.fromkeys(self, 0), dict.fromkeys(self, 0)
 
     def state_dict(self):
@@ -180,15 +181,15 @@ class Centers(dict):
         self.sums, self.rows = dict.fromkeys(self, 0), dict.fromkeys(self, 0)
 
 
-def patch_weights(mask):
-    """Weights (M,) of the masked patches of mask (2,B,N): the mean over an image's masked patches, then over
-    all views.
+def patch_weights(mask, masked):
+    """Weights (M,) of the masked patches, which are at `masked` in the flat mask (2,B,N): the mean over an
+    image's masked patches, then over all views.
 
     Views without a mask count as 0 in it (iBOT).
     """
     mask = mask.flatten(0, 1)
     weights = 1 / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
-    return weights.expand_as(mask)[mask]
+    return weights.expand_as(mask).flatten()[masked]
 
 
 def pixel_loss(predicted, patches, weights):
@@ -218,15 +219,10 @@ def teacher_temperature(step, steps, first, last):
     return min(1.0, step / max(1, 0.15 * steps)) * (last - first) + first
 
 
-def draw_two_views(draw, batch, key):
-    """Draws (2,B,...) for views u and v of the whole batch, a function of key = (seed, step, stream)."""
-    return torch.stack([draw(batch, generator(*key, view)) for view in (0, 1)])
-
-
-def make_views(canvas, theta, light, color, sigma, size):
+def make_views(canvas, theta, size, finer, looks):
     """Canvases (B,3,H,W) u8 seen through theta (2,B,2,3) -> views (2,B,3,size,size) as the encoder sees
-    them."""
-    return normalise(apply_strong_color(warp(canvas, theta, size), light, color, sigma))
+    them. finer: as warp's. looks: the factors of colour, as apply_strong_color's."""
+    return normalise(apply_strong_color(warp(canvas, theta, size, finer), **looks))
 
 
 def in_photograph(theta, valid, grid):
@@ -329,13 +325,16 @@ class CollapseAlarm:
 
 # --------------------------------------------------------------------------------------------------- pictures
 @torch.no_grad()
-def picture(student, teacher, views, theta, mask, patch, hands=8):
-    """A row for each hand, from HandMIM's outputs for views (2,B,3,S,S). For either view:
+def picture(net, teacher, views, theta, mask, hands=8):
+    """A row for each of some hands, from HandMIM's outputs for views (2,B,3,S,S). For either view:
 
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
     (rings; a keypoint has one colour); the masked input; the reconstruction with the visible patches pasted;
     the HOG of the view, and what the class token makes of the masked input."""
-    two_views = views.shape[:2]
+    views, theta, mask = views[:, :hands], theta[:, :hands], mask[:, :hands]
+    masked = mask.flatten().nonzero().squeeze(1)
+    student, teacher = (each(views, mask, masked, hide) for each, hide in ((net, True), (teacher, False)))
+    patch = net.encoder.patch
     size = views.shape[-1]
     patches = to_patches(views, patch)  # (2, B, N, 3pp)
     hidden = patches.clone()
@@ -356,8 +355,8 @@ def picture(student, teacher, views, theta, mask, patch, hands=8):
         for name, cells in (("HOG", hog_targets(views, patch)[0]), ("HOG read", student["hog"])):
             cells = cells.float().reshape(-1, HOG_DIRECTIONS, HOG_CELLS, HOG_CELLS).cpu().numpy()
             columns[name] = [draw_hog(each, size) for each in cells]
-    B = two_views[1]
-    rows = [view * B + hand for hand in range(min(B, hands)) for view in (0, 1)]
+    B = views.shape[1]
+    rows = [view * B + hand for hand in range(B) for view in (0, 1)]
     tiles = [images[row] for row in rows for images in columns.values()]
     names = [f"{name} {'uv'[row // B]}" for row in rows for name in columns]
     return grid(tiles, 2 * len(columns), names, cell=128)
@@ -529,38 +528,44 @@ def main(argv=None):
     unread = UnreadImages(dataset)
     lr_base = args.lr * args.batch_size / 256
     frozen = min(FROZEN, int(0.02 * steps))
+    finer = choose_finer(WINDOW / CONTEXT * args.zoom[1], canvas_size(size), size)
     draw_theta = theta_sampler(args.rotation, args.zoom, args.shift)
-    draw_looks = strong_color(args.color, size)  # light, color, blur
+    draw_light, draw_color, draw_sigma = strong_color(args.color, size)
     draw_mask = mask_sampler(block_mask if args.mask == "block" else random_mask, side, args.mask_ratio,
                              args.mask_share)
+    parts = list(batch_parts(args.batch_size // runtime.world, args.accumulate))
 
-    def two_views(step, stream, draw):  # (2, B, ...): of this process's hands, for views u and v
-        drawn = draw_two_views(draw, args.batch_size, (args.seed, step, stream))
-        return runtime.local_rows(drawn, dim=1)
+    def draw(step):
+        """What is random in a step, of this process's hands, for views u and v: (2, B, ...)."""
+        def rows(stream, draw):
+            return runtime.draw(two_views(draw), args.batch_size, args.seed, step, stream, dim=1)
+
+        sigma = rows(BLUR, draw_sigma)
+        looks = {"light": rows(LIGHT, draw_light), "color": rows(COLOR, draw_color), "sigma": sigma,
+                 "blurred": rows_to_blur(sigma)}
+        mask = rows(MASKS, draw_mask)  # (2, B, N)
+        masked = [mask[:, part].flatten().nonzero().squeeze(1) for part, _ in parts]  # (M,) of each part
+        return {"theta": rows(THETA, draw_theta), "looks": looks, "mask": mask, "masked": masked}
 
     announce(runtime, out, student, len(dataset), steps, args.batch_size)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
 
-    for step, batch in enumerate(loader, start):
-        unread.note(batch)
-        canvas = batch["canvas"].to(device, non_blocking=True)  # (B, 3, C, C) u8
-        theta = two_views(step, THETA, draw_theta).to(device)  # (2, B, 2, 3)
-        looks = [two_views(step, *drawn) for drawn in zip((LIGHT, COLOR, BLUR), draw_looks, strict=True)]
-        views = make_views(canvas, theta, *looks, size)  # (2, B, 3, S, S)
-        mask = two_views(step, MASKS, draw_mask).to(device)  # (2, B, N)
-        real = in_photograph(theta, batch["valid"].to(device), side)  # (2, B, N)
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, device):
+        theta, mask = drawn["theta"], drawn["mask"]  # (2, B, 2, 3), (2, B, N)
+        views = make_views(batch["canvas"], theta, size, finer, drawn["looks"])  # (2, B, 3, S, S)
+        real = in_photograph(theta, batch["valid"], side)  # (2, B, N)
         real_masked = runtime.mean((real & mask).sum().float()).clamp(min=1) / args.accumulate
         temperature = teacher_temperature(step, steps, *args.temperature)
         values = {"masked_views": mask.any(2).float().mean(), "masked_patches": mask.float().mean()}
 
-        for part, is_last in batch_parts(len(canvas), args.accumulate):
+        for (part, is_last), masked in zip(parts, drawn["masked"], strict=True):
             some_views, some_theta, some_mask = views[:, part], theta[:, part], mask[:, part]
             with runtime.sync_gradients(net, is_last):
                 with runtime.autocast():
                     with torch.no_grad():
-                        taught = teacher(some_views, some_mask, hide=False)
-                    learned = net(some_views, some_mask, hide=True)
+                        taught = teacher(some_views, some_mask, masked, hide=False)
+                    learned = net(some_views, some_mask, masked, hide=True)
                 losses = {}
                 if keypoints:  # the pose loss: class token, undone onto the canvas; the OTHER view
                     points = runtime.gather(apply_theta(some_theta, learned["keypoints"]))  # (2, B, K, 2)
@@ -574,10 +579,10 @@ def main(argv=None):
                     losses["class"] = errors.mean()
                 if "patch" in weights:  # masked patches: the SAME view, the same patch
                     errors = distill(learned["patch"], taught["patch"], centers["patch"], temperature)  # (M,)
-                    losses["patch"] = (errors * patch_weights(some_mask)).sum()
+                    losses["patch"] = (errors * patch_weights(some_mask, masked)).sum()
                 if "pixel" in weights:  # masked patches, but for the padding around the photograph
-                    patches = to_patches(some_views, patch)[some_mask]  # (M, 3pp)
-                    share = real[:, part][some_mask] / real_masked  # (M,)
+                    patches = to_patches(some_views, patch).flatten(0, 2)[masked]  # (M, 3pp)
+                    share = real[:, part].flatten()[masked] / real_masked  # (M,)
                     losses["pixel"] = pixel_loss(learned["pixels"], patches, share)
                 if "hog" in weights:
                     whole, of_patches = hog_targets(some_views, patch)
@@ -595,7 +600,6 @@ def main(argv=None):
             for name, term in (losses | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + term.detach() / args.accumulate
 
-        require_finite(values["loss"], "loss")
         if step < frozen and distil:
             student.prototype_head.prototypes.grad = None
         lr = cosine(step, steps, lr_base, final=1e-6, warmup=int(args.warmup * steps))
@@ -609,7 +613,7 @@ def main(argv=None):
             log.warn(step + 1, text)
         saved = is_due(step, args.save_every, steps)
         if runtime.is_main and (saved or step == 0):
-            shown = picture(learned, taught, some_views, some_theta, some_mask, patch)
+            shown = picture(student, teacher, views, theta, mask)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
         if runtime.is_main and saved:
             save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)

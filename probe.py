@@ -204,7 +204,7 @@ def main(argv=None):
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
     check_ranges(args, {"image_size": (16, 4096), "batch_size": (1, 65536)})
-    runtime = setup(args)
+    runtime = setup(args, alone=True)
     networks = make_networks(args.encoder, args.image_size)
     with tempfile.TemporaryDirectory() as folder:
         index = _open_data(args.data, folder)

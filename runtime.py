@@ -22,6 +22,8 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,7 +34,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,10 +46,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 # Flags that may differ when a run is continued: they change where and how fast it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "out", "workers", "device", "log_every", "save_every"}
+FREE_ON_RESUME = {"resume", "out", "workers", "cache", "device", "log_every", "save_every"}
+MANY_SKIPPED = 20  # steps in a row without a finite gradient that end a run
+BLOCK = 128  # rows of a batch that are drawn together, from one generator
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
-FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 2}
+FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 3}
 
 
 def run(main: Callable):
@@ -127,6 +132,9 @@ def add_training_flags(cli, batch_size, epochs):
                        help="parts of each update, one after the other, to save memory")
     group.add_argument("--seed", type=int, default=0,
                        help="seed: every draw is a function of (seed, step, sample)")
+    group.add_argument("--cache", choices=["none", "file", "memory", "device"], default="none",
+                       help="decode each image once and keep its canvas: in a file beside the index that "
+                            "runs share, in memory, or on the device (default none: decode in every epoch)")
     group.add_argument("--log-every", type=int, default=10,
                        help="steps between lines of log.jsonl (default 10)")
     group.add_argument("--save-every", type=int, default=500,
@@ -185,9 +193,10 @@ class Runtime:
         """The model that the loop calls; with several processes their gradients are averaged."""
         if self.world == 1:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model,
-                                                         [self.local_rank] if self.device.type == "cuda"
-                                                         else None)
+        # Buffers are constants, or BatchNorm's running means, of which process 0's are saved.
+        devices = [self.local_rank] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
+                                                         gradient_as_bucket_view=True)
 
     def sync_gradients(self, model, now):
         """Context of a forward and backward pass; the processes exchange gradients only where `now`."""
@@ -197,6 +206,16 @@ class Runtime:
         """This process's consecutive rows of something that was drawn for the whole batch."""
         first, end = (rank * array.shape[dim] // self.world for rank in (self.rank, self.rank + 1))
         return array.narrow(dim, first, end - first)
+
+    def draw(self, draw, batch, *key, dim=0):
+        """This process's rows, along `dim`, of what draw(rows, generator) makes for a batch.
+
+        The same for any number of processes. Each BLOCK of the batch's rows has a generator of its own, a
+        function of key and block; a process draws the blocks that it has rows of."""
+        first, end = (rank * batch // self.world for rank in (self.rank, self.rank + 1))
+        blocks = range(first // BLOCK, (end - 1) // BLOCK + 1)
+        drawn = torch.cat([draw(BLOCK, generator(*key, block)) for block in blocks], dim)
+        return drawn.narrow(dim, first - blocks[0] * BLOCK, end - first)
 
     def gather(self, value):
         """Tensors (2,B,...) of all processes joined along dimension 1, with their gradients.
@@ -239,11 +258,13 @@ class _Gather(torch.autograd.Function):
         return gradient[:, ctx.rows], None, None
 
 
-def setup(args) -> Runtime:
+def setup(args, alone: bool = False) -> Runtime:
     """The Runtime that the flags and torchrun's environment ask for; ValueError where the machine does not
-    have it."""
+    have it. alone: the command has no work for a second process."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if alone and world > 1:
+        raise ValueError(f"torchrun started {world} processes, but this command needs one: use python")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -261,6 +282,7 @@ def setup(args) -> Runtime:
         torch.cuda.set_device(local_rank)
         # Convolutions of a fp32 encoder stay exact too; torch's matrix products are by default.
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+        torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
     bf16 = name == "cuda" and torch.cuda.is_bf16_supported()
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -291,8 +313,49 @@ def finish():
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of the integers in key: (seed, step, stream, ...)."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(seed >> 1)
+    text = ",".join(str(int(number)) for number in key)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def feed(loader: Iterable, draw: Callable, start: int, device: torch.device) -> Iterator[tuple]:
+    """Yields (step, batch, drawn) from step `start` on, both on the device, without ever waiting for it.
+
+    batch: a dict of tensors from the loader. drawn: draw(step), a dict of CPU tensors or lists of them. A
+    thread makes the next step's while this one is computed; on a GPU they are pinned and copied
+    asynchronously.
+    """
+    batches = iter(loader)
+
+    def make(step):
+        batch = next(batches, None)
+        return None if batch is None else (_pinned(batch, device), _pinned(draw(step), device))
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, start)
+        for step in itertools.count(start):
+            made = coming.result()
+            if made is None:
+                return
+            coming = thread.submit(make, step + 1)
+            batch, drawn = (_each(each, lambda tensor: tensor.to(device, non_blocking=True)) for each in made)
+            yield step, batch, drawn
+
+
+def _each(item, change):
+    """change(tensor) for every tensor of a dict or list."""
+    if isinstance(item, dict):
+        return {name: _each(value, change) for name, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [_each(value, change) for value in item]
+    return change(item)
+
+
+def _pinned(item, device):
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return item
+    torch.cuda.set_device(device)  # of this thread
+    return _each(item, lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
 
 
 # -------------------------------------------------------------------------------------- schedules and updates
@@ -333,42 +396,39 @@ def adamw(groups: list, device: torch.device):
 
 
 def batch_parts(size: int, accumulate: int) -> Iterator[tuple]:
-    """Yields (rows, last) for each of the parts that a batch of `size` is split into."""
-    parts = torch.arange(size).chunk(accumulate)
-    for i, rows in enumerate(parts, 1):
-        yield rows, i == len(parts)
+    """Yields (rows, last) for each of the parts that a batch of `size` is split into; rows is a slice."""
+    length = size // accumulate
+    for i in range(accumulate):
+        yield slice(i * length, (i + 1) * length), i + 1 == accumulate
 
 
 def update(optimizer, scaler, parameters, clip: float = math.inf, adapt: Callable | None = None):
     """One optimiser update after the backward passes; returns the gradient's norm before clipping.
 
-    adapt() changes the clipped gradients in place, as LARS does. A gradient that is not finite ends the run
-    (FloatingPointError); with fp16 the loss scale is halved and the update skipped instead.
+    adapt() changes the clipped gradients in place, as LARS does. Where the norm is not finite, nothing
+    changes; the log counts such steps. The device decides that, the loop does not wait for it.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    if not scaler.is_enabled():
-        require_finite(norm, "gradient")
     if adapt:
         adapt()
-    scaler.step(optimizer)
+    is_fused = optimizer.defaults.get("fused")
+    if is_fused and not scaler.is_enabled():
+        optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel then leaves the weights alone
+    if is_fused or scaler.is_enabled() or norm.isfinite():
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def require_finite(value, what: str):
-    if not torch.isfinite(value):
-        raise FloatingPointError(f"the {what} is not finite: lower --lr or use --precision fp32; "
-                                 "--resume continues from the last save")
 
 
 @torch.no_grad()
 def ema_update(average, model, decay: float):
     """Parameters: average <- decay average + (1 - decay) model. Buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-    for mine, other in zip(average.buffers(), model.buffers(), strict=True):
-        mine.copy_(other)
+    buffers = list(average.buffers())
+    if buffers:
+        torch._foreach_copy_(buffers, list(model.buffers()))
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
@@ -418,7 +478,7 @@ def _problem_with_run(out, flags, resume):
         return f"{config}: not the configuration of a run; choose another --out"
     if before.get("format", 1) != FORMATS["run"]:
         return (f"{config}: a run of another version (format {before.get('format', 1)}, needed "
-                f"{FORMATS['run']}), whose flags have changed since: start a new run in another --out")
+                f"{FORMATS['run']}), whose flags or draws have changed since: start a new --out")
     for name, value in flags.items():
         if name not in FREE_ON_RESUME and before.get(name, value) != value:
             flag = f"--{name.replace('_', '-')}"
@@ -505,9 +565,24 @@ def save_arrays(path: Path | str, **arrays):
 
 def save_checkpoint(path: Path | str, kind: str, **state):
     """Tensors and plain values, so that the file loads with weights_only=True. kind: as in FORMATS; state:
-    step, ..."""
+    step, ...
+
+    FloatingPointError where a tensor holds NaN or infinity: the file of the save before stays."""
+    for name in _not_finite(state):
+        raise FloatingPointError(f"{path}: not saved, because {name} is not finite; the last save stays: "
+                                 "lower --lr or use --precision fp32")
     state = {"kind": kind, "format": FORMATS[kind]} | state
     write_atomically(Path(path), lambda part: torch.save(state, part))
+
+
+def _not_finite(state, name="") -> Iterator[str]:
+    """The names of the tensors in nested dicts and lists that hold NaN or infinity."""
+    if isinstance(state, (dict, list)):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        for key, value in items:
+            yield from _not_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(state, torch.Tensor) and state.is_floating_point() and not state.isfinite().all():
+        yield name
 
 
 def load_checkpoint(path: Path | str, kind: str) -> dict:
@@ -557,6 +632,8 @@ class Log:
         self.every = every
         self.runtime = runtime
         self.show = show
+        self.skipped = torch.zeros((), device=runtime.device)  # steps since the last line
+        self.in_row = torch.zeros((), device=runtime.device)  # the last steps, all of which were skipped
         self.last_step = step
         self.last_time = time.perf_counter()
         if runtime.is_main:
@@ -570,22 +647,34 @@ class Log:
         """After update number `step` (1 based): a line every `every` steps.
 
         values: name -> number or tensor; the mean over the processes is logged. `loss` is shown on the bar.
-        """
+        Where `gradient_norm` is not finite, `update` has skipped the step. That is counted on the device; a
+        line says how often, and FloatingPointError ends the run after MANY_SKIPPED in a row."""
         self.bar.update(step - self.bar.n)
+        is_skipped = ~values["gradient_norm"].isfinite()
+        self.skipped += is_skipped
+        self.in_row = torch.where(is_skipped, self.in_row + 1, 0)
         if not is_due(step - 1, self.every, self.bar.total):
             return
         device = self.runtime.device
-        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v
-                               in values.values()])
+        numbers = [*values.values(), self.skipped, self.in_row]
+        numbers = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for v in numbers])
+        *found, skipped, in_row = self.runtime.mean(numbers).tolist()
+        found = [number if math.isfinite(number) else None for number in found]  # JSON has no NaN
         now = time.perf_counter()
-        row = {"step": step} | dict(zip(values, self.runtime.mean(numbers).tolist(), strict=True))
+        row = {"step": step} | dict(zip(values, found, strict=True))
         row["images_per_second"] = (step - self.last_step) * self.images / max(now - self.last_time, 1e-9)
         self.last_step = step
         self.last_time = now
-        shown = {name: f"{row[name]:.3g}" for name in self.show if name in row}
-        speed = f"{row['images_per_second']:.0f}"
-        self.bar.set_postfix(loss=f"{row['loss']:.4g}", **shown, lr=f"{row['lr']:.1e}", img_s=speed)
+        shown = {name: _short(row[name], ".3g") for name in self.show if name in row}
+        self.bar.set_postfix(loss=_short(row["loss"], ".4g"), **shown, lr=f"{row['lr']:.1e}",
+                             img_s=f"{row['images_per_second']:.0f}")
         self.write(row)
+        if in_row >= MANY_SKIPPED:
+            raise FloatingPointError(f"step {step}: the gradient was not finite in {in_row:.0f} steps in a "
+                                     "row: start a new run with a lower --lr or --precision fp32")
+        if skipped:
+            self.warn(step, f"{skipped:.0f} steps without a finite gradient were skipped")
+        self.skipped.zero_()
 
     def write(self, row):
         if self.runtime.is_main:
@@ -600,6 +689,10 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+def _short(number, form):
+    return "none" if number is None else format(number, form)
 
 
 def text_table(columns: list[str], rows: list[tuple]) -> str:

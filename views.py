@@ -31,7 +31,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -89,25 +89,42 @@ def theta_rotation(theta):
     return torch.stack([cos, sin, zero, -sin, cos, zero, zero, zero, one], -1).view(-1, 3, 3)
 
 
-def warp(canvas, theta, size):
+def warp(canvas, theta, size, finer=None):
     """Canvases (B,C,H,W), u8 or float, seen through theta (...,B,2,3) -> views (...,B,C,size,size), float; u8
     becomes [0,1].
 
-    What lies outside the canvas is reflected. Bilinear sampling aliases where a view's pixel is wider than
-    about 1.5 of the canvas; then all views are drawn finer and averaged, which is exact under this
-    convention."""
+    What lies outside the canvas is reflected. Each pixel of a view is the mean of finer x finer bilinear
+    samples, which is exact under this convention. finer: a number, the same for all views, or None: what
+    each view needs (choose_finer), for which its theta is read back from a GPU."""
     canvas = canvas.float() / 255 if canvas.dtype == torch.uint8 else canvas
     leading = theta.shape[:-3]
     canvas = canvas.expand(*leading, *canvas.shape).reshape(-1, *canvas.shape[1:])
     theta = theta.reshape(-1, 2, 3)
-    pixel = theta[:, :, :2].norm(dim=1).amax() * canvas.shape[-1] / size  # coarsest view, canvas pixels
-    finer = 1 if pixel <= 1.5 else 2 ** math.ceil(math.log2(float(pixel) / 1.5))
-    places = F.affine_grid(theta, [len(theta), canvas.shape[1], size * finer, size * finer],
-                           align_corners=False)
-    views = F.grid_sample(canvas, places, padding_mode="reflection", align_corners=False)
-    if finer > 1:
-        views = F.avg_pool2d(views, finer)
+    if finer is not None:
+        return _warp(canvas, theta, size, finer).unflatten(0, (*leading, -1))
+    scales = theta[:, :, 0].norm(dim=1).tolist()
+    needed = torch.tensor([choose_finer(scale, canvas.shape[-1], size) for scale in scales])
+    views = canvas.new_empty(*canvas.shape[:2], size, size)
+    for each in needed.unique().tolist():
+        rows = (needed == each).nonzero().squeeze(1).to(canvas.device)
+        views[rows] = _warp(canvas[rows], theta[rows], size, each)
     return views.unflatten(0, (*leading, -1))
+
+
+def choose_finer(scale, canvas, size):
+    """Samples along a side of a view's pixel, a power of 2, for views of side `scale` times the canvas'.
+
+    canvas, size: sides of canvas and view in pixels. One sample aliases where a pixel of the view is wider
+    than about 1.5 of the canvas."""
+    pixel = scale * canvas / size
+    return 1 if pixel <= 1.5 else 2 ** math.ceil(math.log2(pixel / 1.5))
+
+
+def _warp(canvas, theta, size, finer):
+    shape = [len(theta), canvas.shape[1], size * finer, size * finer]
+    places = F.affine_grid(theta, shape, align_corners=False)
+    views = F.grid_sample(canvas, places, padding_mode="reflection", align_corners=False)
+    return F.avg_pool2d(views, finer) if finer > 1 else views
 
 
 # ----------------------------------------------------------------------------------------------------- colour
@@ -156,8 +173,7 @@ def apply_hsv(images, factors):
     chroma = spread / brightest.clamp(min=1e-6) * saturation
     brightest = brightest * value + added
     chroma = chroma * brightest
-    corner = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
-    k = (corner + h[:, None]) % 6
+    k = (_channels((5.0, 3.0, 1.0), images.device, images.dtype) + h[:, None]) % 6
     return (brightest[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)).clamp(0, 1)
 
 
@@ -179,26 +195,29 @@ def random_blur(batch, generator, sigma, share):
     return torch.where(chosen < share, sigma[0] + (sigma[1] - sigma[0]) * width, 0.0)
 
 
-def blur(images, sigma, widest):
-    """Images (B,3,H,W) convolved with Gaussians of widths sigma (B,), cut off at three times `widest`,
-    pixels.
+def blur(images, sigma, rows, widest):
+    """Images (B,3,H,W), of which `rows` (R,) are convolved with Gaussians of widths sigma (B,), pixels.
 
-    Edges are reflected. sigma lies on the CPU, so that the images that stay sharp cost nothing.
-    """
-    rows = sigma.nonzero().squeeze(1)
+    Cut off at three times `widest`. Edges are reflected. rows: where sigma is above 0 (rows_to_blur)."""
     if not len(rows):
         return images
     radius = math.ceil(3 * widest)
-    offsets = torch.arange(-radius, radius + 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
     taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)  # (R, 2 radius + 1)
-    taps = (taps / taps.sum(1, keepdim=True)).to(images.device)[:, :, None, None, None]
-    rows = rows.to(images.device)
+    taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]
     blurred = images[rows]
     for padding, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
         padded = F.pad(blurred, padding, mode="reflect")
         shifted = (padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
         blurred = sum(taps[:, i] * image for i, image in enumerate(shifted))
     return images.index_copy(0, rows, blurred)
+
+
+def rows_to_blur(sigma):
+    """The rows (R,) of the views, in order, that random_blur's sigma (...,B) on the CPU asks to be blurred.
+
+    Found before sigma goes to a GPU, because there the loop would have to wait for the answer."""
+    return sigma.flatten().nonzero().squeeze(1)
 
 
 def strong_color(strength, size):
@@ -215,22 +234,33 @@ def strong_color(strength, size):
             partial(random_blur, sigma=(0.1 * pixels, WIDEST_BLUR * pixels), share=min(1, 0.3 * strength)))
 
 
-def apply_strong_color(images, light, color, sigma):
-    """Images (...,3,S,S) in [0,1] with the draws of strong_color for them, which lie on the CPU."""
+def apply_strong_color(images, light, color, sigma, blurred):
+    """Images (...,3,S,S) in [0,1] with the draws of strong_color for them; blurred: rows_to_blur(sigma)."""
     leading = images.shape[:-3]
     images = images.flatten(0, -4)
-    images = apply_light(images, light.reshape(-1, 3, 4, 4).to(images.device))
-    images = apply_color(images, color.reshape(-1, 6).to(images.device))
-    return blur(images, sigma.flatten(), WIDEST_BLUR * images.shape[-1] / 224).unflatten(0, leading)
+    images = apply_light(images, light.reshape(-1, 3, 4, 4))
+    images = apply_color(images, color.reshape(-1, 6))
+    images = blur(images, sigma.flatten(), blurred, WIDEST_BLUR * images.shape[-1] / 224)
+    return images.unflatten(0, leading)
+
+
+def two_views(draw):
+    """A draw (batch, generator) -> (batch,...) as one for two views: (batch, generator) -> (2,batch,...)."""
+    return lambda batch, generator: draw(2 * batch, generator).unflatten(0, (2, batch))
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
 def normalise(images):
     """RGB (...,3,H,W) in [0,1] -> what the encoders see: minus ImageNet's mean, over its standard
     deviation."""
-    mean = torch.tensor(MEAN, device=images.device, dtype=images.dtype).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device, dtype=images.dtype).view(3, 1, 1)
+    mean, std = (_channels(values, images.device, images.dtype) for values in (MEAN, STD))
     return (images - mean) / std
+
+
+@lru_cache
+def _channels(values, device, dtype):
+    """A number for each channel (3,1,1); made once, because a copy to a GPU makes the loop wait."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
 
 
 def to_pixels(points, size):

@@ -20,7 +20,8 @@ import pretrain_mim
 from masking import block_mask, random_mask
 from model import KeypointHead, PrototypeHead, build_encoder, load_encoder
 from runtime import cosine, ema_update, generator
-from views import apply_theta, invert_theta, normalise, random_theta, strong_color, warp
+from views import (apply_theta, invert_theta, normalise, random_theta, rows_to_blur, strong_color, two_views,
+                   warp)
 
 TINY = ["--arch", "vit_micro", "--image-size", "64", "--batch-size", "8", "--prototypes", "64",
         "--log-every", "1", "--workers", "0"]
@@ -35,6 +36,11 @@ def weights(run):
     state = torch.load(run / "last.pt", weights_only=True)
     parts = ("student", "teacher", "centers")
     return {f"{part}.{name}": value for part in parts for name, value in state[part].items()}
+
+
+def places(mask):
+    """Where a flat mask is True."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------------ masks
@@ -101,7 +107,7 @@ def test_patch_and_pixel_losses_weigh_as_documented():
     predicted = torch.rand(len(errors), 768, generator=g)
     counted = (mask & real).sum().float()
     patches = masking.to_patches(views, 16)[mask]
-    found_patch = (errors * pretrain_mim.patch_weights(mask)).sum()
+    found_patch = (errors * pretrain_mim.patch_weights(mask, places(mask))).sum()
     found_pixel = pretrain_mim.pixel_loss(predicted, patches, real[mask] / counted)
     patch, pixel, m = 0.0, 0.0, 0
     for view in range(2):
@@ -208,7 +214,7 @@ def test_views_keep_the_box_and_colour_can_be_switched_off():
     """An upright window of half side s around t holds the box [-1/2, 1/2]; strength 0 leaves the colours."""
     canvas = torch.randint(0, 256, (64, 3, 72, 72), generator=generator(9), dtype=torch.uint8)
     draw = pretrain_mim.theta_sampler(45, (0.75, 1.1), 1)
-    theta = pretrain_mim.draw_two_views(draw, 64, (0, 5, 0))
+    theta = two_views(draw)(64, generator(0))
     scale = theta[..., 0].norm(dim=-1)
     assert (theta[..., 2].abs() <= scale[..., None] - 0.5 + 1e-6).all() and theta[..., 2].abs().max() > 0.1
     assert 0.75 * 0.75 <= scale.min() < scale.max() <= 0.75 * 1.1 + 1e-6
@@ -216,9 +222,9 @@ def test_views_keep_the_box_and_colour_can_be_switched_off():
     assert turned.min() < -35 and turned.max() > 35 and turned.abs().max() <= 45 + 1e-3
     assert not torch.equal(theta[0], theta[1])  # each view is drawn alone
     for strength in (0, 1):
-        looks = [pretrain_mim.draw_two_views(draw, 64, (0, 5, stream))
-                 for stream, draw in enumerate(strong_color(strength, 64), 1)]
-        views = pretrain_mim.make_views(canvas, theta, *looks, 64)
+        light, color, sigma = (two_views(draw)(64, generator(1)) for draw in strong_color(strength, 64))
+        looks = {"light": light, "color": color, "sigma": sigma, "blurred": rows_to_blur(sigma)}
+        views = pretrain_mim.make_views(canvas, theta, 64, 1, looks)
         same = (views - normalise(warp(canvas, theta, 64))).abs().amax((2, 3, 4)) < 1e-5
         assert same.all() if strength == 0 else not same.any()
 
@@ -248,14 +254,15 @@ def test_the_student_does_not_see_masked_patches_and_the_teacher_sees_all():
         student.mask_token += 3  # a teacher that hid patches would show it
     views = torch.randn(2, 3, 3, 64, 64, generator=generator(1))
     mask = random_mask(6, 4, 0.5, generator(2)).unflatten(0, (2, 3))
-    taught, learned = teacher(views, mask, hide=False), student(views, mask, hide=True)
+    masked = places(mask)
+    taught, learned = teacher(views, mask, masked, hide=False), student(views, mask, masked, hide=True)
     assert torch.allclose(taught["tokens"], student.encoder(views.flatten(0, 1)), atol=1e-6)
     assert not torch.allclose(taught["tokens"], learned["tokens"], atol=1e-2)
     other = views.clone()  # other pixels behind the mask: the student does not notice
     hidden = masking.to_patches(views, 16).masked_fill(mask[..., None], 9)
     other = masking.from_patches(hidden, 64, 16).unflatten(0, (2, 3))
-    assert torch.allclose(student(other, mask, hide=True)["tokens"], learned["tokens"], atol=1e-5)
-    assert not torch.allclose(teacher(other, mask, hide=False)["tokens"], taught["tokens"], atol=1e-2)
+    assert torch.allclose(student(other, mask, masked, hide=True)["tokens"], learned["tokens"], atol=1e-5)
+    assert not torch.allclose(teacher(other, mask, masked, hide=False)["tokens"], taught["tokens"], atol=1e-2)
     shapes = {name: tuple(value.shape) for name, value in learned.items()}
     assert shapes == {"tokens": (6, 17, 192), "class": (2, 3, 64), "patch": (48, 64),
                       "keypoints": (2, 3, 5, 2),
@@ -286,18 +293,18 @@ class Recorder:
 
 def one_step(hands, tmp_path, monkeypatch, *more):
     """A recorded step of the command on four hands: (Recorder, outputs of teacher and student in order)."""
-    record = Recorder(monkeypatch, "draw_two_views", "in_photograph", "align_loss", "contrast_loss",
-                      "distill", "pixel_loss")
+    record = Recorder(monkeypatch, "make_views", "in_photograph", "align_loss", "contrast_loss", "distill",
+                      "pixel_loss")
     outputs, forward = [], pretrain_mim.HandMIM.forward
 
-    def spy_forward(self, views, mask, hide):
-        found = forward(self, views, mask, hide)
+    def spy_forward(self, views, mask, masked, hide):
+        found = forward(self, views, mask, masked, hide)
         outputs.append({"views": views, "mask": mask, "hide": hide, "training": self.training} | found)
         return found
 
     monkeypatch.setattr(pretrain_mim.HandMIM, "forward", spy_forward)
     mim(hands, tmp_path / "run", "--steps", 1, "--batch-size", 4, "--mask-share", 1, *more)
-    return record, outputs
+    return record, outputs[:2]  # what follows is for the picture
 
 
 def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
@@ -307,7 +314,7 @@ def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--contrast", 1, *wide)
     assert not taught["hide"] and learned["hide"] and torch.equal(taught["mask"], learned["mask"])
     assert not taught["training"] and learned["training"]
-    theta = record.of("draw_two_views")[0][2]
+    theta = record.of("make_views")[0][0][1]
     assert theta.shape == (2, 4, 2, 3)
     for name in ("align_loss", "contrast_loss"):
         (points, targets), _, _ = record.of(name)[0]

@@ -11,7 +11,7 @@ import torch
 from fixtures import ENV, ROOT
 from torch import nn
 
-from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, generator,
+from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, feed, generator,
                      initial_weights, is_due, load_checkpoint, param_groups, read_log, restore,
                      save_checkpoint, set_lr, start_run, update)
 
@@ -71,9 +71,25 @@ def test_an_update_clips_the_whole_gradient_once():
     for parameter, old, gradient in zip(net.parameters(), before, gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), old - gradient * 0.5 / size)
         assert parameter.grad is None
-    net[0].weight.grad = torch.full((4, 3), math.nan)
-    with pytest.raises(FloatingPointError, match="gradient is not finite"):
-        update(optimizer, one_of().scaler(), list(net.parameters()))
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_step_without_a_finite_gradient_changes_nothing(is_fused):
+    """Neither weights nor the optimiser's state; the next step goes on as if it had not been."""
+    nets = [small_net(), small_net()]
+    for net, bad in zip(nets, (False, True), strict=True):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=is_fused)
+        for step in range(3):
+            for k, parameter in enumerate(net.parameters()):
+                parameter.grad = torch.full_like(parameter, 1.0 + k + step)
+            update(optimizer, one_of().scaler(), list(net.parameters()))
+            if bad and step == 1:
+                for parameter in net.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                net[0].weight.grad[0, 0] = math.inf
+                assert not update(optimizer, one_of().scaler(), list(net.parameters())).isfinite()
+    for mine, other in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_the_average_follows_parameters_and_copies_buffers():
@@ -92,8 +108,8 @@ def test_the_average_follows_parameters_and_copies_buffers():
 
 
 def test_parts_cover_the_batch_and_the_last_one_says_so():
-    parts = list(batch_parts(10, 3))
-    assert torch.equal(torch.cat([rows for rows, _ in parts]), torch.arange(10))
+    parts = list(batch_parts(12, 3))
+    assert torch.equal(torch.cat([torch.arange(12)[rows] for rows, _ in parts]), torch.arange(12))
     assert [last for _, last in parts] == [False, False, True]
 
 
@@ -185,8 +201,8 @@ def test_the_log_drops_what_a_killed_run_wrote_past_its_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
     log = Log(path, 1, 10, 8, one_of(), every=2)
-    log(2, {"loss": 1.5, "lr": 0.1})
-    log(3, {"loss": 1.4, "lr": 0.1})
+    log(2, {"loss": 1.5, "lr": 0.1, "gradient_norm": torch.ones(())})
+    log(3, {"loss": 1.4, "lr": 0.1, "gradient_norm": torch.ones(())})
     log.warn(3, "careful")
     log.close()
     rows = read_log(path)
@@ -194,7 +210,65 @@ def test_the_log_drops_what_a_killed_run_wrote_past_its_checkpoint(tmp_path):
     assert rows[2]["warning"] == "careful" and rows[1]["images_per_second"] > 0
 
 
+def test_skipped_steps_are_counted_and_many_in_a_row_end_the_run(tmp_path):
+    """Steps 2, 3 and 5 have no finite gradient; then all of them."""
+    log = Log(tmp_path / "log.jsonl", 0, 100, 8, one_of(), every=4)
+    with pytest.raises(FloatingPointError, match="step 28: .* 22 steps in a row: .* --lr"):
+        for step in range(1, 101):
+            norm = math.nan if step in (2, 3, 5) or step > 6 else 1.0
+            log(step, {"loss": norm, "lr": 0.1, "gradient_norm": torch.tensor(norm)})
+    rows = read_log(tmp_path / "log.jsonl")
+    told = {row["step"]: row["warning"].split()[0] for row in rows if "warning" in row}
+    assert told == {4: "2", 8: "3", 12: "4", 16: "4", 20: "4", 24: "4"}
+    assert rows[0]["loss"] == 1 and rows[2]["loss"] is None
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", "mesh", step=1, model={"weight": torch.ones(2)})
+    with pytest.raises(FloatingPointError, match="model.weight is not finite"):
+        save_checkpoint(tmp_path / "last.pt", "mesh", step=2, model={"weight": torch.tensor([1, math.nan])})
+    assert load_checkpoint(tmp_path / "last.pt", "mesh")["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------------- draws and feed
 def test_draws_are_a_function_of_their_key():
-    first, again, other = (torch.rand(3, generator=generator(*key)) for key
-                           in ((0, 5, 2), (0, 5, 2), (0, 5, 3)))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    keys = ((0, 5, 2), (0, 5, 2), (0, 5, 2, 0), (0, 5, 3), (2 ** 32, 1), (0, 1, 1), (52, 0))
+    first, again, *others = (torch.rand(3, generator=generator(*key)) for key in keys)
+    assert torch.equal(first, again)
+    assert len({tuple(each.tolist()) for each in (first, *others)}) == 6
+
+
+def test_any_number_of_processes_draws_the_same():
+    """300 rows are three blocks; shares of 300, 100 and 5 rows begin anywhere in them."""
+    def draw(rows, generator):
+        return torch.rand(2, rows, 3, generator=generator)
+
+    whole = one_of().draw(draw, 300, 7, 1, dim=1)
+    assert whole.shape == (2, 300, 3) and len(whole.flatten().unique()) > 1700
+    for world in (3, 60):
+        shares = [one_of(rank, world).draw(draw, 300, 7, 1, dim=1) for rank in range(world)]
+        assert torch.equal(torch.cat(shares, 1), whole)
+    assert not torch.equal(one_of().draw(draw, 300, 7, 2, dim=1), whole)
+
+
+def test_the_feed_makes_the_next_step_while_one_is_used():
+    """In order, from the step where it starts; a mistake in the loader arrives in the loop."""
+    events = []
+
+    def loader():
+        for k in range(3):
+            events.append(f"load {k}")
+            yield {"canvas": torch.full((2,), k)}
+        raise ValueError("a broken file")
+
+    def draw(step):
+        events.append(f"draw {step}")
+        return {"theta": torch.tensor(step), "masked": [torch.tensor([step])]}
+
+    used = []
+    with pytest.raises(ValueError, match="a broken file"):
+        for step, batch, drawn in feed(loader(), draw, 5, CPU):
+            assert drawn["theta"] == step == int(drawn["masked"][0])
+            used.append((step, int(batch["canvas"][0])))
+    assert used == [(5, 0), (6, 1), (7, 2)]
+    assert events == ["load 0", "draw 5", "load 1", "draw 6", "load 2", "draw 7"]

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 
 from runtime import generator
@@ -13,14 +14,17 @@ from views import (
     apply_theta,
     blur,
     centre_theta,
+    choose_finer,
     compose_theta,
     invert_theta,
     normalise,
     random_color,
     random_theta,
+    rows_to_blur,
     strong_color,
     theta_rotation,
     to_rgb,
+    two_views,
     warp,
 )
 
@@ -96,6 +100,16 @@ def test_random_views_are_rotations_times_a_scale_and_a_shift():
     torch.testing.assert_close(theta[:, :, 2], torch.stack([2 * x - 1, 2 * y - 1], 1) * 0.3)
 
 
+def test_a_view_is_drawn_as_finely_as_it_needs_whatever_the_others_need():
+    """A coarse view is the mean of finer samples; its neighbour in the batch stays as it is alone."""
+    canvas = torch.rand(2, 3, 64, 64, generator=generator(1))
+    fine, coarse = thetas(1)[0] * 0.2, torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    views = warp(canvas, torch.stack([fine, coarse]), 16)
+    assert torch.equal(views[:1], warp(canvas[:1], fine[None], 16, finer=1))
+    torch.testing.assert_close(views[1], F.avg_pool2d(canvas[1], 4))
+    assert [choose_finer(scale, 64, 16) for scale in (0.3, 0.4, 0.75, 0.76)] == [1, 2, 2, 4]
+
+
 def test_leading_axes_are_batches_one_after_the_other():
     """Two views of three canvases at once are what two calls give, for images, points and colours."""
     canvas = torch.rand(3, 3, 40, 40, generator=generator(1))
@@ -104,13 +118,15 @@ def test_leading_axes_are_batches_one_after_the_other():
     views = warp(canvas, theta, 16)
     assert views.shape == (2, 3, 3, 16, 16)
     for view in range(2):
-        torch.testing.assert_close(views[view], warp(canvas, theta[view], 16), atol=0.02, rtol=0)
+        assert torch.equal(views[view], warp(canvas, theta[view], 16))
         torch.testing.assert_close(apply_theta(theta, points)[view], apply_theta(theta[view], points[view]))
         torch.testing.assert_close(invert_theta(theta)[view], invert_theta(theta[view]))
-    draws = [torch.stack([draw(3, generator(2, view)) for view in range(2)]) for draw in strong_color(1, 16)]
-    colored = apply_strong_color(views, *draws)
+    draws = [two_views(draw)(3, generator(2)) for draw in strong_color(1, 16)]
+    colored = apply_strong_color(views, *draws, rows_to_blur(draws[2]))
     for view in range(2):
-        torch.testing.assert_close(colored[view], apply_strong_color(views[view], *(d[view] for d in draws)))
+        light, color, sigma = (drawn[view] for drawn in draws)
+        alone = apply_strong_color(views[view], light, color, sigma, rows_to_blur(sigma))
+        torch.testing.assert_close(colored[view], alone)
 
 
 def test_colours_are_gains_then_contrast_then_saturation():
@@ -130,7 +146,7 @@ def test_colours_are_gains_then_contrast_then_saturation():
 
 def test_blur_is_a_gaussian():
     images, sigma = torch.rand(3, 3, 24, 24, generator=generator(3)), torch.tensor([0.0, 0.8, 1.5])
-    found = blur(images, sigma, 1.5)
+    found = blur(images, sigma, rows_to_blur(sigma), 1.5)
     assert torch.equal(found[0], images[0])
     for k in (1, 2):  # both are cut where the widest is
         wanted = images[k].double().numpy()
