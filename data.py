@@ -13,6 +13,8 @@ hands open in milliseconds and the loader's processes share the pages.
                              (FreiHAND's four backgrounds) share a label and never part in a split
     mask        bytes        path of a picture that shows where the hand is (read_mask); empty: none
     number      i4           place in the data set's official list, which may hold images without a row here
+    image_place (3,) i8      of a packed index, as mask_place: number of the pack_NNNN.bin, offset and length in
+                             bytes. `image` and `mask` are then names alone; length 0: the file was missing
   one row a label (all optional)
     joints2d    (21,2) f4    pixels, pixel-CENTRE coordinates (what K projects to)
     visible     (21,) f4     confidence of joints2d, 0 .. 1
@@ -34,6 +36,7 @@ hands open in milliseconds and the loader's processes share the pages.
   box         what the boxes were drawn around
   frames, sequences    the official list, for files of results
   partial     true: unknown labels are NaN (a joint, or all numbers of an entry)
+  packs       of a packed index: the sizes of its pack_NNNN.bin in bytes
 
 Left hands are stored as the image shows them. HandDataset mirrors them: in the networks every hand is a right
 one. Canvases use the coordinates of views.py: [-1,1], x right, y down, +-1 at the image's edges.
@@ -55,25 +58,40 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import csv
 import hashlib
+import io
 import json
 import math
 import os
+import platform
+import shutil
+import sys
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing import reduction
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 FORMAT = "hand-index-1"
 PAIRS_FORMAT = 1  # of pairs.npz; a file without a number was written before there were any and counts as 1
 CONTEXT = 2.0  # side of a canvas over the longer side of the box: room to turn and shift a view
 HAND_COLUMNS = {"image": None, "mask": None, "box": (4,), "size": (2,), "side": (), "video": (), "label": (),
-                "number": ()}
+                "number": (), "image_place": (3,), "mask_place": (3,)}
 LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3),
                  "pose": (48,), "betas": (10,), "K": (3, 3), "extrinsics": (3, 4), "scale": (),
                  "keypoints": (21, 2), "keypoints_score": (21,)}
-DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32}
+DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32,
+          "image_place": np.int64, "mask_place": np.int64}
+PACK = "pack_{:04d}.bin"  # files of a packed index
+PACK_BYTES = 4 << 30
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+CANVAS_FORMAT = 1  # of how canvases are cut and of the files that keep them
+MOST_FAILED = 100  # images in a row that cannot be read: then the data are not there at all
 MAX_PIXELS = 2**28  # a larger image is a mistake or an attack; this is checked before decoding
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
 
@@ -143,6 +161,8 @@ def check_columns(columns: dict, partial: bool = False) -> tuple[int, int]:
         _refuse("label", (columns["label"] < 0) | (columns["label"] >= labels), f"is outside 0..{labels - 1}")
     if "side" in columns:
         _refuse("side", columns["side"] > 1, "is neither 0 (right) nor 1 (left)")
+    for name in {"image_place", "mask_place"} & set(columns):
+        _refuse(name, (columns[name] < 0).any(1), "is no place in a pack")
     if "K" in columns:
         _check_cameras(columns)
     return count, labels
@@ -191,6 +211,11 @@ class HandIndex:
                 if len(value) != rows:
                     raise ValueError(f"{name}.npy has {len(value)} rows instead of {rows}")
             self.root = self.path / self.meta["root"]
+            self.packs = {}  # descriptors, by the pack's number
+            for number, size in enumerate(self.meta.get("packs", ())):
+                pack = self.path / PACK.format(number)
+                if pack.stat().st_size != size:
+                    raise ValueError(f"{pack.name} has {pack.stat().st_size} bytes instead of {size}")
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             raise ValueError(f"{header}: broken index ({error}); prepare it again") from None
 
@@ -201,12 +226,41 @@ class HandIndex:
         return self.meta["count"]
 
     def image_path(self, row):
+        """Where a hand's image lies; in a packed index its name alone, below the index's folder."""
         return self.root / os.fsdecode(bytes(self.columns["image"][row]))
 
     def mask_path(self, row):
-        """The file of a hand's mask, or None."""
+        """As image_path, of the hand's mask; None without one."""
         name = os.fsdecode(bytes(self.columns["mask"][row])) if "mask" in self.columns else ""
         return self.root / name if name else None
+
+    def open_image(self, row):
+        """What read_image and image_size take for a hand: the path of its image, or its bytes in a pack.
+
+        ValueError or OSError names a pack that does not hold them."""
+        return self._packed("image_place", row, self.image_path(row))
+
+    def open_mask(self, row):
+        """As open_image, of the hand's mask, for read_mask; None without one."""
+        path = self.mask_path(row)
+        return path and self._packed("mask_place", row, path)
+
+    def _packed(self, column, row, path):
+        """The PackedFile at a row's place in the packs; the path itself where the index has none."""
+        if column not in self.columns:
+            return path
+        number, offset, size = self.columns[column][row].tolist()
+        if size == 0:
+            raise FileNotFoundError(f"{path}: was not there when {self.path} was packed")
+        pack = self.path / PACK.format(number)
+        if number not in self.packs:  # a process of the loader that was forked shares this descriptor
+            self.packs[number] = os.open(pack, os.O_RDONLY)
+            weakref.finalize(self, os.close, self.packs[number])
+        content = os.pread(self.packs[number], size, offset)  # of its own place: processes may share it
+        if len(content) != size:
+            raise ValueError(f"{pack}: {path.name} does not lie at {offset}: the pack or {column}.npy is "
+                             "damaged; pack the index again")
+        return PackedFile(content, f"{pack} at {offset}: {path.relative_to(self.path)}")
 
     def side(self, row):
         """0 right, 1 left."""
@@ -219,6 +273,82 @@ class HandIndex:
     def pose_ids(self):
         """(N,) the label row of every hand."""
         return np.asarray(self.columns["label"]) if "label" in self.columns else np.arange(len(self))
+
+
+class PackedFile(io.BytesIO):
+    """The bytes of a file in a pack. As text it is its place and name, for messages."""
+
+    def __init__(self, content, name):
+        super().__init__(content)
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+
+def pack_files(columns: dict, root: Path | str, folder: Path | str):
+    """Copies the images and masks that `columns` name, relative to `root`, into pack_0000.bin, ... of `folder`.
+
+    Returns columns image_place (N,3) and, with masks, mask_place, the packs' sizes in bytes for the meta data
+    of the index ("packs"), and the names of files that are not there, whose places have length 0. A file that
+    is named twice is stored once. FileNotFoundError where none is there."""
+    writer = _PackWriter(Path(folder))
+    places = {}
+    missing = []
+    for column in ("image", "mask"):
+        if column not in columns:
+            continue
+        names, first, row_of_name = np.unique(columns[column], return_index=True, return_inverse=True)
+        order = np.argsort(first)  # as the index names them: a video's images stay together
+        place = np.zeros((len(names), 3), np.int64)
+        bar = tqdm(total=len(names), desc=f"{column}s", leave=False)
+        with ThreadPoolExecutor(16) as pool:
+            for some in np.array_split(order, -(-len(order) // 256)):  # of which the contents are in memory
+                paths = [Path(root) / os.fsdecode(bytes(name)) if name else None for name in names[some]]
+                for which, path, content in zip(some, paths, pool.map(_content, paths), strict=True):
+                    if content:
+                        place[which] = writer.add(content)
+                    elif path is not None:
+                        missing.append(str(path))
+                bar.update(len(some))
+        bar.close()
+        places[f"{column}_place"] = place[row_of_name]
+    writer.close()
+    if not writer.sizes:
+        raise FileNotFoundError(f"{missing[0]}: not there, like all others: nothing to pack")
+    return places, writer.sizes, missing
+
+
+def _content(path):
+    """The bytes of a file; none where there is no file."""
+    try:
+        return b"" if path is None else path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+class _PackWriter:
+    """Writes one file after the other, each at most PACK_BYTES long unless a single content is longer."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.sizes = []
+        self.file = None
+
+    def add(self, content):
+        """Number, offset and length of the content, which is appended."""
+        if self.file is None or self.sizes[-1] + len(content) > PACK_BYTES:
+            self.close()
+            self.file = open(self.folder / PACK.format(len(self.sizes)), "wb")  # noqa: SIM115 (close)
+            self.sizes.append(0)
+        offset = self.sizes[-1]
+        self.file.write(content)
+        self.sizes[-1] += len(content)
+        return len(self.sizes) - 1, offset, len(content)
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
 
 
 def index_fingerprint(tables: list[dict], points: str) -> str:
@@ -237,8 +367,9 @@ def _as_stored(name, value):
 
 
 # ----------------------------------------------------------------------------------------------------- images
-def read_image(path: Path | str, smallest: int | None = None) -> tuple[Image.Image, float]:
-    """The photograph as an upright RGB image, whatever its mode, and its scale.
+def read_image(path: Path | str | PackedFile, smallest: int | None = None) -> tuple[Image.Image, float]:
+    """The photograph as an upright RGB image, whatever its mode, and its scale. path: or what open_image
+    gives.
 
     A large JPEG is decoded at half, a quarter or an eighth of its size while at least `smallest` pixels a
     side remain; the scale is then below 1. Raises ValueError or OSError that names the file."""
@@ -264,27 +395,39 @@ def read_image(path: Path | str, smallest: int | None = None) -> tuple[Image.Ima
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
 
 
-def read_mask(path: Path) -> Image.Image:
-    """The hand's pixels as a grey image, 255 where it is; ValueError names the file.
+def read_mask(path: Path | PackedFile) -> Image.Image:
+    """The hand's pixels as a grey image, 255 where it is; ValueError names the file. path: or what open_mask
+    gives.
 
     Reads FreiHAND's pictures (white on black), HO-3D's (hand blue, object green) and `seg` of DexYCB's label
     files."""
-    if path.suffix != ".npz":
+    if not str(path).endswith(".npz"):
         return read_image(path)[0].getchannel("B").point(lambda value: 255 * (value > 127))
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as content:
+        file = path if isinstance(path, PackedFile) else io.BytesIO(path.read_bytes())
+        with np.load(file, allow_pickle=False) as content:
             return Image.fromarray(np.uint8(255) * (content["seg"] == 255))
     except Exception as error:  # zipfile and numpy raise a dozen types
         raise ValueError(f"{path}: no label file with `seg` ({type(error).__name__}: {error})") from None
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The image files below a folder, by their suffix, sorted."""
-    files = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if path.is_file())
+    """The image files below a folder, by their suffix, sorted. Linked folders are not entered."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:  # it tells files from folders without a look at each
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except PermissionError:  # such as lost+found
+        return []
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            found += list_images(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            found.append(Path(entry.path))
+    return found
 
 
-def image_size(path: Path | str) -> tuple[int, int]:
+def image_size(path: Path | str | PackedFile) -> tuple[int, int]:
     """(width, height) of an upright image from its header; ValueError names the file."""
     try:
         with Image.open(path) as image:
@@ -294,11 +437,11 @@ def image_size(path: Path | str) -> tuple[int, int]:
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
 
 
-def square(box, context: float) -> tuple[float, float, float]:
-    """(centre x, centre y, side) in pixels of the square whose side is `context` times the longer side of the
-    box."""
-    x0, y0, x1, y1 = (float(v) for v in box)
-    return (x0 + x1) / 2, (y0 + y1) / 2, context * max(x1 - x0, y1 - y0)
+def square(box, context: float):
+    """(centre x, centre y, side) in pixels, each (...), of the squares whose side is `context` times the
+    longer side of the boxes (...,4)."""
+    x0, y0, x1, y1 = np.moveaxis(np.asarray(box, np.float64), -1, 0)
+    return (x0 + x1) / 2, (y0 + y1) / 2, context * np.maximum(x1 - x0, y1 - y0)
 
 
 def whole_box(size, box_scale: float) -> tuple[float, float, float, float]:
@@ -336,9 +479,9 @@ def read_boxes(path: Path | str) -> dict:
 
 def refuse_unread(index, row: int):
     """ValueError or OSError that says why no canvas can be cut for a row of an index."""
-    path = index.image_path(row)
-    read_image(path)  # says what is wrong with the file
-    raise ValueError(f"{path}: its box lies outside the image")
+    image = index.open_image(row)
+    read_image(image)  # says what is wrong with the file
+    raise ValueError(f"{image}: its box lies outside the image")
 
 
 def crop_canvas(image: Image.Image, centre_x, centre_y, side, size: int):
@@ -363,7 +506,7 @@ def crop_canvas(image: Image.Image, centre_x, centre_y, side, size: int):
     return np.array(canvas), np.clip(edges / (side / 2), -1, 1).astype(np.float32)
 
 
-def crop_mask(path: Path, width, centre_x, centre_y, side, size: int):
+def crop_mask(path: Path | PackedFile, width, centre_x, centre_y, side, size: int):
     """The mask at `path` of an image `width` pixels wide, cut as crop_canvas cuts the image -> (size,size)
     bool."""
     mask = read_mask(path)
@@ -377,9 +520,9 @@ class HandDataset(torch.utils.data.Dataset):
     """Hands of one or more indices as canvases with their labels, right-handed, in canvas coordinates.
 
     labels: names of label columns, or "mask". rows: some rows of the concatenated indices (default: all).
-    An item is a dict of tensors and numbers:
+    An item is a dict of tensors and numbers; `batch` makes the same of many at once:
 
-      canvas (3,S,S)             u8
+      canvas (3,S,S)             u8; absent where a cache on the device has it (cache_canvases)
       valid (4,)                 rectangle of real pixels in canvas coordinates, the rest is padding
       crop (3,)                  centre x, y and side in pixels
       row, source                of the concatenated indices; which index
@@ -402,8 +545,9 @@ class HandDataset(torch.utils.data.Dataset):
         self.context = context
         self.labels = tuple(labels)
         self.starts = np.cumsum([0] + [len(index) for index in self.indices])
-        self.rows = np.arange(self.starts[-1]) if rows is None else np.asarray(rows)
+        self.rows = np.arange(self.starts[-1]) if rows is None else np.asarray(rows, np.int64)
         self.substitute = substitute
+        self.cache = None
 
     def __len__(self):
         return len(self.rows)
@@ -414,88 +558,158 @@ class HandDataset(torch.utils.data.Dataset):
         return self.indices[which], int(row - self.starts[which])
 
     def __getitem__(self, item):
-        failed = -1
-        for step in range(min(len(self), 100)):
-            row = int(self.rows[(item + step) % len(self)])
-            try:
-                return self.load(row, failed)
-            except (ValueError, OSError) as error:
-                failed = row if failed < 0 else failed
-                if not self.substitute:
-                    return self.load(row, failed, blank=True)
-                last = error
-        raise ValueError(f"100 images in a row cannot be read; the last: {last}")
+        values = {name: value[0] for name, value in self._load([item]).items()}
+        pictures = {name: torch.from_numpy(values[name]) for name in ("canvas", "mask") if name in values}
+        return values | pictures
 
-    def load(self, row, failed=-1, blank=False):
-        """The item of a row; blank: with a black canvas."""
-        index, local = self.locate(row)
-        crop = square(index.columns["box"][local], self.context)
-        mirrored = index.side(local)
-        if blank:
-            canvas = np.zeros((self.canvas, self.canvas, 3), np.uint8)
-            valid = np.zeros(4, np.float32)
+    def batch(self, items):
+        """The items of a list of B as one: a dict of tensors (B, ...)."""
+        return {name: torch.from_numpy(value) for name, value in self._load(items).items()}
+
+    def _load(self, items):
+        """The items of a list of B as one: a dict of arrays (B, ...)."""
+        rows, failed, pictures = self._pictures(items)
+        sources = np.searchsorted(self.starts, rows, side="right") - 1
+        loaded = pictures | {"row": rows, "failed": failed, "source": sources}
+        for source in set(sources.tolist()):
+            mine = np.flatnonzero(sources == source)
+            local = rows[mine] - self.starts[source]
+            for name, value in self._entries(self.indices[source], local).items():
+                whole = loaded.setdefault(name, np.zeros((len(rows), *value.shape[1:]), value.dtype))
+                whole[mine] = value
+        return loaded
+
+    def _pictures(self, items):
+        """rows (B,) that stand for the items, rows that failed (B,) or -1, and what is cut out of images."""
+        rows = self.rows[np.asarray(items, np.int64)]
+        failed = np.full(len(rows), -1)
+        if self.cache is not None and "mask" not in self.labels and self.cache.readable(rows).all():
+            return rows, failed, self.cache.read(rows)
+        pictures = self._black(len(rows))
+        for place, first in enumerate(rows.tolist()):
+            for row in self._rows_for(items[place]):
+                try:
+                    found = self._cut(row)
+                except (ValueError, OSError) as error:
+                    failed[place] = first
+                    last = error
+                    continue
+                rows[place] = row
+                for name, value in found.items():
+                    pictures[name][place] = value
+                break
+            else:
+                if self.substitute:
+                    raise ValueError(f"{MOST_FAILED} images in a row cannot be read; the last: {last}")
+        return rows, failed, pictures
+
+    def _rows_for(self, item):
+        """The row of an item, then the rows that may take its place."""
+        steps = min(len(self), MOST_FAILED) if self.substitute else 1
+        return (int(self.rows[(item + step) % len(self)]) for step in range(steps))
+
+    def _black(self, count):
+        """What _cut returns, for many: black canvases, no real pixels, no masks."""
+        size = self.canvas
+        black = {"valid": np.zeros((count, 4), np.float32)}
+        if self.cache is None or not self.cache.is_on_device:
+            black["canvas"] = np.zeros((count, 3, size, size), np.uint8)
+        if "mask" in self.labels:
+            black["mask"] = np.zeros((count, 1, size, size), np.uint8)
+            black["has_mask"] = np.zeros(count, np.float32)
+        return black
+
+    def _cut(self, row):
+        """A row's canvas, its valid rectangle and its mask; ValueError or OSError names what cannot be read."""
+        if self.cache is None:
+            canvas, valid = self.read_canvas(row)
+            found = {"canvas": canvas, "valid": valid}
+        elif self.cache.readable([row])[0]:
+            found = {name: value[0] for name, value in self.cache.read([row]).items()}
         else:
-            canvas, valid = self._read_canvas(index, local, crop)
-        if mirrored:
+            raise ValueError(f"{self.image_name(row)}: could not be read when the cache was made")
+        if "mask" in self.labels:
+            found |= self._mask(row)
+        return found
+
+    def read_canvas(self, row):
+        """canvas (3,S,S) u8 and valid (4,) f4 of a row, cut out of its image; ValueError or OSError names the
+        image that cannot be read."""
+        index, local = self.locate(row)
+        centre_x, centre_y, side = square(index.columns["box"][local], self.context)
+        image = index.open_image(local)
+        shrink = self.canvas / side  # a JPEG may be decoded smaller, down to this scale
+        smallest = int(shrink * image_size(image)[0]) if shrink < 0.5 else None
+        photograph, scale = read_image(image, smallest)
+        canvas, valid = crop_canvas(photograph, centre_x * scale, centre_y * scale, side * scale, self.canvas)
+        if index.side(local):
             canvas = canvas[:, ::-1]
             valid = valid[[2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
-        item = {"canvas": torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1))),
-                "valid": valid, "row": row, "failed": failed, "crop": np.float32(crop),
-                "mirrored": np.float32(mirrored), "source": self.indices.index(index),
-                "pose_mean": np.float32(index.meta.get("pose_mean", True))}
+        return canvas.transpose(2, 0, 1), valid
+
+    def item_bytes(self):
+        """Bytes of an item, of which the canvas is most."""
+        pictures = sum(value.nbytes for value in self._black(1).values())
+        return pictures + sum(4 * math.prod(LABEL_COLUMNS.get(name, ())) for name in self.labels)
+
+    def image_name(self, row):
+        """The path of a row's image, for messages."""
+        index, local = self.locate(row)
+        return str(index.image_path(local))
+
+    def _entries(self, index, local):
+        """What the index itself says of some of its rows (n,): arrays (n, ...)."""
+        crop = np.stack(square(index.columns["box"][local], self.context), 1)  # (n,3)
+        left = np.zeros(len(local), bool)
+        if "side" in index.columns:
+            left = index.columns["side"][local] == 1
+        mean = np.full(len(local), index.meta.get("pose_mean", True), np.float32)
+        entries = {"crop": crop.astype(np.float32), "mirrored": left.astype(np.float32), "pose_mean": mean}
         for name in self.labels:
-            if name == "mask":
-                item |= self._mask(index, local, crop, mirrored, blank)
-            else:
-                item |= self._label(name, index, local, crop, mirrored)
-        return item
+            if name != "mask":
+                entries |= self._label(name, index, local, crop, left)
+        return entries
 
-    def _read_canvas(self, index, local, crop):
-        path = index.image_path(local)
-        centre_x, centre_y, side = crop
-        shrink = self.canvas / side  # a JPEG may be decoded smaller, down to this scale
-        smallest = int(shrink * image_size(path)[0]) if shrink < 0.5 else None
-        image, scale = read_image(path, smallest)
-        return crop_canvas(image, centre_x * scale, centre_y * scale, side * scale, self.canvas)
+    def _mask(self, row):
+        """The label "mask" of a row, {} without one; ValueError or OSError names what cannot be read."""
+        index, local = self.locate(row)
+        file = index.open_mask(local)
+        if file is None:
+            return {}
+        crop = square(index.columns["box"][local], self.context)
+        mask = crop_mask(file, image_size(index.open_image(local))[0], *crop, self.canvas)
+        return {"mask": 255 * np.uint8(mask[:, ::-1] if index.side(local) else mask), "has_mask": 1}
 
-    def _mask(self, index, local, crop, mirrored, blank):
-        """The item's entries of the label "mask"."""
-        path = index.mask_path(local)
-        picture = torch.zeros(1, self.canvas, self.canvas, dtype=torch.uint8)
-        if not path or blank:
-            return {"mask": picture, "has_mask": np.float32(0)}
-        mask = crop_mask(path, image_size(index.image_path(local))[0], *crop, self.canvas)
-        picture[0] = torch.from_numpy(255 * np.uint8(mask[:, ::-1] if mirrored else mask))
-        return {"mask": picture, "has_mask": np.float32(1)}
-
-    def _label(self, name, index, local, crop, mirrored):
-        """The item's entries of a label column: the value, has_<label>, and known_<label> of 21 joints."""
+    def _label(self, name, index, local, crop, left):
+        """The entries of a label column: the values, has_<label>, and known_<label> of 21 joints."""
         columns = index.columns
-        label = index.label(local)
-        has = name in columns
-        if has:
+        label = columns["label"][local] if "label" in columns else local
+        shape = (len(local), *LABEL_COLUMNS[name])
+        has = np.full(len(local), name in columns)
+        if name in columns:
             value = np.array(columns[name][label])
         elif name == "visible" and "joints2d" in columns:
-            value = np.ones(21, np.float32)
-            has = True
+            value = np.ones(shape, np.float32)
+            has[:] = True
         else:
-            value = np.zeros(LABEL_COLUMNS[name], np.float32)
+            value = np.zeros(shape, np.float32)
         if name in ("joints2d", "keypoints"):  # pixel centres to canvas coordinates
-            centre_x, centre_y, side = crop
-            value = (value + 0.5 - np.float32([centre_x, centre_y])) / np.float32(side / 2)
+            centre = crop[:, None, :2].astype(np.float32)
+            value = (value + np.float32(0.5) - centre) / (crop[:, None, 2:] / 2).astype(np.float32)
         finite = np.isfinite(value)
         entries = {}
         if LABEL_COLUMNS[name][:1] == (21,):
-            known = finite.reshape(21, -1).all(1)
+            known = finite.reshape(len(local), 21, -1).all(2)  # (n,21)
             if name == "joints" and index.meta.get("partial") and "visible" in columns:
                 known &= np.asarray(columns["visible"][label]) > 0  # the annotator doubted the others
-                finite = finite & known[:, None]
-            entries[f"known_{name}"] = known.astype(np.float32) * has
-            has = has and (finite[0].all() if name == "joints" else finite.any())
+                finite = finite & known[:, :, None]
+            entries[f"known_{name}"] = known.astype(np.float32) * has[:, None]
+            wanted = finite[:, 0].all(1) if name == "joints" else finite.reshape(len(local), -1).any(1)
         else:
-            has = has and finite.all()
+            wanted = finite.reshape(len(local), -1).all(1)
         value = np.where(finite, value, np.float32(0))
-        return entries | {name: mirror(name, value) if mirrored else value, f"has_{name}": np.float32(has)}
+        value[left] = mirror(name, value[left])
+        return entries | {name: value, f"has_{name}": (has & wanted).astype(np.float32)}
 
 
 def mirror(name: str, value):
@@ -515,14 +729,373 @@ class UnreadImages:
         self.dataset = dataset
         self.rows = set()
 
-    def note(self, batch):
-        failed = batch["failed"]
-        self.rows |= set(failed[failed >= 0].tolist())
+    def watch(self, batches):
+        """Yields the batches, whose `failed` it notes."""
+        for batch in batches:
+            failed = batch["failed"]
+            self.rows |= set(failed[failed >= 0].tolist())
+            yield batch
 
     def __str__(self):
-        places = [self.dataset.locate(row) for row in sorted(self.rows)]
-        names = "; ".join(str(index.image_path(local)) for index, local in places[:10])
-        return f"{len(places)} images could not be read and were replaced by others: {names}"
+        names = "; ".join(self.dataset.image_name(row) for row in sorted(self.rows)[:10])
+        return f"{len(self.rows)} images could not be read and were replaced by others: {names}"
+
+
+# -------------------------------------------------------------------------------------- canvases that are kept
+def cache_canvases(dataset: HandDataset, kind: str, device="cpu", workers=0, rank=0, world=1, local_rank=0):
+    """Cuts the canvases of dataset.rows once, in parallel; from then on the dataset serves them.
+
+    kind: "none"; "file", one file an index, beside its columns, which later runs with the same rows find;
+    "memory", which the processes of one machine share; "device", a copy on the device of every process, for
+    CanvasCache.canvases. workers: processes that decode, for each of `world`. The processes call this
+    together, and those of one machine share the work.
+
+    Items are the same bits as without a cache. Returns the CanvasCache, or None for "none". ValueError says
+    before any decoding that the canvases do not fit, and what to do.
+    """
+    if kind == "none":
+        return None
+    rows = np.unique(dataset.rows)
+    parts = np.split(rows, np.searchsorted(rows, dataset.starts[1:-1]))  # the rows of each index
+    used = [which for which, part in enumerate(parts) if len(part)]
+    local = [parts[which] - dataset.starts[which] for which in used]
+    indices = [dataset.indices[which] for which in used]
+    plans = [_CanvasPlan(kind, *part, dataset) for part in zip(indices, local, strict=True)]
+    _agree(_problem_of_room(kind, plans, torch.device(device), local_rank == 0), world)
+
+    leader = rank - local_rank  # of this machine: it opens the files that the others then fill with it
+    problem = None
+    try:
+        if local_rank == 0:
+            problem = _first_problem(plan.begin for plan in plans)
+        machines = _agree(problem, world, (leader, [plan.shared for plan in plans]))
+        for plan, shared in zip(plans, machines[leader][1], strict=True):
+            plan.shared = shared
+        mates = [other for other, (its_leader, _) in enumerate(machines) if its_leader == leader]
+        made = [plan for plan in plans if not plan.is_ready]
+        bar = tqdm(total=sum(plan.count for plan in made), desc="canvases", unit="hand",
+                   disable=rank > 0 or not made, mininterval=0.5 if sys.stderr.isatty() else 15)
+        files = [plan.open() for plan in plans]
+        with bar:
+            problem = _first_problem(
+                partial(_make_canvases, dataset, file, parts[which], workers, mates.index(rank), len(mates), bar)
+                for plan, file, which in zip(plans, files, used, strict=True) if not plan.is_ready)
+        _agree(problem, world)
+        if local_rank == 0:
+            problem = _first_problem(plan.keep for plan in made)
+        _agree(problem, world)
+    finally:
+        for plan in plans:
+            plan.clean()
+    cache = CanvasCache(kind, rows, files, dataset.canvas)
+    if kind == "device":
+        cache.move(device)
+    dataset.cache = cache
+    return cache
+
+
+def _agree(problem, world, value=None):
+    """The values of all processes; ValueError in all of them where one has a problem, a text or None."""
+    answers = [(problem, value)]
+    if world > 1:
+        answers = [None] * world
+        torch.distributed.all_gather_object(answers, (problem, value))
+    for problem, _ in answers:
+        if problem:
+            raise ValueError(problem)
+    return [value for _, value in answers]
+
+
+def _first_problem(actions):
+    """Calls the actions; the text of the first that raises ValueError or OSError, else None."""
+    try:
+        for action in actions:
+            action()
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+class _CanvasPlan:
+    """The canvases of some rows (M,) of an index on their way into a file.
+
+    shared: what the processes of a machine open, made by `begin` in the first of them; is it ready.
+    """
+
+    def __init__(self, kind, index, rows, dataset):
+        self.kind = kind
+        self.folder = index.path
+        self.count = len(rows)
+        self.size = dataset.canvas
+        self.shared = None
+        self.part = None  # what `clean` removes
+        self.file = None
+        self.bytes = CanvasFile.head_bytes(self.count) + self.count * 3 * self.size**2
+        if kind == "file":
+            name = f"canvases_{self.size}_{_canvas_fingerprint(index, rows, dataset)}.bin"
+            self.path = index.path / name
+            if self.path.is_file() and self.path.stat().st_size == self.bytes:
+                self.shared = str(self.path), True
+
+    @property
+    def is_ready(self):
+        return self.shared is not None and self.shared[1]
+
+    def begin(self):
+        """Opens a new file of this size, where there is none yet; ValueError says why it cannot."""
+        if self.is_ready:
+            return
+        try:
+            if self.kind == "file":
+                self.part = self.path.with_name(f"{self.path.name}.{platform.node()}.{os.getpid()}.part")
+                descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                path = str(self.part)
+            elif hasattr(os, "memfd_create"):  # unlike /dev/shm, which containers keep at 64 MB
+                descriptor = os.memfd_create("canvases")
+                path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            else:
+                descriptor, path = tempfile.mkstemp()
+                self.part = Path(path)
+            os.ftruncate(descriptor, self.bytes)
+        except OSError as error:
+            other = "memory" if self.kind == "file" else "file"
+            raise ValueError(f"--cache {self.kind}: the canvases of {self.folder} cannot be kept there "
+                             f"({error.strerror}): use --cache {other}") from None
+        self.file = CanvasFile(descriptor, self.count, self.size)
+        self.shared = path, False
+
+    def open(self):
+        """The CanvasFile; in the process that began it the one that it opened."""
+        path, is_ready = self.shared
+        return self.file or CanvasFile(os.open(path, os.O_RDONLY if is_ready else os.O_RDWR), self.count,
+                                       self.size)
+
+    def keep(self):
+        """Gives the finished file its name, under which other runs find it."""
+        if self.kind == "file":
+            os.replace(self.part, self.path)
+            self.part = None
+
+    def clean(self):
+        if self.part is not None:
+            self.part.unlink(missing_ok=True)
+
+
+def _canvas_fingerprint(index, rows, dataset):
+    """A text that differs where a canvas may differ: by the images' names, boxes, sides, the context; and for
+    other rows."""
+    digest = hashlib.sha256(f"{CANVAS_FORMAT} {dataset.canvas} {dataset.context}".encode())
+    digest.update(np.ascontiguousarray(rows))
+    for name in ("image", "box", "side"):
+        if name in index.columns:
+            digest.update(np.ascontiguousarray(index.columns[name][rows]))
+    return digest.hexdigest()[:16]
+
+
+class CanvasFile:
+    """M canvases in one open file, which lies on disk or in memory alone.
+
+    The file: `valid` (M,4) f4; M bytes, 1 where the image could be read; from the next multiple of 4,096 on
+    the canvases (M,3,S,S) u8.
+    """
+
+    def __init__(self, descriptor, count, size):
+        self.descriptor = descriptor
+        self.count = count
+        self.size = size
+        self.head = self.head_bytes(count)
+        weakref.finalize(self, os.close, descriptor)
+
+    def __reduce__(self):  # a process of the loader gets a descriptor of its own: nothing is copied
+        return _open_again, (reduction.DupFd(self.descriptor), self.count, self.size)
+
+    @staticmethod
+    def head_bytes(count):
+        return -(-17 * count // 4096) * 4096
+
+    def facts(self):
+        """valid (M,4), readable (M,)."""
+        head = np.empty(17 * self.count, np.uint8)
+        self._read(head, 0)
+        split = 16 * self.count
+        return head[:split].view(np.float32).reshape(-1, 4), head[split:] == 1
+
+    def read(self, place, canvas):
+        """Fills a contiguous canvas (3,S,S), or several (n,3,S,S) from a place on."""
+        self._read(canvas, self.head + place * 3 * self.size**2)
+
+    def _read(self, array, offset):
+        # not mapped: an error of the disk is an exception here, and one call asks for a whole canvas
+        view = memoryview(array).cast("B")
+        while len(view):
+            count = os.preadv(self.descriptor, [view], offset)
+            if count == 0:
+                raise ValueError("the file of canvases was cut off while it was in use: delete it")
+            view = view[count:]
+            offset += count
+
+    def write(self, place, canvas, valid):
+        """A readable image's canvas (3,S,S), and valid (4,)."""
+        self._write(np.ascontiguousarray(canvas), self.head + place * canvas.nbytes)
+        self._write(valid, 16 * place)
+        self._write(np.uint8([1]), 16 * self.count + place)
+
+    def _write(self, array, offset):
+        view = memoryview(array).cast("B")
+        while len(view):
+            count = os.pwrite(self.descriptor, view, offset)
+            view = view[count:]
+            offset += count
+
+
+def _open_again(descriptor, count, size):
+    return CanvasFile(descriptor.detach(), count, size)
+
+
+def _make_canvases(dataset, file, rows, workers, share, shares, bar):
+    """Writes this process's share of the canvases of rows (M,) of the dataset."""
+    runs = [range(first, min(first + 32, len(rows))) for first in range(0, len(rows), 32)][share::shares]
+    maker = torch.utils.data.DataLoader(_CanvasMaker(dataset, file, rows), batch_size=None, sampler=runs,
+                                        num_workers=min(workers, len(runs)), collate_fn=int,
+                                        generator=torch.Generator())  # the run's own draws stay as they are
+    for count in maker:
+        bar.update(count * shares)
+
+
+class _CanvasMaker(torch.utils.data.Dataset):
+    """Item `places` writes these canvases to a file; its value is their number."""
+
+    def __init__(self, dataset, file, rows):
+        self.dataset = dataset
+        self.file = file
+        self.rows = rows
+
+    def __getitem__(self, places):
+        for place in places:
+            try:
+                canvas, valid = self.dataset.read_canvas(int(self.rows[place]))
+            except (ValueError, OSError):
+                continue  # its place in the file stays zero: not readable, and black
+            try:
+                self.file.write(place, canvas, valid)
+            except OSError as error:
+                raise ValueError(f"the canvases cannot be written ({error.strerror}): make room, or choose "
+                                 "another --cache") from None
+        return len(places)
+
+
+class CanvasCache:
+    """What cache_canvases made: canvases of the rows (M,), ascending. str(): what it takes, for a run's first
+    line."""
+
+    def __init__(self, kind, rows, files, size):
+        self.kind = kind
+        self.rows = rows
+        self.files = files
+        self.size = size
+        self.firsts = np.cumsum([0] + [file.count for file in files])
+        facts = [file.facts() for file in files]
+        self.valid, self.is_readable = (np.concatenate(values) for values in zip(*facts, strict=True))
+        self.is_on_device = False
+
+    def __str__(self):
+        place = {"file": "on disk", "memory": "in memory", "device": "on the device"}[self.kind]
+        unread = int((~self.is_readable).sum())
+        text = f"cache: {_size_text(3 * self.size**2 * len(self.rows))} {place}"
+        if unread and self.kind == "file":  # nobody looks at them again
+            return f"{text}, of which {unread} images could not be read: delete it once they are mended"
+        return text
+
+    def __getstate__(self):  # a process of the loader has no use for the device's copy
+        return {name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)}
+
+    def places(self, rows):
+        """Where rows (n,) lie; KeyError for one that was not drawn from when the cache was made."""
+        places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        if (self.rows[places] != rows).any():
+            raise KeyError("rows that the cache was not made for")
+        return places
+
+    def readable(self, rows):
+        """(n,) False where an image could not be read."""
+        return self.is_readable[self.places(rows)]
+
+    def read(self, rows):
+        """valid (n,4), and canvas (n,3,S,S) unless the device has the canvases."""
+        places = self.places(rows)
+        found = {"valid": self.valid[places]}
+        if not self.is_on_device:
+            found["canvas"] = np.empty((len(places), 3, self.size, self.size), np.uint8)
+            sources = np.searchsorted(self.firsts, places, side="right") - 1
+            own = (places - self.firsts[sources]).tolist()
+            for canvas, source, place in zip(found["canvas"], sources.tolist(), own, strict=True):
+                self.files[source].read(place, canvas)
+        return found
+
+    def move(self, device):
+        """Copies the canvases to the device and lets go of the memory that they were in."""
+        whole = torch.empty(len(self.rows), 3, self.size, self.size, dtype=torch.uint8, device=device)
+        for file, first in zip(self.files, self.firsts, strict=False):
+            for place in range(0, file.count, 256):
+                some = np.empty((min(256, file.count - place), *whole.shape[1:]), np.uint8)
+                file.read(place, some)
+                whole[first + place:first + place + len(some)] = torch.from_numpy(some)
+        self.whole = whole
+        self.rows_there = torch.from_numpy(self.rows).to(device)
+        self.files = []
+        self.is_on_device = True
+
+    def canvases(self, rows):
+        """(B,3,S,S) u8 on the device, for a batch's `row` (B,); kind "device" alone. Does not wait for it."""
+        return self.whole[torch.searchsorted(self.rows_there, rows.to(self.rows_there.device))]
+
+
+def _problem_of_room(kind, plans, device, is_first):
+    """Why the canvases do not fit, in one line, or None. is_first: this process asks for its machine."""
+    text = "--cache {}: {} of canvases, but {} {} free: use {}"
+    needed = sum(plan.bytes for plan in plans)
+    if kind == "file" and is_first:
+        of_disk = {}
+        for plan in plans:
+            if not plan.is_ready:
+                of_disk.setdefault(os.stat(plan.folder).st_dev, []).append(plan)
+        for some in of_disk.values():
+            needed = sum(plan.bytes for plan in some)
+            free = shutil.disk_usage(some[0].folder).free
+            if needed > free:
+                return text.format(kind, _size_text(needed), f"the disk of {some[0].folder} has",
+                                   _size_text(free), "--cache memory or none")
+    if kind == "device" and device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            return text.format(kind, _size_text(needed), "the device has", _size_text(free), "--cache memory")
+    if kind in ("memory", "device") and is_first:
+        free = _free_memory()
+        if free is not None and needed > free:
+            return text.format(kind, _size_text(needed), "this machine has", f"{_size_text(free)} of memory",
+                               "--cache file")
+    return None
+
+
+def _free_memory():
+    """Bytes of memory that this machine, or the container, has left; None where it does not say."""
+    try:
+        facts = Path("/proc/meminfo").read_text().split()
+        free = 1024 * int(facts[facts.index("MemAvailable:") + 1])
+    except (OSError, ValueError):
+        return None
+    try:  # of a container; pages of files that were read count as used, but give way
+        group = Path("/sys/fs/cgroup")
+        facts = (group / "memory.stat").read_text().split()
+        given_back = int(facts[facts.index("inactive_file") + 1])
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()) + given_back)
+    except (OSError, ValueError):
+        return free
+
+
+def _size_text(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 # ----------------------------------------------------------------------------------------- the order of hands
@@ -546,15 +1119,17 @@ class EpochSampler:
         return self.stop - self.start
 
     def __iter__(self):
-        epoch = -1
+        shuffled = -1
+        mine = np.arange(self.batch)[self.local_rows]
         for step in range(self.start, self.stop):
-            rows = []
-            for position in range(step * self.batch, (step + 1) * self.batch):
-                if position // self.count != epoch:
-                    epoch = position // self.count
+            epochs, places = np.divmod(step * self.batch + mine, self.count)
+            rows = np.empty_like(places)
+            for epoch in sorted(set(epochs.tolist())):
+                if epoch != shuffled:
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-                rows.append(int(order[position % self.count]))
-            yield rows[self.local_rows]
+                    shuffled = epoch
+                rows[epochs == epoch] = order[places[epochs == epoch]]
+            yield rows.tolist()
 
 
 class MixSampler(EpochSampler):
@@ -570,10 +1145,11 @@ class MixSampler(EpochSampler):
         ends = np.cumsum(self.shares) / self.shares.sum()
         starts = np.cumsum(self.sizes) - self.sizes
         for step in range(self.start, self.stop):
-            source, place = np.random.default_rng([self.seed, step, 9]).random((2, self.batch))
+            drawn = np.random.default_rng([self.seed, step, 9]).random((2, self.batch))
+            source, place = drawn[:, self.local_rows]
             source = np.searchsorted(ends[:-1], source, side="right")
             rows = starts[source] + (place * self.sizes[source]).astype(int)
-            yield rows[self.local_rows].tolist()
+            yield rows.tolist()
 
 
 def make_sampler(rows, starts, mix, batch, seed, start, stop, rank=0, world=1):
@@ -660,7 +1236,46 @@ def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
 
 
 def make_loader(dataset, sampler=None, batch_size=None, workers=0, pin=False):
-    """DataLoader over the batches of a sampler, or in order in batches of batch_size."""
+    """DataLoader over the batches of a sampler, or in order in batches of batch_size; each as
+    HandDataset.batch makes it.
+
+    The processes of the loader hand over batches in /dev/shm. Where it is too small, fewer prepare less, and
+    a line on stderr says so: the batches are the same.
+    """
     if sampler is None:
-        return torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, pin_memory=pin)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, pin_memory=pin)
+        order = torch.utils.data.SequentialSampler(dataset)
+        sampler = torch.utils.data.BatchSampler(order, batch_size, drop_last=False)
+    ahead = None
+    if workers:
+        hands = batch_size or len(next(iter(sampler), ()))
+        workers, ahead = _fit_shared_memory(workers, hands * dataset.item_bytes())
+    return torch.utils.data.DataLoader(_Batches(dataset), batch_size=None, sampler=sampler,
+                                       num_workers=workers, prefetch_factor=ahead, pin_memory=pin)
+
+
+class _Batches(torch.utils.data.Dataset):
+    """A dataset whose item is a whole batch: collating hands one by one costs more than reading them."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, items):
+        return self.dataset.batch(items)
+
+
+def _fit_shared_memory(workers, batch_bytes):
+    """(workers, batches that each prepares ahead) that leave room in /dev/shm; 0 and None without room."""
+    ahead = 2 if 2 * workers * batch_bytes < 2**30 else 1
+    try:
+        free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except OSError:  # only Linux has it
+        return workers, ahead
+    most = free // max(batch_bytes, 1) - 1  # one is in use
+    if most >= ahead * workers:
+        return workers, ahead
+    fitting = min(workers, max(0, most))
+    if fitting < workers and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"warning: {fitting} processes decode instead of --workers {workers}: /dev/shm has "
+              f"{_size_text(free)} free, and a batch takes {_size_text(batch_bytes)}. Start the container with "
+              "docker run --shm-size, or use --cache device", file=sys.stderr)
+    return fitting, 1 if fitting else None

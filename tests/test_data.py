@@ -91,7 +91,7 @@ def test_broken_images_are_replaced_and_told(tmp_path):
     items = [HandDataset([index], 64)[i] for i in range(6)]
     assert [item["failed"] for item in items] == [-1, -1, 2, 3, -1, -1] and items[2]["row"] == 4
     unread = UnreadImages(HandDataset([index], 64))
-    unread.note({"failed": np.array([item["failed"] for item in items])})
+    list(unread.watch([{"failed": np.array([item["failed"] for item in items])}]))
     assert "2 images could not be read" in str(unread) and "2.png; " in str(unread) and "3.png" in str(unread)
     strict = HandDataset([index], 64, substitute=False)[2]
     assert strict["failed"] == 2 and strict["row"] == 2 and not strict["canvas"].any()
