@@ -70,7 +70,7 @@ def apply_theta(theta, points):
 
 def invert_theta(theta):
     """The inverse (...,2,3) of theta: canvas -> view coordinates."""
-    linear = torch.linalg.inv(theta[..., :2])
+    linear = torch.linalg.inv_ex(theta[..., :2]).inverse  # inv would wait for a GPU, to see if it worked
     return torch.cat([linear, -linear @ theta[..., 2:]], dim=-1)
 
 
