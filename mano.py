@@ -25,6 +25,7 @@ Example::
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
+import functools
 import hashlib
 import io
 import pickle
@@ -60,8 +61,7 @@ TIPS = {
     "ho3d": (744, 333, 444, 555, 672),  # HO-3D
     "handoccnet": (728, 353, 442, 576, 694),  # HandOccNet
 }
-_TIP_JOINTS = [4, 8, 12, 16, 20]  # where the tips stand in FreiHAND's order
-_MIDDLE_TIP = 12
+_MIDDLE_TIP = 12  # in FreiHAND's order
 
 # How labels are defined: which 16 joints, and which tip vertices.
 _LABEL_DEFINITIONS = {name: ("kinematic", tips) for name, tips in TIPS.items()} | {
@@ -81,18 +81,53 @@ def _no_autocast(x):
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
+class _Itself:
+    """A key that is equal to itself alone. Numpy's arrays cannot be keys."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __eq__(self, other):
+        return isinstance(other, _Itself) and self.array is other.array
+
+    def __hash__(self):
+        return id(self.array)
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values, dtype, device):
+    """Numbers (a tuple, or an array as _Itself) as a tensor, which is made once for each type and device.
+
+    A copy to a GPU in every step would make the host wait for the GPU.
+    """
+    values = values.array if isinstance(values, _Itself) else values
+    with torch.inference_mode(False):  # a later step may need gradients through it
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _take(points, numbers):
+    """Points (B, N, 3) -> those with these numbers (B, M, 3); numbers: a tuple."""
+    return points.index_select(1, _constant(tuple(numbers), torch.int64, points.device))
+
+
+def _regressed(vertices, arrays):
+    """The 16 joints without tips, (B, 16, 3), in MANO's order, from a posed mesh (B, 778, 3)."""
+    regressor = _constant(_Itself(arrays["J_regressor"]), vertices.dtype, vertices.device)
+    with _no_autocast(vertices):
+        return regressor @ vertices
+
+
 def joints_from_vertices(vertices: torch.Tensor, arrays: Arrays, tips: str = "freihand") -> torch.Tensor:
     """Joints regressed from a posed mesh (B, 778, 3) -> (B, 21, 3), FreiHAND's order, same unit and frame.
 
     FreiHAND makes its labels so, with "freihand" tips (lmb-freiburg/freihand utils/mano_utils.py). The joints
     of `Mano` differ by millimetres once fingers bend; they are kinematic, and a mesh does not contain them.
-    arrays: from `read_mano`; left and right hands have the same regressor. ValueError: unknown `tips`.
+    arrays: from `read_mano`, not changed in place afterwards: the regressor is copied to the device once.
+    Left and right hands have the same regressor. ValueError: unknown `tips`.
     """
     tip_vertices = _tip_vertices(tips)
-    regressor = torch.as_tensor(arrays["J_regressor"], dtype=vertices.dtype, device=vertices.device)
-    with _no_autocast(vertices):
-        joints = torch.cat([regressor @ vertices, vertices[:, tip_vertices]], dim=1)  # MANO's order
-    return joints[:, list(MANO_TO_FREIHAND)]
+    joints = torch.cat([_regressed(vertices, arrays), _take(vertices, tip_vertices)], dim=1)  # MANO's order
+    return _take(joints, MANO_TO_FREIHAND)
 
 
 def labelled_joints(vertices: torch.Tensor, joints: torch.Tensor, arrays: Arrays, definition: str,
@@ -112,8 +147,12 @@ def labelled_joints(vertices: torch.Tensor, joints: torch.Tensor, arrays: Arrays
     if source not in ("regressed", "kinematic") or len(tips) != 5:
         raise ValueError(f"joints {definition!r}: unknown definition, use {', '.join(_LABEL_DEFINITIONS)}")
 
-    joints = joints_from_vertices(vertices, arrays) if source == "regressed" else joints.clone()
-    joints[:, _TIP_JOINTS] = vertices[:, [int(tip) for tip in tips]]
+    if source == "regressed":
+        joints = _regressed(vertices, arrays)
+    else:
+        joints = _take(joints, FREIHAND_TO_MANO[:16])
+    tips = [int(tip) for tip in tips]
+    joints = _take(torch.cat([joints, _take(vertices, tips)], dim=1), MANO_TO_FREIHAND)
     if definition == "manopth" and left is not None:
         left_tip = vertices[:, TIPS["manopth445"][2]]  # (B, 3)
         joints[:, _MIDDLE_TIP] = torch.where(left[:, None], left_tip, joints[:, _MIDDLE_TIP])

@@ -7,7 +7,7 @@ Example::
         loss.backward()
     assert not traffic.blocking, traffic.blocking
 """
-import traceback
+import sys
 from pathlib import Path
 
 import torch
@@ -128,8 +128,10 @@ def _ends_of_copy(name, args, kwargs):
 
 def _where(name):
     """The innermost line of ours, and the call."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(ROOT) and "site-packages" not in frame.filename \
-                and frame.filename != __file__:
-            return f"{Path(frame.filename).name}:{frame.lineno} {name}"
+    frame = sys._getframe()
+    while frame:
+        file = frame.f_code.co_filename
+        if file.startswith(ROOT) and "site-packages" not in file and file != __file__:
+            return f"{Path(file).name}:{frame.f_lineno} {name}"
+        frame = frame.f_back
     return name

@@ -9,6 +9,7 @@ import torch
 from fixtures import OfficialPickler, random_mano, write_official_pickle
 from scipy.spatial.transform import Rotation
 from smplx.lbs import lbs
+from sync_counter import DeviceTraffic
 
 import mano
 from mano import (
@@ -252,6 +253,68 @@ def test_unknown_definition_of_labels_is_refused(definition):
     vertices, joints = Mano(random_mano())(*random_input(1))
     with pytest.raises(ValueError, match="unknown definition, use .*freihand.*interhand"):
         labelled_joints(vertices, joints, random_mano(), definition)
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+def step_on_the_device(arrays, hand):
+    """Rotations, the layer, labels of every kind, a camera and the backward pass, as a training step has."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    sizes = ((4, 16, 3), (4, 16, 6), (4, 10), (4, 3))
+    axis_angle, columns, betas, camera = (torch.randn(size, generator=generator) for size in sizes)
+    inputs = [x.to("meta", non_blocking=True).requires_grad_() for x in (axis_angle, columns, betas, camera)]
+    axis_angle, columns, betas, camera = inputs
+    vertices, joints = hand(rotmat_from_axis_angle(axis_angle) @ rotmat_from_6d(columns), betas)
+    left = camera[:, 0] > 0
+    loss = joints_from_vertices(vertices, arrays, "ho3d").sum()
+    for definition in ("freihand", "ho3d", "manopth", "regressed 1 2 3 4 5"):
+        labels = labelled_joints(vertices, joints, arrays, definition, left)
+        loss = loss + weak_perspective(labels, camera).sum()
+    loss.backward()
+    assert all(x.grad is not None for x in inputs)
+
+
+def test_a_step_on_a_device_waits_for_no_copy():
+    """The constants are copied once. A copy in every step would stop the host until the device has nothing
+    to do."""
+    arrays = random_mano()
+    hand = Mano(arrays).to("meta")
+    with torch.inference_mode():  # what is kept from here must serve a backward pass too
+        joints_from_vertices(torch.zeros(1, 778, 3, device="meta"), arrays)
+    step_on_the_device(arrays, hand)
+    with DeviceTraffic() as traffic:
+        step_on_the_device(arrays, hand)
+    assert not traffic.blocking, traffic.blocking
+    assert len(traffic.queued) == 4  # the inputs
+
+
+def test_constants_of_two_hands_and_two_types_are_not_confused():
+    one, other = random_mano(0), random_mano(1)
+    vertices = Mano(one)(*random_input(2))[0]
+    for arrays in (one, other, one):
+        for dtype in (torch.float32, torch.float64):
+            expected = torch.tensor(arrays["J_regressor"], dtype=dtype) @ vertices.to(dtype)
+            assert torch.equal(kinematic(joints_from_vertices(vertices.to(dtype), arrays)), expected)
+
+
+@pytest.mark.parametrize("call, kind", [
+    (lambda x: x.cpu(), "to_host"), (lambda x: float(x.sum()), "to_host"), (lambda x: x.tolist(), "to_host"),
+    (lambda x: x[:, [0, 1]], "to_device"), (lambda x: x[:, torch.tensor([1])], "to_device"),
+    (lambda x: torch.as_tensor(np.ones(2), device=x.device), "to_device"),
+    (lambda x: x.new_tensor([1.0]), "to_device"), (lambda x: x.copy_(torch.ones(3)), "to_device"),
+    (lambda x: torch.ones(3).to(x.device, non_blocking=True), "queued"),
+    (lambda x: torch.linalg.inv(x), "waits"), (lambda x: x.nonzero(), "waits"), (lambda x: x[x > 0], "waits"),
+    (lambda x: torch.unique(x), "waits"), (lambda x: x[:, 1:] * 2 + x.new_zeros(1), None)])
+def test_the_counter_counts_each_kind_once(call, kind):
+    x = torch.zeros(3, 3, device="meta")
+    with DeviceTraffic() as traffic:
+        try:
+            call(x)
+        except (NotImplementedError, RuntimeError):
+            assert kind == "waits"
+    found = {name: getattr(traffic, name) for name in ("to_host", "to_device", "queued", "waits")}
+    assert {name: len(calls) for name, calls in found.items() if calls} == ({kind: 1} if kind else {})
 
 
 # ---------------------------------------------------------------------------------------------- left hands
