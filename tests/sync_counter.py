@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = str(Path(__file__).resolve().parent.parent)
 COPIES = ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize")
 MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 # Their results have no size, or are no tensors, before the device has answered. `index` and `index_put_`
 # belong to them with a bool mask only; torch.Tag knows the rest.
 DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -30,7 +31,7 @@ class DeviceTraffic(TorchDispatchMode):
       to_device   copies from the host for which the host waits: `.to(device)`, tensors made of Python numbers
                   or of numpy, lists and host tensors as an index
       queued      copies from the host with non_blocking=True: no wait (where the memory is pinned)
-      to_host     copies back: `.cpu()`, `.tolist()`, `float(x)`, `if x:`, an index that is one number on the device
+      to_host     copies back: `.cpu()`, `.tolist()`, `float(x)`, `if x:`, one number on the device as an index
       waits       calls whose result depends on values: nonzero, masked_select, unique, equal, an index with
                   a bool mask, the error check of a solver
       blocking    to_device, to_host and waits together
@@ -108,7 +109,7 @@ class _HiddenCopies(TorchFunctionMode):
             given = args[-1] if args else kwargs.get("data")
             if not (isinstance(given, torch.Tensor) and given.device == result.device):
                 self.traffic.to_device.append(_where(function.__name__))
-        elif function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type != "cpu":
+        elif function in INDEXING and args[0].device.type != "cpu":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(part, (list, range)) or type(part).__module__ == "numpy" for part in parts):
                 self.traffic.to_device.append(_where("a list as an index"))
