@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from data import (
-    CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix, make_loader, make_sampler,
-    mirror, square,
+    CONTEXT, HandDataset, HandIndex, UnreadImages, cache_canvases, canvas_size, check_mix, make_loader,
+    make_sampler, mirror, square,
 )
 from draw import draw_joints, grid, overlay, save_curves, save_image
 from mano import (
@@ -417,6 +417,8 @@ def main(argv=None):
 
     order = make_sampler(rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps,
                          runtime.rank, runtime.world)
+    cache = cache_canvases(dataset, args.cache, device, runtime.workers and runtime.cores, runtime.rank,
+                           runtime.world, runtime.local_rank)
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
     val_rows = runtime.local_rows(torch.arange(len(val_index)))
@@ -441,10 +443,10 @@ def main(argv=None):
         return {"theta": runtime.draw(theta_of, args.batch_size, args.seed, step, THETA),
                 "color": runtime.draw(color_of, args.batch_size, args.seed, step, COLOR)}
 
-    announce(runtime, out, model, len(rows), steps, args.batch_size)
+    announce(runtime, out, model, len(rows), steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, device):
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, device, cache):
         canvas = batch.pop("canvas")  # (B, 3, C, C) u8
         theta = drawn["theta"]  # (B, 2, 3)
         views = make_views(canvas, theta, size, finer, drawn["color"])  # (B, 3, S, S)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix, make_loader,
-                  make_sampler, read_pairs)
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, cache_canvases, check_mix,
+                  make_loader, make_sampler, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
 from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, feed,
@@ -474,6 +474,8 @@ def main(argv=None):
                          runtime.rank, runtime.world)
     neighbours = idx if args.method == "simhand" else None
     sampler = PairSampler(order, anchors, neighbours, args.neighbour, args.seed)
+    cache = cache_canvases(dataset, args.cache, runtime.device, runtime.workers and runtime.cores,
+                           runtime.rank, runtime.world, runtime.local_rank)
     loader = make_loader(dataset, sampler, workers=runtime.workers, pin=runtime.device.type == "cuda")
     unread = UnreadImages(dataset)
     if runtime.is_main:
@@ -481,7 +483,7 @@ def main(argv=None):
         print(f"{len(anchors)} of {len(is_known)} hands {what}")
         if args.batch_size > len(anchors):
             print(f"warning: --batch-size {args.batch_size} draws hands twice, each a negative of itself")
-    announce(runtime, out, model, len(anchors), steps, args.batch_size)
+    announce(runtime, out, model, len(anchors), steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity",))
     B = args.batch_size // runtime.world  # pairs of this process
@@ -517,7 +519,7 @@ def main(argv=None):
         save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, runtime.device):
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, runtime.device, cache):
         rows = pair_rows(batch["failed"], B)  # (2, B)
         canvas = batch["canvas"][rows]  # (2, B, 3, H, W)
         joints = batch[column][rows]  # (2, B, 21, 2), on the canvas

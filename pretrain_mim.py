@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix, make_loader,
-                  make_sampler)
+from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, cache_canvases, canvas_size, check_mix,
+                  make_loader, make_sampler)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
@@ -524,6 +524,8 @@ def main(argv=None):
     parameters = list(student.parameters())
     order = make_sampler(dataset.rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps,
                          runtime.rank, runtime.world)
+    cache = cache_canvases(dataset, args.cache, device, runtime.workers and runtime.cores, runtime.rank,
+                           runtime.world, runtime.local_rank)
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
     lr_base = args.lr * args.batch_size / 256
@@ -547,11 +549,11 @@ def main(argv=None):
         masked = [mask[:, part].flatten().nonzero().squeeze(1) for part, _ in parts]  # (M,) of each part
         return {"theta": rows(THETA, draw_theta), "looks": looks, "mask": mask, "masked": masked}
 
-    announce(runtime, out, student, len(dataset), steps, args.batch_size)
+    announce(runtime, out, student, len(dataset), steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, device):
+    for step, batch, drawn in feed(unread.watch(loader), draw, start, device, cache):
         theta, mask = drawn["theta"], drawn["mask"]  # (2, B, 2, 3), (2, B, N)
         views = make_views(batch["canvas"], theta, size, finer, drawn["looks"])  # (2, B, 3, S, S)
         real = in_photograph(theta, batch["valid"], side)  # (2, B, N)

@@ -179,6 +179,12 @@ class Runtime:
         """True in the process that prints and writes."""
         return self.rank == 0
 
+    @property
+    def cores(self):
+        """Cores of the machine for this process."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
     def autocast(self):
         """Context in which the encoder runs at the chosen precision."""
         if self.dtype == torch.float32:
@@ -290,12 +296,11 @@ def setup(args, alone: bool = False) -> Runtime:
         # one may wait for another's last video
         patience = timedelta(minutes=30) if name == "cuda" else timedelta(days=7)
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=patience)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = getattr(args, "workers", -1)
-    if workers < 0:
-        workers = min(16, max(1, cores - 1)) if name == "cuda" else 1
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-    return Runtime(device, dtype, rank, world, local_rank, workers)
+    runtime = Runtime(device, dtype, rank, world, local_rank, getattr(args, "workers", -1))
+    if runtime.workers < 0:
+        runtime.workers = min(16, max(1, runtime.cores - 1)) if name == "cuda" else 1
+    return runtime
 
 
 def barrier():
@@ -318,12 +323,12 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def feed(loader: Iterable, draw: Callable, start: int, device: torch.device) -> Iterator[tuple]:
+def feed(loader: Iterable, draw: Callable, start: int, device: torch.device, cache=None) -> Iterator[tuple]:
     """Yields (step, batch, drawn) from step `start` on, both on the device, without ever waiting for it.
 
     batch: a dict of tensors from the loader. drawn: draw(step), a dict of CPU tensors or lists of them. A
     thread makes the next step's while this one is computed; on a GPU they are pinned and copied
-    asynchronously.
+    asynchronously. cache: a CanvasCache, or None; where it lies on the device, the canvases come from there.
     """
     batches = iter(loader)
 
@@ -339,6 +344,8 @@ def feed(loader: Iterable, draw: Callable, start: int, device: torch.device) -> 
                 return
             coming = thread.submit(make, step + 1)
             batch, drawn = (_each(each, lambda tensor: tensor.to(device, non_blocking=True)) for each in made)
+            if cache is not None and cache.is_on_device:
+                batch["canvas"] = cache.canvases(batch["row"])
             yield step, batch, drawn
 
 
@@ -496,15 +503,16 @@ def initial_weights(args):
     return out / "encoder.pt" if args.resume and is_saved else args.init
 
 
-def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int):
-    """One line at the start of a run: parameters, hands, steps, epochs, device, precision, where it
+def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int, cache=None):
+    """One line at the start of a run: parameters, hands, steps, epochs, device, precision, cache, where it
     writes."""
     if runtime.is_main:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         processes = f" x {runtime.world}" if runtime.world > 1 else ""
         print(f"{parameters / 1e6:.1f} M parameters; {hands:,} hands, {steps:,} steps of {batch_size} = "
               f"{steps * batch_size / hands:.3g} epochs; {runtime.device}{processes}, "
-              f"{str(runtime.dtype).removeprefix('torch.')}; writes {out}", flush=True)
+              f"{str(runtime.dtype).removeprefix('torch.')}; {f'{cache}; ' if cache else ''}writes {out}",
+              flush=True)
 
 
 def _git_revision():

@@ -5,6 +5,7 @@ import copy
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -407,6 +408,17 @@ def test_rates_are_cosines_of_the_step():
 
 
 # ---------------------------------------------------------------------------------------------------- command
+@pytest.mark.parametrize("cache", ["file", "memory", "device"])
+def test_kept_canvases_give_the_same_bits(cache, hands, tmp_path):
+    flags = ["--steps", 4, "--workers", 1]
+    shutil.copytree(hands / "train", tmp_path / "train")
+    mim(hands, tmp_path / "decoded", *flags)
+    done = mim(tmp_path, tmp_path / "kept", *flags, "--cache", cache)
+    assert "cache: " in done.stdout and log(tmp_path / "decoded")[-1]["loss"] == log(tmp_path / "kept")[-1]["loss"]
+    decoded, kept = (weights(tmp_path / name) for name in ("decoded", "kept"))
+    assert all(torch.equal(value, kept[name]) for name, value in decoded.items())
+
+
 def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     done = mim(hands, tmp_path / "run", "--steps", 3)
     assert "M parameters; 24 hands, 3 steps of 8 = 1 epochs; cpu, float32; writes" in done.stdout
@@ -438,11 +450,11 @@ def test_every_switch_trains(hands, tmp_path, switches):
 
 
 def test_two_processes_compute_what_one_does(hands, tmp_path):
-    """Twelve steps with every loss there is, in parts: each line of the log, diagnostics included, and the
-    weights."""
+    """Twelve steps with every loss there is: each line of the log, diagnostics included, and the weights. Two
+    processes keep the canvases in memory, which changes nothing."""
     more = ["--steps", 12, "--contrast", 0.3]
-    for processes in (1, 2):
-        mim(hands, tmp_path / f"p{processes}", *more, processes=processes)
+    for processes, cache in ((1, "none"), (2, "device")):
+        mim(hands, tmp_path / f"p{processes}", *more, "--cache", cache, processes=processes)
     for one, two in zip(*(log(tmp_path / f"p{n}") for n in (1, 2)), strict=True):
         for name in set(one) - {"images_per_second"}:
             rel = 1e-5 if "gradient" not in name else 1e-3
