@@ -13,8 +13,9 @@ hands open in milliseconds and the loader's processes share the pages.
                              (FreiHAND's four backgrounds) share a label and never part in a split
     mask        bytes        path of a picture that shows where the hand is (read_mask); empty: none
     number      i4           place in the data set's official list, which may hold images without a row here
-    image_place (3,) i8      of a packed index, as mask_place: number of the pack_NNNN.bin, offset and length in
-                             bytes. `image` and `mask` are then names alone; length 0: the file was missing
+    image_place (3,) i8      of a packed index: number of the pack_NNNN.bin, offset and length in bytes, 0 for
+                             a file that was missing. `image` is then only a name
+    mask_place  (3,) i8      as image_place
   one row a label (all optional)
     joints2d    (21,2) f4    pixels, pixel-CENTRE coordinates (what K projects to)
     visible     (21,) f4     confidence of joints2d, 0 .. 1
@@ -214,8 +215,9 @@ class HandIndex:
             self.packs = {}  # descriptors, by the pack's number
             for number, size in enumerate(self.meta.get("packs", ())):
                 pack = self.path / PACK.format(number)
-                if pack.stat().st_size != size:
-                    raise ValueError(f"{pack.name} has {pack.stat().st_size} bytes instead of {size}")
+                found = os.path.getsize(pack)
+                if found != size:
+                    raise ValueError(f"{pack.name} has {found} bytes instead of {size}")
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             raise ValueError(f"{header}: broken index ({error}); prepare it again") from None
 
@@ -238,29 +240,29 @@ class HandIndex:
         """What read_image and image_size take for a hand: the path of its image, or its bytes in a pack.
 
         ValueError or OSError names a pack that does not hold them."""
-        return self._packed("image_place", row, self.image_path(row))
+        return self._packed("image", row) if "image_place" in self.columns else self.image_path(row)
 
     def open_mask(self, row):
         """As open_image, of the hand's mask, for read_mask; None without one."""
-        path = self.mask_path(row)
-        return path and self._packed("mask_place", row, path)
+        if "mask_place" in self.columns and self.columns["mask"][row]:
+            return self._packed("mask", row)
+        return self.mask_path(row)
 
-    def _packed(self, column, row, path):
-        """The PackedFile at a row's place in the packs; the path itself where the index has none."""
-        if column not in self.columns:
-            return path
-        number, offset, size = self.columns[column][row].tolist()
+    def _packed(self, column, row):
+        """The PackedFile of a hand's image or mask."""
+        name = self.root / os.fsdecode(bytes(self.columns[column][row]))
+        number, offset, size = self.columns[f"{column}_place"][row].tolist()
         if size == 0:
-            raise FileNotFoundError(f"{path}: was not there when {self.path} was packed")
+            raise FileNotFoundError(f"{name}: was not there when {self.path} was packed")
         pack = self.path / PACK.format(number)
         if number not in self.packs:  # a process of the loader that was forked shares this descriptor
             self.packs[number] = os.open(pack, os.O_RDONLY)
             weakref.finalize(self, os.close, self.packs[number])
-        content = os.pread(self.packs[number], size, offset)  # of its own place: processes may share it
+        content = os.pread(self.packs[number], size, offset)  # unlike `seek`, it moves nothing that is shared
         if len(content) != size:
-            raise ValueError(f"{pack}: {path.name} does not lie at {offset}: the pack or {column}.npy is "
-                             "damaged; pack the index again")
-        return PackedFile(content, f"{pack} at {offset}: {path.relative_to(self.path)}")
+            raise ValueError(f"{pack}: there is no {name.name} at {offset}: the pack or {column}_place.npy "
+                             "is damaged; pack the index again")
+        return PackedFile(content, name, f"{pack.name} at {offset}")
 
     def side(self, row):
         """0 right, 1 left."""
@@ -276,18 +278,19 @@ class HandIndex:
 
 
 class PackedFile(io.BytesIO):
-    """The bytes of a file in a pack. As text it is its place and name, for messages."""
+    """The bytes of a file in a pack. As text it is its name and place, for messages; suffix: as Path's."""
 
-    def __init__(self, content, name):
+    def __init__(self, content, path, place):
         super().__init__(content)
-        self.name = name
+        self.suffix = path.suffix
+        self.text = f"{path} in {place}"
 
     def __str__(self):
-        return self.name
+        return self.text
 
 
 def pack_files(columns: dict, root: Path | str, folder: Path | str):
-    """Copies the images and masks that `columns` name, relative to `root`, into pack_0000.bin, ... of `folder`.
+    """Copies the images and masks that `columns` name, relative to `root`, to pack_0000.bin, ... in `folder`.
 
     Returns columns image_place (N,3) and, with masks, mask_place, the packs' sizes in bytes for the meta data
     of the index ("packs"), and the names of files that are not there, whose places have length 0. A file that
@@ -401,7 +404,7 @@ def read_mask(path: Path | PackedFile) -> Image.Image:
 
     Reads FreiHAND's pictures (white on black), HO-3D's (hand blue, object green) and `seg` of DexYCB's label
     files."""
-    if not str(path).endswith(".npz"):
+    if path.suffix != ".npz":
         return read_image(path)[0].getchannel("B").point(lambda value: 255 * (value > 127))
     try:
         file = path if isinstance(path, PackedFile) else io.BytesIO(path.read_bytes())
@@ -620,7 +623,7 @@ class HandDataset(torch.utils.data.Dataset):
         return black
 
     def _cut(self, row):
-        """A row's canvas, its valid rectangle and its mask; ValueError or OSError names what cannot be read."""
+        """A row's canvas, valid rectangle and mask; ValueError or OSError names what cannot be read."""
         if self.cache is None:
             canvas, valid = self.read_canvas(row)
             found = {"canvas": canvas, "valid": valid}
@@ -741,7 +744,7 @@ class UnreadImages:
         return f"{len(self.rows)} images could not be read and were replaced by others: {names}"
 
 
-# -------------------------------------------------------------------------------------- canvases that are kept
+# ------------------------------------------------------------------------------------- canvases that are kept
 def cache_canvases(dataset: HandDataset, kind: str, device="cpu", workers=0, rank=0, world=1, local_rank=0):
     """Cuts the canvases of dataset.rows once, in parallel; from then on the dataset serves them.
 
@@ -773,12 +776,12 @@ def cache_canvases(dataset: HandDataset, kind: str, device="cpu", workers=0, ran
             plan.shared = shared
         mates = [other for other, (its_leader, _) in enumerate(machines) if its_leader == leader]
         made = [plan for plan in plans if not plan.is_ready]
-        bar = tqdm(total=sum(plan.count for plan in made), desc="canvases", unit="hand",
-                   disable=rank > 0 or not made, mininterval=0.5 if sys.stderr.isatty() else 15)
         files = [plan.open() for plan in plans]
-        with bar:
+        share = mates.index(rank), len(mates)
+        with tqdm(total=sum(plan.count for plan in made), desc="canvases", unit="hand",
+                  disable=rank > 0 or not made, mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
             problem = _first_problem(
-                partial(_make_canvases, dataset, file, parts[which], workers, mates.index(rank), len(mates), bar)
+                partial(_make_canvases, dataset, file, parts[which], workers, share, bar)
                 for plan, file, which in zip(plans, files, used, strict=True) if not plan.is_ready)
         _agree(problem, world)
         if local_rank == 0:
@@ -952,14 +955,15 @@ def _open_again(descriptor, count, size):
     return CanvasFile(descriptor.detach(), count, size)
 
 
-def _make_canvases(dataset, file, rows, workers, share, shares, bar):
-    """Writes this process's share of the canvases of rows (M,) of the dataset."""
-    runs = [range(first, min(first + 32, len(rows))) for first in range(0, len(rows), 32)][share::shares]
+def _make_canvases(dataset, file, rows, workers, share, bar):
+    """Writes the canvases of rows (M,) of the dataset. share: this process's number, and of how many."""
+    number, shares = share
+    runs = [range(first, min(first + 32, len(rows))) for first in range(0, len(rows), 32)][number::shares]
     maker = torch.utils.data.DataLoader(_CanvasMaker(dataset, file, rows), batch_size=None, sampler=runs,
                                         num_workers=min(workers, len(runs)), collate_fn=int,
                                         generator=torch.Generator())  # the run's own draws stay as they are
     for count in maker:
-        bar.update(count * shares)
+        bar.update(min(count * shares, bar.total - bar.n))  # the others are as far as this one
 
 
 class _CanvasMaker(torch.utils.data.Dataset):
@@ -1276,6 +1280,6 @@ def _fit_shared_memory(workers, batch_bytes):
     fitting = min(workers, max(0, most))
     if fitting < workers and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"warning: {fitting} processes decode instead of --workers {workers}: /dev/shm has "
-              f"{_size_text(free)} free, and a batch takes {_size_text(batch_bytes)}. Start the container with "
-              "docker run --shm-size, or use --cache device", file=sys.stderr)
+              f"{_size_text(free)} free, and a batch takes {_size_text(batch_bytes)}. Start the container "
+              "with docker run --shm-size, or use --cache device", file=sys.stderr)
     return fitting, 1 if fitting else None

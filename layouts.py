@@ -223,10 +223,9 @@ def ho3d(root: Path | str, split: str, mano=None, workers: int = 0):
     columns["size"] = np.tile(np.int32(size), (len(images), 1))
     columns["number"] = np.flatnonzero(labelled)
     columns["video"] = _numbered([name.split("/")[0] for name in names])
-    masks = {path.relative_to(root).as_posix() for path in root.glob(f"{split}/*/seg/*.png")}
-    if masks:  # the training sequences of version 3 have some
-        wanted = [f"{split}/{name.replace('/', '/seg/')}.png" for name in names]
-        columns["mask"] = np.array([name if name in masks else "" for name in wanted], dtype="S")
+    masks = _ho3d_masks(root, split, names)
+    if any(masks):  # the training sequences of version 3 have some
+        columns["mask"] = np.array(masks, dtype="S")
     return columns, meta, root, left_out
 
 
@@ -257,6 +256,19 @@ def _ho3d_labels(folder, split, frame):
     row["betas"] = _numbers(content, "handBeta", (10,), path)
     row["trans"] = _numbers(content, "handTrans", (3,), path)
     return row
+
+
+def _ho3d_masks(root, split, frames):
+    """The name of each frame's mask below root, or "" where there is none."""
+    there = {}  # of each sequence
+    masks = []
+    for frame in frames:
+        sequence, number = frame.split("/")
+        if sequence not in there:
+            folder = root / split / sequence / "seg"
+            there[sequence] = set(os.listdir(folder)) if folder.is_dir() else set()
+        masks.append(f"{split}/{sequence}/seg/{number}.png" if f"{number}.png" in there[sequence] else "")
+    return masks
 
 
 def _ho3d_evaluation_labels(root, frames, labelled, wrist):

@@ -1,4 +1,5 @@
-"""Hands as downloaded -> an index (data.py describes the format). The images stay where they are.
+"""Hands as downloaded -> an index (data.py describes the format). The images stay where they are, unless the
+index is packed.
 
   freihand ROOT   FreiHAND v2 as unpacked: training/ and evaluation/; the evaluation labels lie there, or
         in FreiHAND_pub_v2_eval beside or inside it. --split training, evaluation, or train and val: the
@@ -20,6 +21,8 @@
   video ROOT   videos, and folders of frames, anywhere below ROOT. Hands are found in one frame of --every
         and cut out, with side and keypoints, by MediaPipe (requirements-video.txt) or as --detections
         says. A stopped command goes on when it is given again. torchrun shares the videos among processes.
+  pack ROOT   an index, whose images and masks are copied into a few large files in a new one: for millions of
+        hands, where files of their own are slow to copy and to open.
 
 Prints what was kept, what was left out and why, and writes samples.png into the index: look at it.
 """
@@ -28,6 +31,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +50,7 @@ from data import (
     image_size,
     index_fingerprint,
     list_images,
+    pack_files,
     read_boxes,
     read_image,
     square,
@@ -54,7 +59,17 @@ from data import (
 )
 from draw import draw_joints, grid, save_image
 from mano import Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
-from runtime import barrier, finish, parser, read_json, run, save_arrays, setup, write_atomically
+from runtime import (
+    barrier,
+    finish,
+    parser,
+    read_json,
+    run,
+    save_arrays,
+    setup,
+    staged_folder,
+    write_atomically,
+)
 from video import SMALLEST, cut_hand, list_videos, mediapipe_detector, read_detections, read_frames
 
 BOX_SCALE = 1.3  # the usual view of a box: finetune_mesh.py's default
@@ -333,6 +348,23 @@ def cut_video(name, frames, out, number):
     return columns | {"unread": np.array(unread, dtype=str), "small": np.array(small, dtype=str)}
 
 
+# --------------------------------------------------------------------------------------------- packed indices
+def from_index(root, args):
+    """The hands of an index, with their images and masks in packs in OUT."""
+    index = HandIndex(root)
+    if "packs" in index.meta:
+        raise ValueError(f"{root} is packed already: copy its folder")
+    columns, meta, missing = packed(index.columns, index.meta, index.root, args.out)
+    return columns, meta, args.out, {"image or mask missing, of a hand that is kept": missing}
+
+
+def packed(columns, meta, root, out):
+    """Columns and meta of an index whose packs are now in `out`, and the names of files that were missing."""
+    with staged_folder(out) as folder:
+        places, sizes, missing = pack_files(columns, root, folder)
+    return columns | places, meta | {"packs": sizes}, missing
+
+
 # ------------------------------------------------------------------------------------------------------ main
 def contact_sheet(index, path, count=24, size=192):
     """Pictures of evenly spaced hands with their joints and masks, which show a wrong convention at once."""
@@ -341,10 +373,11 @@ def contact_sheet(index, path, count=24, size=192):
     for row in np.unique(np.linspace(0, len(index) - 1, count).astype(int)):
         centre_x, centre_y, side = square(index.columns["box"][row], BOX_SCALE)
         try:
-            image, _ = read_image(index.image_path(row))
+            image, _ = read_image(index.open_image(row))
             tile, _ = crop_canvas(image, centre_x, centre_y, side, size)
-            if index.mask_path(row):  # what is not the hand, darker
-                mask = crop_mask(index.mask_path(row), image.width, centre_x, centre_y, side, size)
+            mask = index.open_mask(row)
+            if mask:  # what is not the hand, darker
+                mask = crop_mask(mask, image.width, centre_x, centre_y, side, size)
                 tile = np.where(mask[..., None], tile, tile // 2)
         except (ValueError, OSError):
             continue
@@ -377,18 +410,20 @@ def report(index, columns, dropped):
 
 
 MAKERS = dict.fromkeys(layouts.SPLITS, from_data_set)
-MAKERS |= {"folder": from_folder, "video": from_videos, "hand100m": from_hand100m}
+MAKERS |= {"folder": from_folder, "video": from_videos, "hand100m": from_hand100m, "pack": from_index}
 FLAGS = {"freihand": {"split", "skip_missing"}, "ho3d": {"split", "mano", "workers"},
          "dexycb": {"split", "setup", "mano", "workers"}, "assemblyhands": {"split"},
-         "interhand": {"split", "mano"}, "folder": {"boxes", "side"}, "video": {"every", "detections"},
-         "hand100m": {"source", "scale"}}
+         "interhand": {"split", "mano"}, "folder": {"boxes", "side"},
+         "video": {"every", "detections", "pack"},
+         "hand100m": {"source", "scale", "pack"}, "pack": set()}
 
 
 def flags():
     splits = sorted({split for splits in layouts.SPLITS.values() for split in splits})
     cli = parser(__doc__)
     cli.add_argument("kind", choices=list(MAKERS), help="what ROOT is")
-    cli.add_argument("root", type=Path, metavar="ROOT", help="folder as unpacked from the download")
+    cli.add_argument("root", type=Path, metavar="ROOT",
+                     help="folder as unpacked from the download; pack: an index")
     cli.add_argument("--out", type=Path, required=True, help="folder of the index; must not hold one yet")
     cli.add_argument("--split", choices=splits,
                      help="part of a data set (default: its training set; freihand: train and val part "
@@ -418,6 +453,9 @@ def flags():
                      help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"],
                      help="hand100m: which of the authors' files (default 50k)")
+    cli.add_argument("--pack", action="store_true",
+                     help="video, hand100m: keep the hands in a few large files, as `pack` does. The single "
+                          "files go once these are written")
     return cli
 
 
@@ -440,7 +478,12 @@ def main(argv=None):
     args = cli.parse_args(argv)
     check_flags(cli, args)
     columns, meta, images, dropped = MAKERS[args.kind](args.root, args)
+    if args.pack:
+        columns, meta, missing = packed(columns, meta, args.out, args.out)
+        dropped["crop missing, of a hand that is kept"] = missing
     write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
+    if args.pack:
+        shutil.rmtree(args.out / "images")  # the crops, which only this command wrote
     index = HandIndex(args.out)
     contact_sheet(index, args.out / "samples.png")
     report(index, columns, dropped)

@@ -48,14 +48,36 @@ def list_videos(root: Path | str, skip: Path | str | None = None) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    skipped = None if skip is None else Path(skip)
-    files = [path for path in root.rglob("*") if skipped not in path.parents and path.is_file()]
-    videos = sorted(path for path in files if path.suffix.lower() in VIDEO_SUFFIXES)
-    folders = sorted({path.parent for path in files if path.suffix.lower() in IMAGE_SUFFIXES})
+    videos = []
+    folders = []
+    _find_videos(str(root), None if skip is None else str(skip), videos, folders)
     if not videos and not folders:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
         raise FileNotFoundError(f"{root}: no video ({suffixes}) and no folder of frames below it")
-    return videos + folders
+    return sorted(map(Path, videos)) + sorted(map(Path, folders))
+
+
+def _find_videos(folder, skip, videos, folders):
+    """Appends the video files below a folder, and the folders that hold images. No list of frames is kept."""
+    below = []
+    has_image = False
+    try:
+        with os.scandir(folder) as entries:  # it tells files from folders without a look at each
+            for entry in entries:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(entry.path)
+                elif suffix in VIDEO_SUFFIXES and entry.is_file():
+                    videos.append(entry.path)
+                elif not has_image and suffix in IMAGE_SUFFIXES:
+                    has_image = entry.is_file()
+    except PermissionError:  # such as lost+found
+        return
+    if has_image:
+        folders.append(folder)
+    for path in below:
+        if path != skip:
+            _find_videos(path, skip, videos, folders)
 
 
 def read_rgb(path: Path | str) -> Image.Image:
@@ -79,13 +101,14 @@ def read_frames(path: Path | str, every: int = 1,
 
 
 def _frames_of_folder(folder, every, read_image):
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    for file in files[::every]:
+    names = sorted(name for name in os.listdir(folder)
+                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    for name in names[::every]:
         try:
-            frame = read_image(file)
+            frame = read_image(folder / name)
         except (ValueError, OSError):
             frame = None
-        yield file.name, frame
+        yield name, frame
 
 
 def _frames_of_video(path, every):

@@ -1,7 +1,14 @@
-"""data.py: crops, mirrors, the order of hands, the index's promises, broken files."""
+"""data.py: crops, mirrors, the order of hands, the index's promises, broken files, caches and packs."""
+
+import multiprocessing
+import os
+import shutil
+from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
+from fixtures import ENV, ROOT, call
 from PIL import Image
 
 import data
@@ -9,8 +16,12 @@ from data import (
     EpochSampler,
     HandDataset,
     HandIndex,
+    MixSampler,
     UnreadImages,
+    cache_canvases,
     crop_canvas,
+    list_images,
+    make_loader,
     mirror,
     read_image,
     square,
@@ -36,6 +47,20 @@ def test_sampler_is_a_function_of_the_step_and_splits_over_processes():
     flat = sum(whole, [])
     first, second = flat[:10], flat[10:20]
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+@pytest.mark.parametrize("count, batch", [(10, 4), (7, 32), (100, 12)])
+def test_every_process_draws_its_own_rows_of_the_same_batch(count, batch):
+    """Also where a batch holds whole epochs; the order is that of one generator an epoch."""
+    whole = list(EpochSampler(count, batch, 3, 2, 7))
+    orders = [np.random.default_rng([3, epoch]).permutation(count) for epoch in range(7 * batch // count + 1)]
+    assert sum(whole, []) == np.concatenate(orders)[2 * batch:7 * batch].tolist()
+    mixed = list(MixSampler([3, 9], [2, 1], batch, 3, 2, 7))
+    for world in (2, 4):
+        for sampler, expected in ((EpochSampler, whole), (MixSampler, mixed)):
+            hands = ([3, 9], [2, 1]) if sampler is MixSampler else (count,)
+            parts = [sampler(*hands, batch, 3, 2, 7, rank, world) for rank in range(world)]
+            assert [sum(step, []) for step in zip(*parts, strict=True)] == expected
 
 
 # ------------------------------------------------------------------------------------------------------ index
@@ -165,3 +190,252 @@ def test_photographs_are_turned_upright_and_large_jpegs_shrink_while_decoding(tm
                                                         / "a.jpg") and np.asarray(image)[:400].min() > 200
     small, scale = read_image(tmp_path / "a.jpg", smallest=128)
     assert scale == 0.25 and small.size == (128, 256)
+
+
+def test_images_are_listed_in_the_order_of_paths(tmp_path):
+    """Folders before files that continue their name, as paths compare; linked folders are not entered."""
+    for name in ("a/2.png", "a/10.JPG", "a-b/1.png", "a.png", "b/c/1.webp", "b.d/1.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.png").mkdir()
+    found = (path for path in tmp_path.rglob("*") if path.suffix.lower() in data.SUFFIXES)
+    slow = sorted(path for path in found if path.is_file())
+    assert list_images(tmp_path) == slow and len(slow) == 6
+
+
+# ----------------------------------------------------------------------------------------------------- caches
+LABELS = ("joints2d", "joints", "pose")
+
+
+def two_indices(folder):
+    """Two small indices, of which three images cannot be read."""
+    indices = [toy_index(folder / "a"), toy_index(folder / "b", count=5)]
+    (folder / "a/images/2.png").write_bytes(b"")
+    (folder / "a/images/3.png").unlink()
+    (folder / "b/images/4.png").write_bytes(b"broken")  # the last: the first row takes its place
+    return indices
+
+
+def same(batch, other):
+    assert batch.keys() == other.keys()
+    for name, value in batch.items():
+        assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("substitute", [True, False])
+@pytest.mark.parametrize("labels", [(), LABELS])
+def test_a_cache_changes_no_bit(tmp_path, labels, substitute):
+    """Of some rows of two indices, with left hands and unreadable images, whoever makes and serves it."""
+    indices = two_indices(tmp_path)
+    rows = [10, 1, 2, 3, 5, 6, 7, 9]  # not ascending, as a shuffled split may be
+    kept = {"labels": labels, "rows": rows, "substitute": substitute}
+    expected = list(make_loader(HandDataset(indices, 32, **kept), batch_size=3))
+    assert sorted(sum((batch["failed"].tolist() for batch in expected), [])) == [-1] * 5 + [2, 3, 10]
+    for kind in ("file", "memory", "device"):
+        for workers in (0, 2):
+            dataset = HandDataset(indices, 32, **kept)
+            cache = cache_canvases(dataset, kind, workers=workers)
+            batches = list(make_loader(dataset, batch_size=3, workers=workers))
+            for batch, wanted in zip(batches, expected, strict=True):
+                if kind == "device":
+                    assert "canvas" not in batch
+                    batch["canvas"] = cache.canvases(batch["row"])
+                same(batch, wanted)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_items_are_the_rows_of_a_batch(tmp_path):
+    dataset = HandDataset(two_indices(tmp_path), 32, labels=LABELS)
+    whole = dataset.batch(list(range(11)))
+    same(torch.utils.data.default_collate([dataset[item] for item in range(11)]), whole)
+    cache_canvases(dataset, "memory")
+    same(torch.utils.data.default_collate([dataset[item] for item in range(11)]), whole)
+
+
+def _serve(dataset, queue):
+    queue.put({name: value.numpy() for name, value in dataset.batch([0, 1, 2]).items()})
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_a_spawned_process_reads_the_same_cache(tmp_path, kind):
+    """It gets a descriptor, so the images may be gone. Packs are opened anew."""
+    indices = two_indices(tmp_path)
+    dataset = HandDataset(indices, 32)
+    expected = dataset.batch([0, 1, 2])
+    cache_canvases(dataset, kind)
+    shutil.rmtree(tmp_path / "a/images")
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_serve, args=(dataset, queue))
+    process.start()
+    got = {name: torch.from_numpy(value) for name, value in queue.get().items()}
+    process.join()
+    same(got, expected)
+
+
+def test_a_file_of_canvases_is_found_again_and_made_anew_for_other_hands(tmp_path, monkeypatch):
+    index = toy_index(tmp_path / "a")
+    expected = HandDataset([index], 32).batch(range(6))
+    cache_canvases(HandDataset([index], 32), "file")
+    made, = (tmp_path / "a").glob("canvases_32_*.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(HandDataset, "read_canvas", None)  # nothing is decoded
+        dataset = HandDataset([HandIndex(tmp_path / "a")], 32)
+        assert "on disk" in str(cache_canvases(dataset, "file"))
+        same(dataset.batch(range(6)), expected)
+    made.write_bytes(made.read_bytes()[:-1])  # cut off: made again
+    dataset = HandDataset([index], 32)
+    cache_canvases(dataset, "file")
+    same(dataset.batch(range(6)), expected)
+
+    columns = {name: np.array(value) for name, value in index.columns.items()}
+    for change in ({"side": np.zeros(6)}, {"box": np.tile([10, 10, 30, 40], (6, 1))},
+                   {"image": columns["image"][[1, 0, 2, 3, 4, 5]]}):
+        (tmp_path / "a/index.json").unlink()
+        write_index(tmp_path / "a", columns | change, {"name": "toy"})
+        changed = HandDataset([HandIndex(tmp_path / "a")], 32)
+        wanted = changed.batch(range(6))
+        cache_canvases(changed, "file")
+        same(changed.batch(range(6)), wanted)
+    last = [HandIndex(tmp_path / "a")]
+    for other in (HandDataset(last, 48), HandDataset(last, 32, 1.5), HandDataset(last, 32, rows=[1, 2])):
+        wanted = other.batch([0, 1])
+        cache_canvases(other, "file")
+        same(other.batch([0, 1]), wanted)
+    assert len(list((tmp_path / "a").glob("canvases_*.bin"))) == 7
+
+
+def test_canvases_that_do_not_fit_are_refused_before_any_is_cut(tmp_path, monkeypatch):
+    index = toy_index(tmp_path / "a")
+    disk = namedtuple("Disk", "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(HandDataset, "read_canvas", None)
+        patch.setattr(shutil, "disk_usage", lambda path: disk(9000))
+        patch.setattr(data, "_free_memory", lambda: 9000)
+        for kind, other in (("file", "memory"), ("memory", "file"), ("device", "file")):
+            message = f"--cache {kind}: 0.0 MB of canvases, but .* 0.0 MB .*free: use --cache {other}"
+            with pytest.raises(ValueError, match=message):
+                cache_canvases(HandDataset([index], 32), kind)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for owner, name in ((data.CanvasFile, "write"), (os, "ftruncate")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            for kind in ("file", "memory"):
+                with pytest.raises(ValueError, match="No space left on device.* --cache"):
+                    cache_canvases(HandDataset([index], 32), kind)
+    assert not list((tmp_path / "a").glob("canvases*"))
+    assert data._free_memory() is None or data._free_memory() > 2**20
+
+
+def test_processes_of_one_machine_share_the_work_and_the_memory(tmp_path):
+    two_indices(tmp_path)
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+from data import HandDataset, HandIndex, cache_canvases
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+expected = HandDataset([HandIndex("a"), HandIndex("b")], 32).batch(range(11))
+for kind in ("file", "memory", "device"):
+    dataset = HandDataset([HandIndex("a"), HandIndex("b")], 32)
+    cache = cache_canvases(dataset, kind, rank=rank, world=2, local_rank=rank)
+    batch = dataset.batch(range(11))
+    canvas = cache.canvases(batch["row"]) if kind == "device" else batch["canvas"]
+    assert torch.equal(canvas, expected["canvas"]) and torch.equal(batch["failed"], expected["failed"])
+    sys.stdout.write(f"{{rank}} {{kind}} same\\n")
+dist.barrier()
+dist.destroy_process_group()
+""")
+    done = call(tmp_path / "script.py", processes=2, env=ENV, cwd=tmp_path)
+    assert done.stdout.count("same\n") == 6, done.stderr[-2000:]
+
+
+def test_a_small_dev_shm_means_fewer_processes_not_a_bus_error(monkeypatch, capsys):
+    disk = namedtuple("Disk", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(64 << 20))
+    assert data._fit_shared_memory(4, 1 << 20) == (4, 2) and not capsys.readouterr().err
+    assert data._fit_shared_memory(4, 12 << 20) == (4, 1) and not capsys.readouterr().err
+    assert data._fit_shared_memory(4, 20 << 20) == (2, 1)
+    warning = capsys.readouterr().err
+    assert "--workers 4" in warning and "--shm-size" in warning and warning.count("\n") == 1
+    assert data._fit_shared_memory(4, 60 << 20) == (0, None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk(64 << 30))
+    assert data._fit_shared_memory(16, 201 << 20) == (16, 1)  # 1,024 hands of a ResNet: 3.2 GB, not 6.4
+
+
+# ------------------------------------------------------------------------------------------------------ packs
+def with_masks(folder):
+    """An index of six hands: two share an image, some have masks of both kinds, one image is missing."""
+    index = toy_index(folder)
+    mask = np.zeros((50, 70), np.uint8)
+    mask[10:30, 20:50] = 255
+    Image.fromarray(mask).save(folder / "images/mask.png")
+    np.savez(folder / "images/labels.npz", seg=mask)
+    (folder / "images/5.png").unlink()
+    columns = {name: np.array(value) for name, value in index.columns.items()}
+    columns["image"] = columns["image"][[0, 1, 2, 3, 0, 5]]
+    masks = np.array([b"images/mask.png", b"", b"images/labels.npz", b"", b"images/mask.png", b""])
+    (folder / "index.json").unlink()
+    write_index(folder, columns | {"mask": masks}, {"name": "toy"})
+    return HandIndex(folder)
+
+
+def test_a_packed_index_gives_the_same_items(tmp_path, monkeypatch):
+    single = with_masks(tmp_path / "single")
+    monkeypatch.setattr(data, "PACK_BYTES", 20_000)  # about two images
+    done = call("prepare_data.py", "pack", tmp_path / "single", "--out", tmp_path / "packed")
+    assert "image or mask missing, of a hand that is kept: 1:" in done.stdout and "5.png" in done.stdout
+    packs = sorted((tmp_path / "packed").glob("pack_*.bin"))
+    stored = {path: path.stat().st_size for path in (tmp_path / "single/images").iterdir()}
+    stored.pop(tmp_path / "single/images/4.png")  # no hand names it any more
+    assert len(packs) > 2 and sum(path.stat().st_size for path in packs) == sum(stored.values())
+    expected = HandDataset([single], 32, labels=("mask", *LABELS)).batch(range(6))
+    assert expected["has_mask"].tolist() == [1, 0, 1, 0, 1, 1] and expected["failed"][5] == 5
+    shutil.move(tmp_path / "packed", tmp_path / "moved")  # it needs nothing else
+    shutil.rmtree(tmp_path / "single")
+    dataset = HandDataset([HandIndex(tmp_path / "moved")], 32, labels=("mask", *LABELS))
+    same(dataset.batch(range(6)), expected)  # and leaves descriptors open, which forked processes share
+    for batch in make_loader(dataset, batch_size=6, workers=1):
+        same(batch, expected)
+    cache_canvases(dataset, "memory", workers=1)
+    same(dataset.batch(range(6)), expected)
+    done = call("prepare_data.py", "pack", tmp_path / "moved", "--out", tmp_path / "again", check=False)
+    assert done.returncode == 2 and "packed already" in done.stderr and not (tmp_path / "again").exists()
+
+
+def test_a_damaged_pack_is_named(tmp_path):
+    with_masks(tmp_path / "a")
+    call("prepare_data.py", "pack", tmp_path / "a", "--out", tmp_path / "b")
+    pack = tmp_path / "b/pack_0000.bin"
+    content = pack.read_bytes()
+    index = HandIndex(tmp_path / "b")
+    start, size = index.columns["image_place"][1, 1:]
+    pack.write_bytes(content[:start] + bytes(size) + content[start + size:])
+    with pytest.raises(ValueError, match=f"images/1.png in pack_0000.bin at {start}: not a readable image"):
+        read_image(index.open_image(1))
+    assert HandDataset([index], 32).batch(range(3))["failed"].tolist() == [-1, 1, -1]  # never ends a run
+    with pytest.raises(FileNotFoundError, match="images/5.png: was not there"):
+        index.open_image(5)
+    pack.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="pack_0000.bin has .* bytes instead of"):
+        HandIndex(tmp_path / "b")
+    with pytest.raises(ValueError, match="pack_0000.bin: there is no"):  # cut off after it was opened
+        [index.open_mask(row) for row in range(5)]
+    pack.unlink()
+    with pytest.raises(ValueError, match="pack_0000.bin"):
+        HandIndex(tmp_path / "b")
+
+
+def test_an_index_without_any_image_is_not_packed(tmp_path):
+    toy_index(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a/images")
+    done = call("prepare_data.py", "pack", tmp_path / "a", "--out", tmp_path / "b", check=False)
+    assert done.returncode == 2 and "nothing to pack" in done.stderr and not (tmp_path / "b").exists()

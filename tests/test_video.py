@@ -54,13 +54,13 @@ def check(index, root, truth, tolerance):
     for row, (name, side, points) in enumerate(truth):
         kept = np.array(index.columns["keypoints"][row], np.float64)
         size = np.array(index.columns["size"][row])
-        path = index.image_path(row)
+        image = index.open_image(row)
         assert index.side(row) == (side == "left")
-        assert image_size(path) == tuple(size)
+        assert image_size(image) == tuple(size)
         corner = np.round(np.mean(points - kept, axis=0))  # frames are small: nothing was resized
         assert np.abs(kept + corner - points).max() < tolerance
         cut = read_image(root / name)[0].crop((*corner, *(corner + size)))
-        off = np.asarray(cut, float) - np.asarray(read_image(path)[0], float)
+        off = np.asarray(cut, float) - np.asarray(read_image(image)[0], float)
         assert np.abs(off).mean() < 6  # JPEG's loss; a crop elsewhere is off by 20 and more
         box = np.array(index.columns["box"][row])
         assert np.allclose(box, np.concatenate([kept.min(0), kept.max(0)]) + 0.5, atol=1e-3)
@@ -218,6 +218,24 @@ def test_hands_are_cut_out_of_frames_whoever_detected_them(frames, tmp_path):
     call("prepare_data.py", "video", root, "--out", tmp_path / "some", "--every", 2,
          "--detections", tmp_path / "seen.npz")
     assert len(HandIndex(tmp_path / "some")) == 4
+
+
+def test_hands_can_be_packed_at_once(frames, tmp_path):
+    """The same index, whose crops lie in one file; also where the last step was stopped."""
+    write_csv(tmp_path / "seen.csv", frames[1])
+    command = ("prepare_data.py", "video", frames[0], "--every", 1, "--detections", tmp_path / "seen.csv")
+    call(*command, "--out", tmp_path / "single")
+    single = HandIndex(tmp_path / "single")
+    for _ in range(2):
+        call(*command, "--out", tmp_path / "packed", "--pack")
+        packed = HandIndex(tmp_path / "packed")
+        check(packed, *frames, 1e-4)
+        for row in range(len(single)):
+            assert packed.open_image(row).getvalue() == single.open_image(row).read_bytes()
+        assert sorted(path.name for path in (tmp_path / "packed").iterdir() if path.suffix != ".npy") == [
+            "index.json", "pack_0000.bin", "parts", "samples.png"]
+        shutil.copytree(tmp_path / "single" / "images", tmp_path / "packed" / "images")
+        (tmp_path / "packed" / "index.json").unlink()
 
 
 def test_cutting_goes_on_where_it_was_stopped(frames, tmp_path):
