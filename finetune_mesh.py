@@ -475,6 +475,7 @@ def main(argv=None):
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
 
         if is_due(step, args.eval_every, steps):
+            runtime.share_buffers(ema)
             pa_joints, pa_vertices, val_unread = validate(ema, val_loader, runtime, args.box_scale, size,
                                                           hand_arrays, joint_definition(val_index))
             log.write({"step": step + 1, "val_pa_mpjpe_mm": pa_joints, "val_pa_mpvpe_mm": pa_vertices})

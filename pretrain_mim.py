@@ -325,23 +325,21 @@ class CollapseAlarm:
 
 # --------------------------------------------------------------------------------------------------- pictures
 @torch.no_grad()
-def picture(net, teacher, views, theta, mask, hands=8):
-    """A row for each of some hands, from HandMIM's outputs for views (2,B,3,S,S). For either view:
+def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
+    """A row for each of the first hands, from HandMIM's outputs for views (2,B,3,S,S). For either view:
 
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
     (rings; a keypoint has one colour); the masked input; the reconstruction with the visible patches pasted;
     the HOG of the view, and what the class token makes of the masked input."""
+    is_shown = masked // mask.shape[2] % mask.shape[1] < hands  # (M,)
     views, theta, mask = views[:, :hands], theta[:, :hands], mask[:, :hands]
-    masked = mask.flatten().nonzero().squeeze(1)
-    student, teacher = (each(views, mask, masked, hide) for each, hide in ((net, True), (teacher, False)))
-    patch = net.encoder.patch
     size = views.shape[-1]
     patches = to_patches(views, patch)  # (2, B, N, 3pp)
     hidden = patches.clone()
     hidden[mask] = 0
     columns = {"view": to_rgb(views.flatten(0, 1)), "masked": to_rgb(from_patches(hidden, size, patch))}
     if "keypoints" in teacher:
-        here = teacher["keypoints"]
+        here = teacher["keypoints"][:, :hands]
         undone = apply_theta(theta, here)
         others = apply_theta(invert_theta(theta), undone.flip(0))
         dots, rings = (to_pixels(points.flatten(0, 1), size) for points in (here, others))
@@ -349,10 +347,10 @@ def picture(net, teacher, views, theta, mask, hands=8):
     if "pixels" in student:
         _, mean, deviation = normalise_patches(patches[mask])
         filled = patches.clone()
-        filled[mask] = student["pixels"] * deviation + mean
+        filled[mask] = student["pixels"][is_shown] * deviation + mean
         columns["reconstruction"] = to_rgb(from_patches(filled, size, patch))
     if "hog" in student:
-        for name, cells in (("HOG", hog_targets(views, patch)[0]), ("HOG read", student["hog"])):
+        for name, cells in (("HOG", hog_targets(views, patch)[0]), ("HOG read", student["hog"][:, :hands])):
             cells = cells.float().reshape(-1, HOG_DIRECTIONS, HOG_CELLS, HOG_CELLS).cpu().numpy()
             columns[name] = [draw_hog(each, size) for each in cells]
     B = views.shape[1]
@@ -615,7 +613,7 @@ def main(argv=None):
             log.warn(step + 1, text)
         saved = is_due(step, args.save_every, steps)
         if runtime.is_main and (saved or step == 0):
-            shown = picture(student, teacher, views, theta, mask)
+            shown = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
         if runtime.is_main and saved:
             save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)

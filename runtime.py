@@ -204,6 +204,12 @@ class Runtime:
         return torch.nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False,
                                                          gradient_as_bucket_view=True)
 
+    def share_buffers(self, model):
+        """Gives all processes the buffers of process 0: BatchNorm's running means differ otherwise."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def sync_gradients(self, model, now):
         """Context of a forward and backward pass; the processes exchange gradients only where `now`."""
         return contextlib.nullcontext() if self.world == 1 or now else model.no_sync()
