@@ -568,8 +568,9 @@ def main(argv=None):
                     learned = net(some_views, some_mask, masked, hide=True)
                 losses = {}
                 if keypoints:  # the pose loss: class token, undone onto the canvas; the OTHER view
-                    points = runtime.gather(apply_theta(some_theta, learned["keypoints"]))  # (2, B, K, 2)
-                    targets = runtime.gather(apply_theta(some_theta, taught["keypoints"])).flip(0)
+                    both = torch.cat([learned["keypoints"], taught["keypoints"]], dim=2)  # (2, B, 2K, 2)
+                    points, targets = runtime.gather(apply_theta(some_theta, both)).chunk(2, dim=2)
+                    targets = targets.flip(0)
                     if "align" in weights:
                         losses["align"] = align_loss(points, targets)
                     if "contrast" in weights:
