@@ -850,21 +850,22 @@ class _CanvasPlan:
             return
         try:
             if self.kind == "file":
-                self.part = self.path.with_name(f"{self.path.name}.{platform.node()}.{os.getpid()}.part")
-                descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                path = str(self.part)
+                part = self.path.with_name(f"{self.path.name}.{platform.node()}.{os.getpid()}.part")
+                descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                self.part = part
+                path = str(part)
             elif hasattr(os, "memfd_create"):  # unlike /dev/shm, which containers keep at 64 MB
                 descriptor = os.memfd_create("canvases")
                 path = f"/proc/{os.getpid()}/fd/{descriptor}"
             else:
                 descriptor, path = tempfile.mkstemp()
                 self.part = Path(path)
+            self.file = CanvasFile(descriptor, self.count, self.size)
             os.ftruncate(descriptor, self.bytes)
         except OSError as error:
             other = "memory" if self.kind == "file" else "file"
             raise ValueError(f"--cache {self.kind}: the canvases of {self.folder} cannot be kept there "
                              f"({error.strerror}): use --cache {other}") from None
-        self.file = CanvasFile(descriptor, self.count, self.size)
         self.shared = path, False
 
     def open(self):

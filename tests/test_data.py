@@ -319,15 +319,17 @@ def test_canvases_that_do_not_fit_are_refused_before_any_is_cut(tmp_path, monkey
             with pytest.raises(ValueError, match=message):
                 cache_canvases(HandDataset([index], 32), kind)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for owner, name in ((data.CanvasFile, "write"), (os, "ftruncate")):
+    for kind, owner, name in (("file", data.CanvasFile, "write"), ("memory", data.CanvasFile, "write"),
+                              ("file", os, "ftruncate"), ("memory", os, "ftruncate"), ("file", os, "open")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
-            for kind in ("file", "memory"):
-                with pytest.raises(ValueError, match="No space left on device.* --cache"):
-                    cache_canvases(HandDataset([index], 32), kind)
+            if name == "open":  # of a disk that is read-only, where nothing can be removed either
+                patch.setattr(data.Path, "unlink", fail)
+            with pytest.raises(ValueError, match="No space left on device.* --cache"):
+                cache_canvases(HandDataset([index], 32), kind)
     assert not list((tmp_path / "a").glob("canvases*"))
     assert data._free_memory() is None or data._free_memory() > 2**20
 
