@@ -40,7 +40,7 @@ CHUNK = 1 << 20  # pixels handled at once: about 60 MB of temporaries
 
 
 # ----------------------------------------------------------------------------------------------------- meshes
-def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull: bool = False):
+def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull=False, weights: bool = True):
     """Z-buffer of a triangle mesh, without a loop over faces (ours).
 
     points: (N, 3); x, y in pixel-EDGE coordinates, z = depth, smaller is nearer. The image spans 0..W, 0..H,
@@ -49,8 +49,10 @@ def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull
     faces: (F, 3) indices. Degenerate faces and faces with a non-finite corner are left out. At equal depth
         the lower face wins.
     size: (H, W).
-    cull: leave out faces seen from behind, where faces run clockwise seen from outside in a frame of x right,
-        y down, z forward (MANO's right hand). Twice as fast on a closed mesh.
+    cull: leave out faces seen from behind; True, or (F,) bool: of these faces. They run counter-clockwise
+        seen from outside, in a frame of x right, y down, z forward, as MANO's right hand's do. Twice as fast
+        on a closed mesh.
+    weights: False where `bary` is not needed: it is None then.
 
     Returns
         face (H, W) int32, -1 where nothing is;
@@ -61,30 +63,35 @@ def rasterise(points: np.ndarray, faces: np.ndarray, size: tuple[int, int], cull
     height, width = size
     faces = np.asarray(faces).reshape(-1, 3)
     points = np.asarray(points, np.float64)
-    x, y, z = points.T[:, faces.T]  # (3, F) each: corners first, which numpy reduces faster
+    # (3, F) each: corners first, which numpy reduces faster. `take` is several times as fast as [].
+    x, y, z = points.T.take(faces.T, axis=1)
     kept = _faces_to_draw(x, y, z, size, cull)
-    x, y, z = x[:, kept], y[:, kept], z[:, kept]
+    x, y, z = (values.take(kept, axis=1) for values in (x, y, z))
 
     # Every face is cut into rows of pixel centres, every row into the columns between the face's edges.
     a, b, c = _corner_weights(x, y)
     owner, row = _rows_of_faces(y, height)  # (R,) each
-    slope = a[:, owner]  # (3, R) along a row, a corner's weight is slope * (column + 0.5) + offset
-    offset = b[:, owner] * (row + 0.5) + c[:, owner]
-    first, length = _columns_of_rows(slope, offset, width)
-    z = z[:, owner]
-    z_slope = (slope * z).sum(0)  # (R,) along a row, depth is z_slope * column + z_start
-    z_start = (offset * z).sum(0) + 0.5 * z_slope
-    face, depth = _fill(owner, row, first, length, z_slope, z_start, size)
+    first, length = _columns_of_rows(a, b, c, owner, row + 0.5, width)
+    # Along a row, depth is z_slope * column + z_start.
+    z_slope = (a * z).sum(0)  # (F,)
+    z_down = (b * z).sum(0)
+    z_corner = (c * z).sum(0) + 0.5 * (z_slope + z_down)
+    z_start = z_down.take(owner) * row + z_corner.take(owner)  # (R,)
+    face, depth = _fill(owner, row, first, length, z_slope.take(owner), z_start, size)
 
     hit = np.flatnonzero(face >= 0)
-    owner = face[hit]
-    row = hit // width + 0.5
-    column = hit % width + 0.5
-    bary = np.zeros((height * width, 3), np.float32)
-    for k in range(3):
-        bary[hit, k] = a[k, owner] * column + b[k, owner] * row + c[k, owner]
-    face[hit] = kept[owner]
-    return face.reshape(height, width), bary.reshape(height, width, 3), depth.reshape(height, width)
+    owner = face.take(hit)
+    bary = None
+    if weights:
+        row = hit // width
+        column = hit - row * width + 0.5
+        row = row + 0.5
+        bary = np.zeros((height * width, 3), np.float32)
+        for k in range(3):
+            bary[hit, k] = a[k].take(owner) * column + b[k].take(owner) * row + c[k].take(owner)
+        bary = bary.reshape(height, width, 3)
+    face[hit] = kept.take(owner)
+    return face.reshape(height, width), bary, depth.reshape(height, width)
 
 
 def _twice_area(x, y):
@@ -99,7 +106,7 @@ def _faces_to_draw(x, y, z, size, cull):
     height, width = size
     with np.errstate(invalid="ignore", over="ignore"):
         area = _twice_area(x, y)
-        drawn = area < -1e-12 if cull else np.abs(area) > 1e-12
+        drawn = (area < -1e-12) | ((area > 1e-12) & np.logical_not(cull))
         drawn &= np.isfinite(area + z.sum(0))
         drawn &= (x.min(0) < width) & (x.max(0) > 0)
         drawn &= (y.min(0) < height) & (y.max(0) > 0)
@@ -126,17 +133,27 @@ def _rows_of_faces(y, height):
     rows = np.maximum(np.minimum(bottom, height) - top, 0)  # (F,)
     owner = np.repeat(np.arange(len(rows)), rows)
     before = np.cumsum(rows) - rows  # rows of the faces before this one
-    row = np.arange(len(owner)) + np.repeat(top - before, rows)
+    row = np.arange(len(owner)) + (top - before).take(owner)
     return owner, row
 
 
-def _columns_of_rows(slope, offset, width):
-    """The part of each row where all three weights are positive: first (R,) column, length (R,) in pixels."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        zero = -offset / slope - 0.5  # column where the weight passes 0; not-a-number along a horizontal edge
-    level = np.where((slope < 0) | (offset >= -1e-12), -np.inf, np.inf)  # a weight that bounds no left end
-    first = np.where(slope > 0, zero, level).max(0)
-    last = np.where(slope < 0, zero, np.inf).min(0)
+def _columns_of_rows(a, b, c, owner, y, width):
+    """The part of each row where all three weights are positive: first (R,) column, length (R,) in pixels.
+
+    a, b, c (3, F): of _corner_weights; y (R,): height of the rows' pixel centres.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):  # a level edge bounds no row of its face
+        lean = -b / a  # an edge, where a weight is 0, lies at column lean * y + start
+        start = -c / a - 0.5
+
+    def edges(bounds, none):
+        """(3, R): columns of the edges that bound a row on this side."""
+        leans = np.where(bounds, lean, 0)
+        starts = np.where(bounds, start, none)
+        return leans.take(owner, axis=1) * y + starts.take(owner, axis=1)
+
+    first = edges(a > 0, -np.inf).max(0)
+    last = edges(a < 0, np.inf).min(0)
     # Pixels within 1e-9 of an edge belong to both of its faces, so that rounding leaves no holes.
     first = np.ceil(np.clip(first, 0, width) - 1e-9).astype(np.int64)
     last = np.floor(np.clip(last, -1, width - 1) + 1e-9).astype(np.int64)
@@ -148,6 +165,8 @@ def _fill(owner, row, first, length, z_slope, z_start, size):
     height, width = size
     face = np.full(height * width, -1, np.int32)
     depth = np.full(height * width, np.inf, np.float32)
+    row_start = row * width
+    z_start = z_start - z_slope * row_start  # so that depth is z_slope * pixel + z_start
     ends = np.cumsum(length)  # pixels up to the end of each row
     start = 0
     while start < len(owner):
@@ -157,15 +176,17 @@ def _fill(owner, row, first, length, z_slope, z_start, size):
         part = slice(start, stop)
         n = length[part]
         before = ends[part] - n - done
-        column = np.arange(n.sum()) + np.repeat(first[part] - before, n)  # (M,) every pixel of these rows
-        pixel = column + np.repeat(row[part] * width, n)
-        near = np.repeat(z_slope[part], n) * column + np.repeat(z_start[part], n)
+        pixel = np.repeat(row_start[part] + first[part] - before, n)  # (M,) every pixel of these rows
+        pixel += np.arange(len(pixel))
+        near = np.repeat(z_slope[part], n)
+        near *= pixel
+        near += np.repeat(z_start[part], n)
         near = near.astype(np.float32)
-        nearest_before = depth[pixel]
+        nearest_before = depth.take(pixel)
         np.minimum.at(depth, pixel, near)
         # Reversed, because the last write to a pixel stays and the lowest face shall win.
-        wins = np.flatnonzero((near == depth[pixel]) & (near < nearest_before))[::-1]
-        face[pixel[wins]] = np.repeat(owner[part], n)[wins]
+        wins = np.flatnonzero((near == depth.take(pixel)) & (near < nearest_before))[::-1]
+        face[pixel.take(wins)] = np.repeat(owner[part], n).take(wins)
         start = stop
     return face, depth
 

@@ -195,10 +195,10 @@ def random_scene(rng, size):
     return light, camera, random_background(rng, size)
 
 
-def painted(vertices, faces, colors):
+def painted(vertices, faces, colors, closed=True):
     """Mesh in colours (N, 3), sRGB 0..1."""
     normals = vertex_normals(vertices, faces)
-    return photo.Mesh(vertices, faces, normals, colors**2.2, photo.matt, wrap=(0.05, 0.05, 0.05))
+    return photo.Mesh(vertices, faces, normals, colors**2.2, photo.matt, (0.05, 0.05, 0.05), closed)
 
 
 def build_scene(surface, person, labels, frame):
@@ -212,11 +212,11 @@ def build_scene(surface, person, labels, frame):
     meshes = [photo.Mesh(hand, surface.faces, normals, surface.coordinates, skin, wrap=(0.3, 0.16, 0.12))]
     if sleeve is not None:
         colors = np.tile(person.arm.cloth, (len(sleeve), 1))
-        meshes.append(painted(sleeve, surface.sleeve_faces, colors))
+        meshes.append(painted(sleeve, surface.sleeve_faces, colors, closed=False))
     if person.held is not None:
         shape, faces, colors = person.held
-        axes = np.stack([np.cross(surface.across, surface.back), surface.back, surface.across])
-        rest = shape @ axes  # a mirror image, which turns its faces outwards
+        axes = np.stack([np.cross(surface.back, surface.across), surface.back, surface.across])
+        rest = shape @ axes
         rest += surface.palm + person.grip - surface.back * (0.014 + np.abs(shape[:, 1]).max())
         rest -= surface.coordinates[:len(vertices), :3].mean(0)  # from the hand's middle
         meshes.append(painted(rest @ rotmat.T + vertices.mean(0), faces, colors))
@@ -224,8 +224,6 @@ def build_scene(surface, person, labels, frame):
         shape, faces, colors = person.occluder
         joint = labels["joints"][frame, person.covers]
         place = 0.72 * joint + person.drift[frame]  # nearer, on the same ray
-        # Its faces run clockwise, so the key light misses most of it. It stays: a seed must go on giving the
-        # same bytes.
         meshes.append(painted(0.7 * shape + place, faces, colors))
     return meshes
 
@@ -233,15 +231,20 @@ def build_scene(surface, person, labels, frame):
 def draw_hand(surface, person, light, labels, frame, size):
     """One picture without its background.
 
-    Returns layer (size, size, 4) as in `photo.render`; mask (size, size) 0..1 of the visible hand, without
-    the forearm; hidden (21,): joints behind an object or behind another part of the hand.
+    Returns layer (4, size, size) and vertex (2 size, 2 size), both as in `photo.render`; hidden (21,): joints
+    behind an object or behind another part of the hand.
     """
     meshes = build_scene(surface, person, labels, frame)
     layer, depth, vertex = photo.render(meshes, labels["K"][frame], size, light, rasterise)
-    mask = (vertex >= 0) & (vertex < labels["vertices"].shape[1])
     u, v = np.clip(2 * labels["joints2d"][frame] + 1, 0, 2 * size - 1).astype(int).T
     hidden = labels["joints"][frame, :, 2] > depth[v, u] + 0.016  # metres, about a finger's thickness
-    return layer, photo.half_size(mask.astype(np.float32)), hidden
+    return layer, vertex, hidden
+
+
+def hand_mask(vertex, count):
+    """(size, size) uint8, 255 where most of a pixel shows one of the hand's `count` vertices."""
+    shown = (vertex >= 0) & (vertex < count)
+    return (photo.half_size(shown.astype(np.float32)) > 0.5).astype(np.uint8) * 255
 
 
 # -------------------------------------------------------------------------------------------------- one video
@@ -291,10 +294,10 @@ def draw_video(video):
         for version, (light, camera, background) in enumerate(scenes):
             rng = np.random.default_rng([*video.key, frame, version])
             if many and version == 0:
-                background = np.full_like(background, GREEN_SCREEN)
+                background = np.full_like(background, np.reshape(GREEN_SCREEN, (3, 1, 1)))
             elif many:
                 background = random_background(rng, size)
-            layer, mask, hidden = draw_hand(TOOLS["surface"], person, light, labels, frame, size)
+            layer, vertex, hidden = draw_hand(TOOLS["surface"], person, light, labels, frame, size)
             image = photo.photograph(rng, camera, light, background, layer, motion)
             if left:
                 image = np.ascontiguousarray(image[:, ::-1])
@@ -303,8 +306,8 @@ def draw_video(video):
             if version == 0:
                 keypoints[frame], score[frame] = detect(rng, labels["joints2d"][frame], hidden, size)
                 if many:
-                    mask = Image.fromarray((mask > 0.5).astype(np.uint8) * 255)
-                    mask.save(video.folder.parent / "mask" / path.name, quality=95)
+                    mask = hand_mask(vertex, labels["vertices"].shape[1])
+                    Image.fromarray(mask).save(video.folder.parent / "mask" / path.name, quality=95)
     joints2d = labels["joints2d"]
     labels["visible"] = ((joints2d >= -0.5) & (joints2d <= size - 0.5)).all(2)
     labels |= {"keypoints": keypoints, "keypoints_score": score}

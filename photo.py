@@ -1,8 +1,9 @@
 """One photograph of coloured meshes: light with shadows, a cluttered background, a camera with faults.
 
 Nothing here knows about hands. Colours of lights and surfaces are linear RGB, those of pictures sRGB 0..1.
-The rasteriser is an argument of `render`: `draw.rasterise`, or any other that returns the same. The recipe is
-ours.
+Pictures and lists of pixels are float32 and have their channels first, which numpy handles several times
+faster. The rasteriser is an argument of `render`: `draw.rasterise`, or any other that returns the same. The
+recipe is ours.
 
 Example::
 
@@ -14,8 +15,8 @@ Example::
     camera = random_camera(rng)
     light = random_light(rng)
     background = random_background(rng, 128)
-    layer = np.zeros((128, 128, 4), np.float32)  # RGB and coverage, as `render` returns them
-    layer[40:90, 40:90] = 0.9, 0.5, 0.2, 1  # here a square
+    layer = np.zeros((4, 128, 128), np.float32)  # RGB and coverage, as `render` returns them
+    layer[:, 40:90, 40:90] = np.reshape([0.9, 0.5, 0.2, 1], (4, 1, 1))  # here a square
     picture = photograph(rng, camera, light, background, layer, motion=np.array([1.0, 0.0]))
     Image.fromarray(picture).save("photo.png", quality=camera.quality)
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import uniform_filter
+from scipy.sparse import csr_array
 
 NEAREST = 0.06  # metres: nothing nearer to the camera is drawn
 f4 = np.float32  # pixels are shaded in float32
@@ -46,13 +48,22 @@ def pick(rng: np.random.Generator, *options):
 
 
 def half_size(image: np.ndarray) -> np.ndarray:
-    """Means of 2 x 2 pixels: (2H, 2W, ...) -> (H, W, ...)."""
-    image = image[0::2] + image[1::2]
-    return (image[:, 0::2] + image[:, 1::2]) * f4(0.25)
+    """Means of 2 x 2 pixels: (..., 2H, 2W) -> (..., H, W)."""
+    image = image[..., 0::2, :] + image[..., 1::2, :]
+    return (image[..., 0::2] + image[..., 1::2]) * f4(0.25)
 
 
 def _blur(picture, radius):
     return picture.filter(ImageFilter.GaussianBlur(radius)) if radius > 0 else picture
+
+
+def _enlarge(picture, side):
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _planes(image, change, value):
+    """change(picture, value) of each channel of (C, H, W) uint8: (C, H', W') float32."""
+    return np.stack([np.asarray(change(Image.fromarray(plane), value), f4) for plane in image])
 
 
 def _to_uint8(image):
@@ -104,42 +115,50 @@ def random_camera(rng: np.random.Generator) -> Camera:
 
 
 def random_background(rng: np.random.Generator, size: int, tones=()) -> np.ndarray:
-    """(H, H, 3) sRGB, H = 1.25 size: a gradient, noise, stripes and shapes, more or less blurred.
+    """(3, H, H) sRGB, H = 1.25 size: a gradient, noise, stripes and shapes, more or less blurred.
 
     tones (M, 3): colours of the thing to be photographed. Some backgrounds show one of them, so that its
     colour alone does not give it away.
     """
     side = int(1.25 * size)
     angle = rng.uniform(0, 6.3)
-    y, x = np.mgrid[0:side, 0:side] / side
+    x = np.arange(side, dtype=f4) / f4(side)
+    y = x[:, None]
     palette = rng.uniform(0, 1, (6, 3)) * rng.uniform(0.4, 1.1)
     grey = palette.mean(1, keepdims=True)
     palette = np.clip(grey + (palette - grey) * rng.uniform(0.2, 1), 0, 1)
     if rng.random() < 0.4 and len(tones):
         palette[5] = tones[rng.integers(len(tones))]
+    colors = palette.astype(f4)[..., None, None]  # (6, 3, 1, 1)
 
-    ramp = np.cos(angle) * x + np.sin(angle) * y - rng.uniform(-0.3, 0.6)
-    ramp = ramp[..., None].clip(0, 1)
-    image = palette[0] * (1 - ramp) + palette[1] * ramp
+    cos, sin = f4(np.cos(angle)), f4(np.sin(angle))
+    ramp = (cos * x + sin * y - f4(rng.uniform(-0.3, 0.6))).clip(0, 1)
+    image = colors[0] + (colors[1] - colors[0]) * ramp
     coarse = rng.integers(2, 7)
     fine = rng.integers(12, 40)
     for cells, strength in ((coarse, 0.5), (fine, 0.16)):
-        noise = Image.fromarray(_to_uint8(rng.normal(0.5, 0.25, (cells, cells, 3))))
-        noise = np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC)) / 255 - 0.5
-        image = image + strength * rng.random() * pick(rng, noise, noise.mean(2, keepdims=True))
+        noise = rng.normal(0.5, 0.25, (cells, cells, 3))
+        strength = strength * rng.random()
+        if pick(rng, False, True):  # the same in all channels
+            noise = noise.mean(2, keepdims=True)
+        noise = _planes(_to_uint8(noise).transpose(2, 0, 1), _enlarge, side)
+        image += (noise - f4(127.5)) * f4(strength / 255)
     if rng.random() < 0.35:
-        across = np.cos(angle) * y - np.sin(angle) * x
-        wave = np.sin(across * rng.uniform(15, 90))[..., None]
-        stripes = rng.uniform(0.02, 0.14) * np.tanh(wave * rng.uniform(1, 8))
-        image = image + stripes * (palette[2] - palette[3])
+        across = cos * y - sin * x
+        wave = np.sin(across * f4(rng.uniform(15, 90)))
+        stripes = f4(rng.uniform(0.02, 0.14)) * np.tanh(wave * f4(rng.uniform(1, 8)))
+        image += stripes * (colors[2] - colors[3])
 
-    picture = Image.fromarray(_to_uint8(image))
-    picture = picture.resize((2 * side, 2 * side))  # shapes are drawn large and averaged
+    picture = Image.fromarray(np.ascontiguousarray(_to_uint8(image).transpose(1, 2, 0)))
     shapes = int(rng.integers(22)) if rng.random() < 0.8 else 0
-    for _ in range(shapes):
-        _draw_shape(rng, picture, palette)
+    if shapes:
+        picture = picture.resize((2 * side, 2 * side), Image.Resampling.NEAREST)
+        for _ in range(shapes):
+            _draw_shape(rng, picture, palette)
+        picture = picture.reduce(2)  # shapes are drawn large and averaged
     radius = pick(rng, 0, 0.6, 1.5, 3.0) * size / 128
-    return np.asarray(_blur(picture.reduce(2), radius)) / 255.0
+    image = np.asarray(_blur(picture, radius)).transpose(2, 0, 1)
+    return np.ascontiguousarray(image) * f4(1 / 255)
 
 
 def _draw_shape(rng, picture, palette):
@@ -172,8 +191,9 @@ class Mesh:
     faces: np.ndarray  # (F, 3)
     normals: np.ndarray  # (N, 3) unit, outwards
     coordinates: np.ndarray  # (N, C) what `texture` needs, interpolated at every pixel
-    texture: Callable  # coordinates (P, C) float32 -> albedo (P, 3), gloss (P,)
+    texture: Callable  # coordinates (C, P) float32 -> albedo (3, P), gloss (P,)
     wrap: tuple  # RGB: how far light reaches round the edge; more red for skin
+    closed: bool = True  # its inside is never seen
 
 
 def matt(colors: np.ndarray):
@@ -185,100 +205,189 @@ def render(meshes: list[Mesh], K: np.ndarray, size: int, light: Light, rasterise
     """Lit meshes without a background.
 
     K (3, 3): intrinsics, of pixel centres; size: side of the image in pixels; rasterise(points, faces, size,
-    cull): as `draw.rasterise`.
+    cull, weights): as `draw.rasterise`.
 
     Returns
-        layer (size, size, 4) float32: sRGB times coverage, and coverage;
+        layer (4, size, size) float32: sRGB times coverage, and coverage;
         depth (2 size, 2 size) in metres, inf where nothing is;
         vertex (2 size, 2 size): the number of the first corner of the face shown, counted through all meshes,
             -1 where nothing is.
     """
     points = np.concatenate([mesh.vertices for mesh in meshes])
-    normals = np.concatenate([mesh.normals for mesh in meshes])
     starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
     faces = np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts, strict=False)])
-    faces = faces[(points[:, 2] > NEAREST)[faces].all(1)]
+    closed = np.repeat([mesh.closed for mesh in meshes], [len(mesh.faces) for mesh in meshes])
+    drawn = (points[:, 2] > NEAREST)[faces].all(1)
+    faces = faces[drawn].astype(np.int32)
+    closed = closed[drawn]
 
-    fine = (2 * size, 2 * size)  # averaged afterwards, which smooths the edges
+    fine = 2 * size  # averaged afterwards, which smooths the edges
     homogeneous = points @ K.T
     pixels = homogeneous[:, :2] / np.maximum(homogeneous[:, 2:], 1e-3)
     edges = (pixels + 0.5) * 2  # pixel edges of the fine image
-    face, bary, depth = rasterise(np.concatenate([edges, points[:, 2:]], 1), faces, fine)
-    hit = face >= 0
-    corner = faces[face[hit]]  # (P, 3) of the P pixels hit
-    weight = bary[hit]
+    shape = (fine, fine)
+    face, bary, depth = rasterise(np.concatenate([edges, points[:, 2:]], 1), faces, shape, cull=closed)
+    face = face.ravel()
+    hit = np.flatnonzero(face >= 0)
+    first = faces[:, 0].take(face.take(hit))  # (P,) first corners
+    vertex = np.full(fine * fine, -1, np.int32)
+    vertex[hit] = first
 
-    place = _interpolate(points, corner, weight)
-    normal = unit(_interpolate(normals, corner, weight))
-    albedo = np.empty_like(place)
-    wrap = np.empty_like(place)
-    gloss = np.empty(len(place), f4)
-    owner = np.searchsorted(starts, corner[:, 0], side="right") - 1  # (P,) mesh of each pixel
-    for k, mesh in enumerate(meshes):
-        shown = owner == k
-        coordinates = _interpolate(mesh.coordinates, corner[shown] - starts[k], weight[shown])
-        albedo[shown], gloss[shown] = mesh.texture(coordinates)
-        wrap[shown] = mesh.wrap
+    # The P pixels hit are put in the order of the meshes: each mesh has a slice of them.
+    owner = np.searchsorted(starts, first, side="right") - 1
+    order = np.argsort(owner.astype(np.uint8), kind="stable")
+    hit = hit.take(order)
+    corner = faces.take(face.take(hit), axis=0)  # (P, 3)
+    weight = bary.reshape(-1, 3).take(hit, axis=0)
+    ends = np.cumsum(np.bincount(owner, minlength=len(meshes)))
 
-    lit = _key_light(points, faces, place, light.direction, rasterise)
+    axes = _light_axes(light)
+    normals = np.concatenate([mesh.normals for mesh in meshes])
+    in_light = np.einsum("nk,ck->nc", points, axes)
+    common = _interpolate(np.concatenate([normals, in_light], 1), corner, weight)
+    lit = _key_light(in_light, faces, common[3:], rasterise)
     openness = _openness(depth, hit, size)
-    color = _shade(light, place, normal, albedo, gloss, wrap, lit[:, None], openness[:, None])
-    layer = np.zeros((*fine, 4), f4)
-    layer[hit, :3] = color
-    layer[hit, 3] = 1
-    vertex = np.full(fine, -1)
-    vertex[hit] = corner[:, 0]
-    return half_size(layer), depth, vertex
+    facing, up, shine = _angles(common[:3], hit, K, size, light)
+
+    layer = np.zeros((4, fine * fine), f4)
+    layer[3, hit] = 1
+    for mesh, start, begin, end in zip(meshes, starts[:-1], [0, *ends[:-1]], ends, strict=True):
+        mine = slice(begin, end)
+        coordinates = _interpolate(mesh.coordinates, corner[mine] - np.int32(start), weight[mine])
+        albedo, gloss = mesh.texture(coordinates)
+        color = _shade(light, albedo, gloss, mesh.wrap, facing[mine], up[mine], shine[mine], lit[mine],
+                       openness[mine])
+        for channel, values in zip(layer, color, strict=False):
+            channel[hit[mine]] = values
+    return half_size(layer.reshape(4, *shape)), depth, vertex.reshape(shape)
 
 
 def _interpolate(values, corner, weight):
-    """Values (N, C) of vertices at pixels with corners (P, 3) and weights (P, 3): (P, C) float32."""
-    return np.einsum("pk,pkc->pc", weight, values.astype(f4)[corner])
+    """Values (N, C) of vertices at pixels with corners (P, 3) and weights (P, 3): (C, P) float32."""
+    count = len(corner)
+    ends = np.arange(0, 3 * count + 1, 3, dtype=np.int32)
+    table = csr_array((weight.ravel(), corner.ravel(), ends), shape=(count, len(values)))
+    return np.ascontiguousarray((table @ values.astype(f4)).T)
 
 
-def _key_light(points, faces, place, direction, rasterise, cells=128):
-    """Part (P,) of the key light that reaches places (P, 3): a depth map seen from the light, four taps."""
-    right = unit(np.cross(direction, [0.3, 0.9, 0.1]))
-    axes = np.stack([right, np.cross(right, direction), -direction])
-    mesh = np.einsum("pk,ck->cp", points, axes)  # (3, N) in the light's frame
-    u, v, far = np.einsum("pk,ck->cp", place, axes)  # (P,) each
+def _light_axes(light):
+    """(3, 3) rows: right, down and away, seen from the key light."""
+    right = unit(np.cross(light.direction, [0.3, 0.9, 0.1]))
+    return np.stack([right, np.cross(right, light.direction), -light.direction])
+
+
+def _key_light(points, faces, place, rasterise, cells=128):
+    """Part (P,) of the key light that reaches places: a depth map seen from the light, four taps.
+
+    points (N, 3) and place (3, P): in the frame of _light_axes.
+    """
+    u, v, far = place
+    if not len(u):
+        return far
+    low = np.array([u.min(), v.min()])
     scale = (cells - 4) / max(np.ptp(u), np.ptp(v), 1e-6)
-    corner = np.array([u.min(), v.min()])[:, None] - 2 / scale
-    mesh[:2] = (mesh[:2] - corner) * scale
-    u, v = (np.stack([u, v]) - corner) * scale
-    depth = rasterise(mesh.T, faces, (cells, cells), cull=True)[2]
-    lit = np.zeros(len(place), int)  # taps out of four
-    for row in (v - 0.6, v + 0.6):
-        for column in (u - 0.6, u + 0.6):
-            lit += depth[row.astype(int), column.astype(int)] > far - 0.004
-    return lit / 4
+    corner = low - 2 / scale
+    seen = np.concatenate([(points[:, :2] - corner) * scale, points[:, 2:]], 1)
+    depth = rasterise(seen, faces, (cells, cells), cull=True, weights=False)[2].ravel()
+    u = (u - f4(corner[0])) * f4(scale)
+    v = (v - f4(corner[1])) * f4(scale)
+    columns = [(u + shift).astype(np.intp) for shift in (f4(-0.6), f4(0.6))]
+    rows = [(v + shift).astype(np.intp) * cells for shift in (f4(-0.6), f4(0.6))]
+    near = far - f4(0.004)
+    lit = np.zeros(len(u), np.uint8)  # taps out of four
+    for row in rows:
+        for column in columns:
+            lit += depth.take(row + column) > near
+    return lit * f4(0.25)
 
 
 def _openness(depth, hit, size):
     """(P,) 1 in the open, towards 0 in hollows: how far a pixel lies behind the mean depth around it."""
-    filled = np.where(hit, depth, depth[hit].max() + 0.03)
-    hollow = 0
-    for radius in (3, 9):  # pixels of an image of 128
-        around = uniform_filter(filled, 2 * round(radius * size / 128) + 1)
-        hollow = hollow + np.clip(filled - around, 0, 0.02)
-    return np.exp(-45 * hollow[hit])
+    place = depth.ravel().take(hit)
+    if not len(place):
+        return place
+    filled = np.minimum(depth, place.max() + f4(0.03))  # where nothing is, depth is inf
+    filled = half_size(filled)
+    row = hit // (2 * size)
+    column = hit - row * (2 * size)
+    coarse = (row >> 1) * size + (column >> 1)  # (P,)
+    hollow = f4(0)
+    for radius in (1.3, 4.3):  # pixels of an image of 128
+        around = uniform_filter(filled, 2 * max(1, round(radius * size / 128)) + 1)
+        hollow = hollow + np.clip(place - around.ravel().take(coarse), f4(0), f4(0.02))
+    return np.exp(f4(-45) * hollow)
 
 
-def _shade(light, place, normal, albedo, gloss, wrap, lit, openness):
-    """sRGB (P, 3): a wrapped Lambert term, ambient light darkened in hollows, a highlight.
+def _angles(normal, hit, K, size, light):
+    """Of P pixels (P,) each: cosine towards the key light, part 0..1 of the sky, shine 0..1.
 
-    place, normal, albedo, wrap (P, 3); gloss (P,); lit, openness (P, 1).
+    normal (3, P), of any length; hit (P,): numbers of pixels of the image of twice the size.
     """
-    facing = np.einsum("pc,c->p", normal, light.direction.astype(f4))[:, None]
-    diffuse = np.maximum(facing + wrap, 0) / (1 + wrap) * lit
-    up = 0.5 - 0.5 * normal[:, 1:2]
-    ambient = light.sky * up + light.bounce * (1 - up)
-    color = albedo * (diffuse * light.key + openness * ambient)
-    halfway = unit(light.direction - unit(place))
-    shine = np.einsum("pc,pc->p", normal, halfway).clip(0, 1) ** 22 * gloss
-    color = color * (0.45 + 0.55 * openness) + 2 * shine[:, None] * lit * light.key
-    rolled_off = np.where(color < 0.5, color, 1 - 0.5 * np.exp(1 - 2 * color))  # highlights
+    row = hit // (2 * size)
+    column = hit - row * (2 * size)
+    # The ray to a pixel of the fine image is (x, y, 1).
+    x = column.astype(f4) * f4(0.5 / K[0, 0]) - f4((0.25 + K[0, 2]) / K[0, 0])
+    y = row.astype(f4) * f4(0.5 / K[1, 1]) - f4((0.25 + K[1, 2]) / K[1, 1])
+    nearness = 1 / np.sqrt(x * x + y * y + f4(1))
+    a, b, c = normal
+    inverse = 1 / np.sqrt(np.maximum(a * a + b * b + c * c, f4(1e-24)))
+    i, j, k = light.direction.astype(f4)
+    facing = (a * i + b * j + c * k) * inverse
+    away = (a * x + b * y + c) * inverse * nearness
+    along = (x * i + y * j + k) * nearness
+    # Cosine between the normal and the direction halfway between light and viewer.
+    shine = (facing - away) / np.sqrt(np.maximum(f4(2) - f4(2) * along, f4(1e-6)))
+    shine = np.clip(shine, f4(0), f4(1))
+    shine *= shine
+    fourth = shine * shine
+    eighth = fourth * fourth
+    return facing, f4(0.5) - f4(0.5) * b * inverse, eighth * eighth * fourth * shine  # to the power of 22
+
+
+def _shade(light, albedo, gloss, wrap, facing, up, shine, lit, openness):
+    """sRGB, a list of (P,): a wrapped Lambert term, ambient light darkened in hollows, a highlight.
+
+    albedo (3, P); the others (P,), of _angles, _key_light and _openness.
+    """
+    shine = shine * gloss
+    shine *= lit
+    shine *= f4(2)
+    hollow = f4(0.45) + f4(0.55) * openness
+    channels = []
+    for c in range(3):
+        edge = f4(wrap[c])
+        color = np.maximum(facing + edge, f4(0))  # the key light
+        color *= lit
+        color *= f4(light.key[c] / (1 + wrap[c]))
+        ambient = up * f4(light.sky[c] - light.bounce[c])
+        ambient += f4(light.bounce[c])
+        ambient *= openness
+        color += ambient
+        color *= albedo[c]
+        color *= hollow
+        color += shine * f4(light.key[c])
+        channels.append(_tone(color))
+    return channels
+
+
+TONE_STEPS = 2048  # between black and white
+
+
+def _tone_curve(x):
+    """Linear light to sRGB, with highlights that roll off."""
+    rolled_off = np.where(x < 0.5, x, 1 - 0.5 * np.exp(1 - 2 * x))
     return rolled_off ** (1 / 2.2)
+
+
+# Over the square root of the light, so that the dark end is fine enough.
+TONES = _tone_curve((np.arange(3 * TONE_STEPS) / TONE_STEPS) ** 2).astype(f4)
+
+
+def _tone(color):
+    """_tone_curve of colours >= 0, from a table: powers are slow on many processors."""
+    step = np.sqrt(color)
+    step *= f4(TONE_STEPS)
+    return TONES.take(step.astype(np.intp), mode="clip")
 
 
 # ----------------------------------------------------------------------------------------------------- camera
@@ -286,37 +395,43 @@ def photograph(rng: np.random.Generator, camera: Camera, light: Light, backgroun
                layer: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """The layer over its background, as a camera with faults sees it: exposure, blur, noise.
 
-    background: of `random_background`; layer (size, size, 4): of `render`; motion (2,): x, y along which a
+    background: of `random_background`; layer (4, size, size): of `render`; motion (2,): x, y along which a
     picture is blurred now and then. Returns (size, size, 3) uint8.
     """
-    size = len(layer)
-    row, column = (rng.uniform(0.35, 0.65, 2) * (len(background) - size)).astype(int)
-    image = background[row:row + size, column:column + size]
+    size = layer.shape[1]
+    row, column = (rng.uniform(0.35, 0.65, 2) * (background.shape[1] - size)).astype(int)
+    image = background[:, row:row + size, column:column + size]
+    uncovered = 1 - layer[3]
     if light.casts_shadow:
-        image = image * (1 - _shadow(layer[..., 3], light) * (0.5 / 255))
-    image = (image * (1 - layer[..., 3:]) + layer[..., :3]) * camera.gain
+        uncovered = uncovered * (1 - _shadow(layer[3], light) * f4(0.5 / 255))
+    image = image * uncovered + layer[:3]
+    image *= (255 * camera.gain).astype(f4)[:, None, None]
     if rng.random() < 0.15:
         direction = unit(motion + rng.normal(0, 0.5, 2))
         image = _motion_blur(image, direction[::-1] * rng.uniform(0.005, 0.025) * size)
-    picture = _blur(Image.fromarray(_to_uint8(image)), camera.defocus * size / 128)
-    noise = rng.standard_normal(image.shape, dtype=f4) * f4(camera.noise)
-    return (np.asarray(picture, f4) + noise).clip(0, 255).astype(np.uint8)
+    if camera.defocus > 0:
+        image = _planes(image.clip(0, 255).astype(np.uint8), _blur, camera.defocus * size / 128)
+    image = image + rng.standard_normal(image.shape, dtype=f4) * f4(camera.noise)
+    np.clip(image, 0, 255, out=image)
+    picture = np.empty((size, size, 3), np.uint8)
+    picture[:] = image.transpose(1, 2, 0)
+    return picture
 
 
 def _shadow(coverage, light):
-    """(size, size, 1) uint8: the layer's shadow on a wall behind it, soft."""
+    """(size, size) uint8: the layer's shadow on a wall behind it, soft."""
     size = len(coverage)
     dx, dy = light.direction[:2] * size * 0.1
-    shadow = Image.fromarray((coverage * 255).astype(np.uint8))
+    shadow = Image.fromarray((coverage * f4(255)).astype(np.uint8))
     shadow = shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy))
-    return np.asarray(_blur(shadow, size / 24))[..., None]
+    return np.asarray(_blur(shadow, size / 24))
 
 
 def _motion_blur(image, reach):
-    """Mean of seven copies, shifted by -reach to reach (rows, columns)."""
-    size = len(image)
+    """Mean of seven copies of (3, H, H), shifted by -reach to reach (rows, columns)."""
+    size = image.shape[1]
     pad = int(np.abs(reach).max()) + 1
-    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+    padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="edge")
     shifts = np.round(np.outer(np.linspace(-1, 1, 7), reach)).astype(int)
-    copies = [padded[row:row + size, column:column + size] for row, column in shifts + pad]
-    return np.mean(copies, 0)
+    copies = [padded[:, row:row + size, column:column + size] for row, column in shifts + pad]
+    return sum(copies) * f4(1 / 7)

@@ -11,12 +11,12 @@ Example::
     from surfaces import random_skin, skin_color
 
     along, across = np.mgrid[-0.01:0.01:200j, -0.005:0.005:100j]  # 20 x 10 mm around a joint
-    coordinates = np.ones((200, 100, 9), np.float32)  # 1: the back of a finger, far from creases and nail
-    coordinates[..., 0] = along  # place at rest
-    coordinates[..., 1] = across
-    coordinates[..., 4] = along  # distance from the finger's first joint
-    albedo, gloss = skin_color(random_skin(np.random.default_rng(0)), coordinates.reshape(-1, 9))
-    picture = 255 * albedo.reshape(200, 100, 3) ** (1 / 2.2)
+    coordinates = np.ones((9, 200, 100), np.float32)  # 1: the back of a finger, far from creases and nail
+    coordinates[0] = along  # place at rest
+    coordinates[1] = across
+    coordinates[4] = along  # distance from the finger's first joint
+    albedo, gloss = skin_color(random_skin(np.random.default_rng(0)), coordinates.reshape(9, -1))
+    picture = 255 * albedo.T.reshape(200, 100, 3) ** (1 / 2.2)
     Image.fromarray(picture.astype(np.uint8)).save("skin.png")
 
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
@@ -25,7 +25,6 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 # Colours of skin, light to dark, sRGB 0..1.
 SKIN_TONES = np.array([(250, 222, 202), (236, 194, 162), (212, 160, 122),
@@ -172,42 +171,50 @@ def random_skin(rng: np.random.Generator) -> Skin:
 def skin_color(skin: Skin, coordinates: np.ndarray):
     """Colour of skin at P places.
 
-    coordinates (P, 9) float32: interpolated rows of `HandSurface.coordinates`. Returns albedo (P, 3) float32,
+    coordinates (9, P) float32: interpolated rows of `HandSurface.coordinates`. Returns albedo (3, P) float32,
     linear RGB, and gloss (P,).
     """
-    place = coordinates[:, :3]
-    back = coordinates[:, 3]
-    first, second, third = np.abs(coordinates[:, 4:7]).T  # distance from the finger's joints
-    from_last_joint = coordinates[:, 6]
-    along_nail = coordinates[:, 7]
-    across_nail = coordinates[:, 8]
+    place = coordinates[:3]
+    back = coordinates[3]
+    first, second, third = np.abs(coordinates[4:7])  # distance from the finger's joints
+    from_last_joint, along_nail, across_nail = coordinates[6:]
 
     linear = skin.color**2.2
     palm = np.minimum(linear * (1.12 + 0.9 * skin.darkness) + [0.03, 0, 0], 0.9)
-    palmness = 1 / (1 + np.exp(5 * (back + f4(0.15))))
-    color = linear.astype(f4) + (palm - linear).astype(f4) * palmness[:, None]
+    palmness = 1 / (1 + np.exp(f4(5) * (back + f4(0.15))))
 
-    mottling = np.einsum("pk,kc->pc", place, skin.waves.astype(f4)) + skin.phases.astype(f4)
-    mottling = np.einsum("pc,c->p", np.sin(mottling), np.linspace(0.05, 0.01, 6, dtype=f4))
+    shade = np.ones_like(back)
+    strengths = np.linspace(0.05, 0.01, 6, dtype=f4)
+    for wave, phase, strength in zip(skin.waves.T.astype(f4), skin.phases.astype(f4), strengths, strict=True):
+        mottling = place[0] * wave[0]
+        mottling += place[1] * wave[1]
+        mottling += place[2] * wave[2] + phase
+        shade += np.sin(mottling) * strength
     crease = np.minimum(np.minimum(first, second), third)
     lines = _bump(crease, 0.0011) * np.where(back < 0.1, f4(0.38), f4(0))  # inside of the joints
     ripples = f4(0.16) + f4(0.14) * np.cos(crease * f4(2856))
-    folds = _bump(crease, 0.004) * np.clip(back, 0, 1) * ripples  # on the knuckles
-    shadow = np.minimum(lines + folds, f4(0.6))
-    color *= ((1 + mottling) * (1 - shadow))[:, None]
-
-    redness = f4(skin.redness * (1 - 0.6 * skin.darkness))
-    fingertip = _bump(from_last_joint - f4(0.02), 0.008) * redness
-    color *= 1 + fingertip[:, None] * np.array([0.12, -0.3, -0.2], f4)
+    folds = _bump(crease, 0.004) * np.clip(back, f4(0), f4(1)) * ripples  # on the knuckles
+    shade *= 1 - np.minimum(lines + folds, f4(0.6))
 
     stretch = np.where(along_nail > 0, f4(0.7), f4(1))  # longer towards the tip
     radius = along_nail**2 * stretch + across_nail**2
-    nail = (radius < 1) & (back > 0.25)
-    brightness = np.where(along_nail[nail] > 0.75, 1.25, 1.0)  # its free edge is white
-    color[nail] = skin.nail**2.2 * brightness[:, None]
-    rim = (radius >= 1) & (radius < 1.45) & (back > 0.2)
-    color[rim] *= f4(0.78)
-    return color, skin.gloss * (1 + 5 * nail)
+    nail = np.flatnonzero((radius < 1) & (back > 0.25))
+    brightness = np.where(along_nail[nail] > 0.75, f4(1.25), f4(1))  # its free edge is white
+    rim = np.flatnonzero((radius >= 1) & (radius < 1.45) & (back > 0.2))
+    shade[rim] *= f4(0.78)
+    redness = f4(skin.redness * (1 - 0.6 * skin.darkness))
+    fingertip = _bump(from_last_joint - f4(0.02), 0.008) * redness
+
+    color = np.empty((3, len(back)), f4)
+    for c, tint in enumerate((0.12, -0.3, -0.2)):
+        color[c] = palmness * f4(palm[c] - linear[c])
+        color[c] += f4(linear[c])
+        color[c] *= shade
+        color[c] *= 1 + fingertip * f4(tint)
+        color[c, nail] = f4(skin.nail[c] ** 2.2) * brightness
+    gloss = np.full(len(back), skin.gloss, f4)
+    gloss[nail] *= 6
+    return color, gloss
 
 
 def _bump(x, width):
@@ -254,29 +261,38 @@ def forearm(surface: HandSurface, arm: Arm, vertices: np.ndarray, rotmat: np.nda
     heading = _unit(start + turned * (_unit(aim) - start))  # (81, 3)
     path = centre + np.cumsum(heading, 0) * ARM_STEP - heading[0] * ARM_STEP
 
-    def ring_at(distance, width):
-        k = round(distance / ARM_STEP)
-        axis = np.cross(start, heading[k])
-        angle = np.arctan2(np.linalg.norm(axis), start @ heading[k])
-        offsets = (ring - centre) @ Rotation.from_rotvec(_unit(axis) * angle).as_matrix().T
-        flatness = min(1, distance / 0.03)  # the opening is uneven; after 3 cm a ring is flat
-        offsets -= np.outer(offsets @ heading[k], heading[k]) * flatness
-        return path[k] + offsets * width * (1 + 1.6 * min(distance, 0.2))
-
-    bare = np.concatenate([ring_at(distance, 1.0) for distance in ARM_RINGS])
+    distances = ARM_RINGS
+    widths = np.ones(len(ARM_RINGS))
+    if arm.sleeve is not None:
+        distances = np.concatenate([distances, arm.sleeve + SLEEVE_RINGS])
+        widths = np.concatenate([widths, SLEEVE_WIDTHS * arm.looseness])
+    step = np.round(distances / ARM_STEP).astype(int)
+    offsets = _turned(ring - centre, start, heading[step])  # (K, n, 3) of K rings
+    flatness = np.minimum(1, distances / 0.03)[:, None]  # the opening is uneven; after 3 cm a ring is flat
+    along = np.einsum("knc,kc->kn", offsets, heading[step])
+    offsets -= (along * flatness)[..., None] * heading[step][:, None]
+    widths = widths * (1 + 1.6 * np.minimum(distances, 0.2))
+    rings = path[step][:, None] + offsets * widths[:, None, None]
+    bare = rings[:len(ARM_RINGS)].reshape(-1, 3)
     if arm.sleeve is None:
         return bare, None
-    rings = zip(arm.sleeve + SLEEVE_RINGS, SLEEVE_WIDTHS * arm.looseness, strict=True)
-    sleeve = np.concatenate([ring_at(distance, width) for distance, width in rings])
-    return bare, sleeve
+    return bare, rings[len(ARM_RINGS):].reshape(-1, 3)
+
+
+def _turned(vectors, before, after):
+    """vectors (n, 3), turned as the unit vector `before` (3,) turns to each of `after` (K, 3): (K, n, 3)."""
+    axis = np.cross(before, after)[:, None]  # (K, 1, 3) times the sine
+    cosine = after @ before
+    once = np.cross(axis, vectors)
+    twice = np.cross(axis, once)
+    return vectors + once + twice / np.maximum(1 + cosine, 1e-9)[:, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------- objects
 def random_object(rng: np.random.Generator):
     """A ball, a cylinder or a box with rounded edges (a superellipsoid), one to five centimetres across.
 
-    Returns vertices (N, 3) about 0, faces (F, 3), colours (N, 3) sRGB 0..1. Faces run clockwise seen from
-    outside: a mirror image of the object fits `photo.Mesh`.
+    Returns vertices (N, 3) about 0, faces (F, 3), colours (N, 3) sRGB 0..1.
     """
     powers = ((1.0, 1.0), (0.15, 1.0), (0.2, 0.2))
     flat, rounded = powers[int(rng.integers(len(powers)))]
@@ -296,7 +312,8 @@ def random_object(rng: np.random.Generator):
         colors[stripes] = color
     size = rng.uniform(0.013, 0.026)
     radii = size * np.array([1, rng.uniform(0.7, 1.3), rng.uniform(0.9, 2.4)])
-    return points * radii, tube(np.arange(24), 24, 12), colors
+    faces = tube(np.arange(24), 24, 12)[:, ::-1]  # the rings run clockwise seen from where they begin
+    return points * radii, faces, colors
 
 
 def _signed_power(x, power):

@@ -133,7 +133,7 @@ def test_pictures_of_both_sides_show_the_labelled_mesh(tmp_path, monkeypatch, ar
     """In place of the photograph: white where something is drawn."""
 
     def coverage(rng, camera, light, background, layer, motion):
-        return np.repeat(np.uint8(255 * layer[..., 3:]), 3, axis=2)
+        return np.repeat(np.uint8(255 * layer[3])[..., None], 3, axis=2)
 
     monkeypatch.setattr(photo, "photograph", coverage)
     flags = ["--hands", "12", "--videos", "12", "--size", "64", "--seed", "1", "--workers", "1"]
@@ -284,7 +284,7 @@ def test_an_object_is_a_closed_lump():
     for seed in range(5):
         vertices, faces, colors = surfaces.random_object(np.random.default_rng(seed))
         a, b, c = vertices[faces].transpose(1, 0, 2)
-        volume = -(np.cross(a, b) * c).sum() / 6  # minus: its faces run clockwise seen from outside
+        volume = (np.cross(a, b) * c).sum() / 6  # positive, so faces look outwards
         assert 0.4 < volume / np.ptp(vertices, axis=0).prod() <= 1  # a ball fills 0.52 of its box
         assert 0.02 < np.ptp(vertices, axis=0).min() < np.ptp(vertices, axis=0).max() < 0.15
         assert colors.shape == vertices.shape and colors.min() > 0 and colors.max() < 1
@@ -308,8 +308,8 @@ CAMERA_MATRIX = np.array([[64.0, 0, 31.5], [0, 64, 31.5], [0, 0, 1]])
 def test_render_projects_and_numbers_meshes():
     meshes = [square([0, 0, 1.0], 0.5), square([0.125, 0, 0.8], 0.1, color=(0.9, 0.1, 0.1))]
     layer, depth, vertex = photo.render(meshes, CAMERA_MATRIX, 64, SUN, draw.rasterise)
-    assert layer.shape == (64, 64, 4) and depth.shape == vertex.shape == (128, 128)
-    rows, columns = np.nonzero(layer[..., 3] == 1)
+    assert layer.shape == (4, 64, 64) and depth.shape == vertex.shape == (128, 128)
+    rows, columns = np.nonzero(layer[3] == 1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 47, 16, 47)  # 0.5 m at 64 px/m
     near = vertex >= 4
     rows, columns = np.nonzero(near)
@@ -317,7 +317,7 @@ def test_render_projects_and_numbers_meshes():
     np.testing.assert_allclose(depth[near], 0.8, atol=1e-6)
     np.testing.assert_allclose(depth[(vertex >= 0) & ~near], 1.0, atol=1e-6)
     assert np.isinf(depth[vertex < 0]).all()
-    red = layer[32, 42]
+    red = layer[:, 32, 42]
     assert red[0] > 2 * red[1]
 
 
@@ -327,8 +327,8 @@ def test_render_casts_shadows_away_from_the_light():
     dark = np.zeros(3)  # nothing but the key light
     light = photo.Light(np.array([x, 0, -np.sqrt(1 - x * x)]), SUN.key, dark, dark, False)
     shaded = photo.render([wall, small], CAMERA_MATRIX, 64, light, draw.rasterise)[0]
-    lit_wall = shaded[10, 32, 0]
-    shadow = (shaded[..., 0] < 0.5 * lit_wall) & (shaded[..., 3] == 1)
+    lit_wall = shaded[0, 10, 32]
+    shadow = (shaded[0] < 0.5 * lit_wall) & (shaded[3] == 1)
     rows, columns = np.nonzero(shadow)
     assert lit_wall > 0.3 and 20 < len(rows) < 60  # 6.4 x 6.4 pixels
     # The light comes from the right: the shadow lies 0.2 m / 0.8 * 0.6 = 0.15 m, 9.6 pixels, to the left.
@@ -337,10 +337,10 @@ def test_render_casts_shadows_away_from_the_light():
 
 def test_a_perfect_camera_shows_what_is_there():
     camera = photo.Camera(gain=np.ones(3), noise=0.0, defocus=0.0, quality=90)
-    background = np.full((80, 80, 3), 0.25)
-    layer = np.zeros((64, 64, 4), np.float32)
-    layer[10:20, 30:50] = 1.0, 0.5, 0.0, 1.0
-    layer[20] = 0.25, 0.25, 0.25, 0.5  # premultiplied: half covered by grey 0.5
+    background = np.full((3, 80, 80), 0.25, np.float32)
+    layer = np.zeros((4, 64, 64), np.float32)
+    layer[:, 10:20, 30:50] = np.reshape([1.0, 0.5, 0.0, 1.0], (4, 1, 1))
+    layer[:, 20] = np.reshape([0.25, 0.25, 0.25, 0.5], (4, 1))  # premultiplied: half covered by grey 0.5
     seed = next(k for k in range(9) if np.random.default_rng(k).random(3)[2] > 0.15)  # without motion blur
     picture = photo.photograph(np.random.default_rng(seed), camera, SUN, background, layer, np.zeros(2))
     expected = np.full((64, 64, 3), 63)
@@ -353,6 +353,6 @@ def test_a_background_may_show_the_tones():
     tones = np.array([[1.0, 0.0, 1.0]])
     without = [photo.random_background(np.random.default_rng(k), 32) for k in range(20)]
     given = [photo.random_background(np.random.default_rng(k), 32, tones) for k in range(20)]
-    assert all(b.shape == (40, 40, 3) and b.min() >= 0 and b.max() <= 1 for b in without + given)
-    pink = [np.abs(b - tones[0]).max(2).min() < 0.1 for b in given]
+    assert all(b.shape == (3, 40, 40) and b.min() >= 0 and b.max() <= 1 for b in without + given)
+    pink = [np.abs(b - tones[0][:, None, None]).max(0).min() < 0.1 for b in given]
     assert any(pink) and not all(pink)
