@@ -39,7 +39,9 @@ lint: $(VENV)/installed
 
 # Speed, side by side with what people would use instead (docs/benchmarks.md).
 bench: $(VENV)/installed
-	$(RUN) tests/benchmark.py
+	-$(RUN) -m pip install --quiet "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')" \
+	    -r requirements-bench.txt
+	$(RUN) tests/benchmark.py --out out/benchmarks.json
 
 clean:
 	rm -rf $(VENV) out

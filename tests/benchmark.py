@@ -1,156 +1,356 @@
-"""Timings: python tests/benchmark.py SECTION [SECTION ...]   (all sections without one); medians [quartiles].
+"""Speed and memory, beside what people would use instead: one table, each row printed at once.
 
-Two threads, rivals in one process and in turn, so that a busy machine slows both alike.
+    python tests/benchmark.py [SECTION ...] [--out FILE]     all sections without one; FILE: the rows as JSON
+    torchrun --nproc_per_node=1 tests/benchmark.py gpu       what needs a GPU, within four minutes; or plain
+    python tests/benchmark.py --device cpu --tiny            a test of this file: its figures mean nothing
+
+Rivals run in one process and in turn, so that a busy machine slows both alike. A cell is the median, and in
+brackets the quartiles. A ratio above 1 says that ours is better. Comparators: requirements-bench.txt.
+Sections on data, and those for a GPU, are in benchmark_data.py and benchmark_gpu.py.
 """
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import itertools
 import json
+import math
+import os
 import re
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 
-ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT.parent), str(ROOT)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+START = time.monotonic()
+CPU = torch.device("cpu")
+TINY = "--tiny" in sys.argv
+OPTIONS = argparse.Namespace(device="auto")
+SCRATCH = Path(os.environ.get("BENCHMARK_SCRATCH") or f"{tempfile.gettempdir()}/benchmark_{os.getpid()}")
+MISSING = {}  # package -> why a comparator is not there
+
+
+# -------------------------------------------------------------------------------------------- table and tools
+class Table:
+    """The rows. `add` prints one and, with --out, writes all of them."""
+
+    def __init__(self):
+        self.rows = []
+        self.section = ""
+        self.out = None
+
+    def head(self):
+        model = re.search(r"model name\s*: (.*)", _text("/proc/cpuinfo"))
+        self.machine = f"{os.cpu_count()} cores ({model and model[1]}), torch {torch.__version__}"
+        print(f"{self.machine}\n\n| section | what | ours | theirs | ratio | MB: ours, theirs | note |\n"
+              "| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+
+    def add(self, what, ours=None, theirs=None, rival="", unit="s", memory=(), note=""):
+        """ours, theirs: quartiles (3,) or a number, in `unit`; None where `rival` is not installed."""
+        ours, theirs = (x if x is None else np.broadcast_to(x, 3).tolist() for x in (ours, theirs))
+        ratio = None
+        if ours and theirs:
+            ratio = theirs[1] / ours[1] if unit == "s" else ours[1] / theirs[1]
+        other = _cell(theirs, unit) if theirs else MISSING.get(rival.partition(".")[0], "")
+        self.rows.append({"section": self.section, "what": what, "unit": unit, "ours": ours, "theirs": theirs,
+                          "rival": rival, "ratio": ratio, "memory_mb": list(memory), "note": note})
+        cells = [self.section, what, _cell(ours, unit) if ours else "", f"{rival}: {other}" if rival else "",
+                 f"{ratio:.2f}" if ratio else "", ", ".join(f"{each:,.0f}" for each in memory), note]
+        print("|", " | ".join(cells), "|", flush=True)
+        if self.out:
+            self.out.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1))
+
+    def race(self, what, ours, theirs=None, rival="", repeats=20, warm_up=3, growth=None, note="", **others):
+        """A row of two functions that are called in turn; theirs is None where `rival` is not installed."""
+        times = race({"ours": ours, "theirs": theirs}, repeats, warm_up)
+        notes = filter(None, [note, growth and growth.note(times["ours"][1])])
+        self.add(what, times["ours"], times.get("theirs"), rival, note="; ".join(notes), **others)
+
+
+TABLE = Table()
+
+
+def _cell(quartiles, unit):
+    factor, unit = (1e3, "ms") if unit == "s" and quartiles[1] < 1 else (1, unit)
+    digits = max(0, 2 - int(math.log10(max(factor * quartiles[1], 1e-9))))
+    low, middle, high = (f"{factor * value:,.{digits}f}" for value in quartiles)
+    return f"{middle} {unit}" + (f" [{low} {high}]" if low != high else "")
+
+
+def _text(path):
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def small(full, tiny):
+    return tiny if TINY else full
 
 
 def race(runners, repeats=20, warm_up=3):
-    """{name: function} -> {name: (quartile, median, quartile)} in ms; every round runs each once."""
-    seconds = {name: [] for name in runners}
-    for turn in range(warm_up + repeats):
-        for name, runner in runners.items():
+    """{name: function or None} -> {name: quartiles in seconds}; every round runs each once, but for None."""
+    seconds = {name: [] for name, runner in runners.items() if runner}
+    for turn in range(small(warm_up + repeats, 1)):
+        for name in seconds:
             start = time.perf_counter()
-            runner()
-            if turn >= warm_up:
+            runners[name]()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            if turn >= small(warm_up, 0):
                 seconds[name].append(time.perf_counter() - start)
-    return {name: 1e3 * np.quantile(times, [0.25, 0.5, 0.75]) for name, times in seconds.items()}
+    return {name: np.quantile(times, [0.25, 0.5, 0.75]) for name, times in seconds.items()}
 
 
-def layer():
+class Growth:
+    """Of times at growing sizes: a note, at the last one, of the power with which the time grows."""
+
+    def __init__(self, name, sizes):
+        self.name = name
+        self.sizes = sizes
+        self.medians = []
+
+    def note(self, median):
+        self.medians.append(median)
+        if len(self.medians) < len(self.sizes) or len(self.sizes) == 1:
+            return ""
+        power = math.log(median / self.medians[0]) / math.log(self.sizes[-1] / self.sizes[0])
+        return f"grows with {self.name}^{power:.2f}"
+
+
+def comparator(name):
+    """A module to compare with, or None where it is not installed."""
+    while True:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:  # whatever another project's import may raise
+            # Beside another build of torch, torchvision has no compiled operators. Its transforms need none.
+            operator = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+            if not operator:
+                MISSING[name.partition(".")[0]] = f"not installed ({type(error).__name__})"
+                return None
+            torch.library.define(operator[1], "(Tensor a) -> Tensor")
+
+
+def alone(function, *args):
+    """The dict that a function of this program returns in a process of its own, and `mb`, its peak memory.
+
+    With --tiny in this process, but for one function."""
+    if TINY and function.__name__ != "mine_once":
+        return function(*args) | {"mb": 0}
+    call = json.dumps([function.__module__, function.__name__, args], default=str)
+    words = [sys.executable, __file__, "--alone", call, *(["--tiny"] if TINY else [])]
+    done = subprocess.run(words, capture_output=True, text=True,
+                          env=os.environ | {"BENCHMARK_SCRATCH": str(SCRATCH)})
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def resident():
+    """Largest resident memory of this process in MB. getrusage would count the parent's memory too."""
+    found = re.search(r"VmHWM:\s+(\d+)", _text("/proc/self/status"))
+    return int(found[1]) // 1024 if found else 0
+
+
+def command(script, *argv):
+    """Runs a script of ours; seconds, without the start of Python."""
+    main = importlib.import_module(Path(script).stem).main
+    said = io.StringIO()
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main([str(each) for each in argv])
+        except SystemExit:
+            raise RuntimeError(said.getvalue().strip().splitlines()[-1]) from None
+    return {"seconds": time.perf_counter() - start}
+
+
+def draw_hands(hands, size, seed=0):
+    """Folder of an index of drawn hands, and how many images were drawn in a second. Drawn once."""
+    return _draw_hands(*small((hands, size), (16, 64)), seed)
+
+
+@functools.cache
+def _draw_hands(hands, size, seed):
+    out = SCRATCH / f"drawn_{hands}_{size}_{seed}"
+    words = [ROOT / "make_synthetic.py", "--out", out, "--hands", hands, "--size", size, "--seed", seed,
+             "--videos", hands // 4, "--workers", os.cpu_count()]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return out, float(re.search(r"([\d.]+) images/s", done.stdout)[1])
+
+
+def log_rates(run):
+    """images_per_second of the complete lines of a run's log."""
+    lines = _text(run / "log.jsonl").split("\n")[:-1]
+    return [row["images_per_second"] for row in map(json.loads, lines) if "images_per_second" in row]
+
+
+# -------------------------------------------------------------------------------------------- parts of a step
+def layer(batches=None, where=CPU):
     """`Mano` (21 joints) against smplx.lbs (16), both with a backward pass to rotations and betas."""
     from fixtures import PARENTS, random_mano
-    from smplx.lbs import lbs
 
-    from mano import FREIHAND_TO_MANO, Mano, rotmat_from_axis_angle
+    from mano import Mano, rotmat_from_axis_angle
 
     arrays = random_mano()
-    hand = Mano(arrays)
-    a = {key: torch.tensor(value, dtype=torch.float32) for key, value in arrays.items() if key != "f"}
-    posedirs, parents = a["posedirs"].reshape(-1, 135).T.contiguous(), torch.tensor(PARENTS)
+    hand = Mano(arrays).to(where)
+    a = {name: torch.tensor(value, dtype=torch.float32, device=where) for name, value in arrays.items()}
+    posedirs = a["posedirs"].reshape(-1, 135).T.contiguous()
+    parents = torch.tensor(PARENTS, device=where)
+    smplx = comparator("smplx.lbs")
 
     def smplx_hand(rotmats, betas):
-        return lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents,
-                   a["weights"],
-                   pose2rot=False)
+        return smplx.lbs(betas, rotmats, a["v_template"], a["shapedirs"], posedirs, a["J_regressor"], parents,
+                         a["weights"], pose2rot=False)
 
-    print(f"layer, forward + backward, ms  {'smplx.lbs':>26}{'ours':>26}   times faster (target)")
-    for batch, target in ((1, 1.3), (64, 2.0), (1024, 3.0)):
-        generator = torch.Generator().manual_seed(batch)
-        rotmats = rotmat_from_axis_angle(torch.randn(batch, 16, 3, generator=generator)).requires_grad_()
-        betas = torch.randn(batch, 10, generator=generator).requires_grad_()
-        gradients = torch.randn(batch, 778, 3, generator=generator), torch.randn(batch, 21, 3,
-                                                                                 generator=generator)
-
-        def step(model, rotmats=rotmats, betas=betas, gradients=gradients):
-            vertices, joints = model(rotmats, betas)
-            torch.autograd.grad((vertices, joints), (rotmats, betas),
-                                (gradients[0], gradients[1][:, :joints.shape[1]]))
-
-        result = race({"smplx": lambda step=step: step(smplx_hand), "ours": lambda step=step: step(hand)})
-        columns = "".join(f"{f'{m:.3f} [{low:.3f} {high:.3f}]':>26}" for low, m, high in result.values())
-        print(f"  batch {batch:<23d}{columns}   {result['smplx'][1] / result['ours'][1]:.2f} ({target})")
-
-    # The last batch again, joints 0 to 15 of the chain in the file's order, gradients of the same sum.
-    chain = list(FREIHAND_TO_MANO[:16])
-    found = []
-    for model, order in ((smplx_hand, list(range(16))), (hand, chain)):
+    def step(model):
         vertices, joints = model(rotmats, betas)
-        loss = (vertices * gradients[0]).sum() + (joints[:, order] * gradients[1][:, :16]).sum()
-        found.append((vertices, joints[:, order], *torch.autograd.grad(loss, (rotmats, betas))))
-    vertices, joints, *slopes = ((ours - theirs).detach() for theirs, ours in zip(*found, strict=True))
-    relative = max(float(slope.norm() / theirs.norm()) for slope,
-                   theirs in zip(slopes, found[0][2:], strict=True))
-    print(f"  largest difference, 1,024 hands: vertices {vertices.abs().max():.1e} m, "
-          f"joints {joints.abs().max():.1e} m, "
-          f"gradients {relative:.1e} relative")
+        torch.autograd.grad((vertices, joints), (rotmats, betas), (slopes[0], slopes[1][:, :joints.shape[1]]))
+
+    batches = batches or small((1, 64, 1024), (2,))
+    growth = Growth("batch", batches)
+    for batch in batches:
+        g = torch.Generator().manual_seed(batch)
+        rotmats = rotmat_from_axis_angle(torch.randn(batch, 16, 3, generator=g)).to(where).requires_grad_()
+        betas = torch.randn(batch, 10, generator=g).to(where).requires_grad_()
+        slopes = [torch.randn(batch, points, 3, generator=g).to(where) for points in (778, 21)]
+        TABLE.race(f"MANO layer, forward + backward, {batch:,} hands", lambda: step(hand),
+                   smplx and (lambda: step(smplx_hand)), "smplx.lbs", growth=growth)
+    if smplx:
+        with torch.no_grad():
+            apart = (hand(rotmats, betas)[0] - smplx_hand(rotmats, betas)[0]).abs().max().item()
+        TABLE.add(f"its largest difference, {batch:,} hands", note=f"vertices {apart:.1e} m")
 
 
-def scores():
-    """The whole evaluations of FreiHAND and of HO-3D v2: random hands of 21 joints and 778 vertices."""
-    from metrics import evaluate_hands
-
-    rng = np.random.default_rng(0)
-    for protocol, count, limit in (("freihand", 3960, 15), ("ho3d", 11524, 40)):
-        print(f"metrics.evaluate_hands, {protocol}, {count:,} hands, s (target {limit})")
-        gt = rng.normal(0, 0.03, (count, 799, 3)) + [0, 0, 0.7]
-        for name, noise in (("5 mm off", 0.005), ("50 mm off", 0.05)):
-            pred = gt + rng.normal(0, noise, gt.shape)
-            arrays = [x for points in (pred, gt) for x in (points[:, :21], points[:, 21:])]
-            low, m, high = race({"ours": lambda arrays=arrays, of=protocol: evaluate_hands(*arrays, of)}, 3,
-                                0)["ours"] / 1e3
-            print(f"  {name:10}  {m:.2f} [{low:.2f} {high:.2f}]")
+def forward_backward(net, images):
+    net(images).square().mean().backward()
 
 
-def preparing(labels=32_560):
-    """prepare_data.py freihand on labels of the full size and 4 x as many links to one image: seconds and
-    peak memory."""
-    from PIL import Image
+def vit():
+    """Our ViT against timm's of the same name and weights, forward and backward."""
+    from model import ViT
 
-    print(f"prepare_data.py freihand, {4 * labels:,} images of {labels:,} labels (targets 180 s, 4096 MB)")
-    rng, command = np.random.default_rng(0), [sys.executable, str(ROOT.parent / "prepare_data.py"),
-                                              "freihand"]
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        for name in ("rgb", "mask"):
-            (folder / "hands" / "training" / name).mkdir(parents=True)
-        Image.new("RGB", (224, 224)).save(folder / "one.jpg")
-        for k in range(4 * labels):
-            (folder / "hands" / "training" / "rgb" / f"{k:08d}.jpg").symlink_to(folder / "one.jpg")
-        vertices = rng.normal(0, 0.03, (50, 778, 3)) + [0, 0, 0.7]
-        entries = {"K": [[[480.0, 0, 112], [0, 480, 112], [0, 0, 1]]] * 50, "xyz": vertices[:, :21].tolist(),
-                   "verts": vertices.tolist(),
-                   "mano": rng.normal(0, 1, (50, 1, 61)).tolist(), "scale": [0.03] * 50}
-        for name, values in entries.items():
-            with open(folder / "hands" / f"training_{name}.json", "w") as file:
-                texts = list(map(json.dumps, values))
-                for k in range(labels):
-                    file.write(("[" if k == 0 else ", ") + texts[k % 50])
-                file.write("]")
-        start = time.perf_counter()
-        subprocess.run([*command, str(folder / "hands"), "--out", str(folder / "index")], check=True,
-                       capture_output=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-        print(f"  {time.perf_counter() - start:.0f} s, {peak} MB")
+    timm = comparator("timm")
+    cases = ("vit_tiny", 64, (16, 64)), ("vit_tiny", 224, (2, 8)), ("vit_small", 224, (4,))
+    for arch, size, batches in small(cases, (("vit_tiny", 32, (2,)),)):
+        ours = ViT(arch, size)
+        theirs = timm and timm.create_model(f"{arch}_patch16_224", img_size=size, num_classes=0)
+        growth = Growth("batch", batches)
+        for batch in batches:
+            images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+            note = ""
+            if timm:
+                theirs.load_state_dict(ours.state_dict())
+                with torch.no_grad():
+                    apart = (ours(images) - theirs.forward_features(images)).abs().max().item()
+                note = f"tokens differ by {apart:.0e}"
+            TABLE.race(f"{arch} at {size} px, forward + backward, {batch} images",
+                       functools.partial(forward_backward, ours, images),
+                       timm and functools.partial(forward_backward, theirs.forward_features, images),
+                       "timm", 9, 2, growth, note)
 
 
-def opening():
-    """Opening an index of two million hands: columns are mapped, not read."""
-    from data import HandIndex, write_index
+class TorchvisionViews(torch.utils.data.Dataset):
+    """Two strong views of each hand of an index by torchvision's transforms, one image after the other."""
 
-    print("HandIndex, 2,000,000 hands, ms (target 1000)")
-    with tempfile.TemporaryDirectory() as folder:
-        count = 2_000_000
-        columns = {"image": np.full(count, b"frames/00000000.jpg"),
-                   "box": np.tile(np.float32([0, 0, 9, 9]), (count, 1)),
-                   "keypoints": np.zeros((count, 21, 2), np.float32)}
-        write_index(Path(folder) / "big", columns, {"name": "big"})
-        low, m, high = race({"ours": lambda: HandIndex(Path(folder) / "big").image_path(count - 1)})["ours"]
-        print(f"  {m:.2f} [{low:.2f} {high:.2f}]")
+    def __init__(self, index, size):
+        from views import MEAN, STD
+
+        v2 = comparator("torchvision.transforms.v2")
+        blur = v2.GaussianBlur(2 * math.ceil(9 * size / 224) + 1, (0.1 * size / 224, 3 * size / 224))
+        self.index = index
+        self.transform = v2.Compose([
+            v2.PILToTensor(), v2.RandomRotation(45, v2.InterpolationMode.BILINEAR),
+            v2.RandomResizedCrop(size, scale=(0.32, 0.68), ratio=(1, 1), antialias=True),
+            v2.ColorJitter(0.4, 0.4, 0.4), v2.RandomGrayscale(0.2), v2.RandomApply([blur], 0.3),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, row):
+        from data import CONTEXT, square
+
+        x, y, side = map(float, square(self.index.columns["box"][row], CONTEXT))
+        window = [round(v) for v in (x - side / 2, y - side / 2, x + side / 2, y + side / 2)]
+        with Image.open(self.index.image_path(row)) as image:
+            crop = image.convert("RGB").crop(window)
+        return torch.stack([self.transform(crop), self.transform(crop)])
 
 
-def pretraining_step(arch, image_size, batch, public):
+def our_views(canvas, size):
+    """Canvases (B,3,C,C) -> two strong views (2,B,3,size,size) as pretrain_mim.py makes them."""
+    import pretrain_mim as mim
+    from runtime import generator
+    from views import choose_finer, rows_to_blur, strong_color, two_views
+
+    draws = mim.theta_sampler(45, (0.75, 1.1), 0.12), *strong_color(1.0, size)
+    theta, light, color, sigma = (two_views(draw)(len(canvas), generator(stream))
+                                  for stream, draw in enumerate(draws))
+    looks = {"light": light, "color": color, "sigma": sigma, "blurred": rows_to_blur(sigma)}
+    looks = {name: value.to(canvas.device) for name, value in looks.items()}
+    finer = choose_finer(0.75 * 1.1, canvas.shape[-1], size)
+    return mim.make_views(canvas, theta.to(canvas.device), size, finer, looks)
+
+
+def views():
+    """From JPEG to two strong views: ours by the batch, torchvision's by the image, one thread each."""
+    from data import HandDataset, HandIndex, canvas_size, make_loader
+
+    index = HandIndex(draw_hands(64, 224)[0])
+    torchvision = comparator("torchvision.transforms.v2")
+    sizes = small((64, 128, 224), (32,))
+    growth = Growth("side", sizes)
+    torch.set_num_threads(1)
+    for size in sizes:
+        loader = make_loader(HandDataset([index], canvas_size(size)), batch_size=32)
+        dataset = torchvision and TorchvisionViews(index, size)
+        TABLE.race(f"decoding and two strong views of {size} px, {len(index)} hands, one thread",
+                   lambda loader=loader, size=size: [our_views(batch["canvas"], size) for batch in loader],
+                   torchvision and (lambda dataset=dataset: [dataset[row] for row in range(len(dataset))]),
+                   "torchvision", 5, 1, growth)
+    torch.set_num_threads(2)
+
+
+def draws(world=64):
+    """What is random in a step of HandMIM, in one of 64 processes."""
+    import pretrain_mim as mim
+    from masking import block_mask, mask_sampler
+    from runtime import Runtime
+    from views import strong_color, two_views
+
+    samplers = (mim.theta_sampler(45, (0.75, 1.1), 0.12), *strong_color(1.0, 224),
+                mask_sampler(block_mask, 14, (0.1, 0.5), 0.5))
+    batch = small(8192, 256)
+    steps = itertools.count()
+
+    def draw(rank, world):
+        runtime = Runtime(CPU, torch.float32, rank, world, rank, 0)
+        step = next(steps)
+        return [runtime.draw(two_views(each), batch, 0, step, stream, dim=1)
+                for stream, each in enumerate(samplers)]
+
+    TABLE.race(f"draws of a step, batch {batch:,}, one of {world} processes", lambda: draw(1, world),
+               lambda: draw(0, 1), "the whole batch", 5, 1)
+
+
+def pretraining_step(arch, size, batch, public, where=CPU, wrap=lambda net: net):
     """One HandMIM step (forward, losses, backward, update) with iBOT's losses and the pixels, as a function.
 
     public: in the public iBOT form, attention written out and heads on all tokens, whose errors the mask
-    multiplies. """
-    import copy
-    import math
-    from unittest.mock import patch
-
+    multiplies."""
     import pretrain_mim as mim
     from masking import block_mask, to_patches
     from model import build_encoder
@@ -160,34 +360,32 @@ def pretraining_step(arch, image_size, batch, public):
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
     torch.manual_seed(0)
-    student = mim.HandMIM(build_encoder(arch, image_size), distil=("class", "patch"), keypoints=0).train()
+    student = mim.HandMIM(build_encoder(arch, size), distil=("class", "patch"), keypoints=0).train().to(where)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    optimizer = adamw(param_groups(student.named_parameters(), 0.04), torch.device("cpu"))
-    centers = {name: torch.zeros(1, 8192) for name in ("class", "patch")}
+    net = wrap(student)
+    optimizer = adamw(param_groups(student.named_parameters(), 0.04), where)
+    center = torch.zeros(1, 8192, device=where)
     g = generator(0)
-    views = torch.randn(2, batch, 3, image_size, image_size, generator=g)
+    views = torch.randn(2, batch, 3, size, size, generator=g).to(where)
     # iBOT: half of the views, .1 to .5 of the patches
     ratio = torch.where(torch.arange(2 * batch) % 2 == 0, 0.3, 0.0)
-    mask = block_mask(2 * batch, image_size // 16, ratio, g).unflatten(0, (2, batch))
-    asked = torch.ones_like(mask) if public else mask
-    patch_weight = torch.zeros(mask.shape).masked_scatter_(mask, mim.patch_weights(mask))[asked]
-    pixel_weight = (mask / mask.sum())[asked]
-
-    def on_all_tokens(net, hide):
-        tokens = net.encoder(views.flatten(0, 1), mask.flatten(0, 1) if hide else None, net.mask_token)
-        patches = tokens[:, 1:].flatten(0, 1)
-        return {"class": net.prototype_head(tokens[:, 0]).unflatten(0, (2, batch)),
-                "patch": net.prototype_head(patches), "pixels": net.pixel_head(patches)}
+    mask = block_mask(2 * batch, size // 16, ratio, g).unflatten(0, (2, batch)).to(where)  # (2, B, N)
+    masked = mask.flatten().nonzero().squeeze(1)  # (M,)
+    asked = torch.arange(mask.numel(), device=where) if public else masked
+    pixel_weight = (mask / mask.sum()).flatten()[asked]
+    patch_weight = torch.zeros(mask.numel(), device=where)
+    patch_weight[masked] = mim.patch_weights(mask, masked)
+    patch_weight = patch_weight[asked]
 
     def step():
-        forward = on_all_tokens if public else lambda net, hide: net(views, mask, hide)
-        with torch.no_grad():
-            taught = forward(teacher, False)
-        learned = forward(student, True)
-        loss = mim.distill(learned["class"], taught["class"].flip(0), centers["class"], 0.05).mean()
-        errors = mim.distill(learned["patch"], taught["patch"], centers["patch"], 0.05)
-        loss = loss + (errors * patch_weight).sum()
-        loss = loss + mim.pixel_loss(learned["pixels"], to_patches(views, 16)[asked], pixel_weight)
+        with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            with torch.no_grad():
+                taught = teacher(views, mask, asked, hide=False)
+            learned = net(views, mask, asked, hide=True)
+        loss = mim.distill(learned["class"], taught["class"].flip(0), center, 0.05).mean()
+        loss = loss + (mim.distill(learned["patch"], taught["patch"], center, 0.05) * patch_weight).sum()
+        patches = to_patches(views, 16).flatten(0, 2)[asked]
+        loss = loss + mim.pixel_loss(learned["pixels"], patches, pixel_weight)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -201,146 +399,113 @@ def pretraining_step(arch, image_size, batch, public):
     return in_public_form if public else step
 
 
-PRETRAINING = (("vit_tiny", 64, 64), ("vit_small", 224, 4))
-
-
-def pretraining():
-    """The step of pretrain_mim.py against the same step in the public iBOT form; the same losses of the first
-    steps, and peak memory of a process that does nothing else."""
-    print(f"pre-training step, s{'public form':>31}{'ours':>24}   times faster (target 1.5)   "
-          "peak MB: public     ours")
-    for arch, size, batch in PRETRAINING:
-        steps = {name: pretraining_step(arch, size, batch, name == "public") for name in ("public", "ours")}
+def pretraining(shapes=None, where=CPU):
+    """The step of pretrain_mim.py against the same step in the public iBOT form, with the same losses."""
+    shapes = shapes or small((("vit_tiny", 64, 64), ("vit_small", 224, 4)), (("vit_micro", 32, 2),))
+    for shape in shapes:
+        steps = {"ours": pretraining_step(*shape, False, where),
+                 "theirs": pretraining_step(*shape, True, where)}
         first = {name: step() for name, step in steps.items()}
-        assert abs(first["public"] - first["ours"]) < 1e-4 * first["ours"], first
-        result = {name: times / 1e3 for name, times in race(steps, 7, 1).items()}
-        columns = "".join(f"{f'{m:.2f} [{low:.2f} {high:.2f}]':>24}" for low, m, high in result.values())
-        peaks = [subprocess.run([sys.executable, __file__, "--peak", arch, str(size), str(batch), name],
-                                capture_output=True, text=True,
-                                check=True).stdout.strip() for name in steps]
-        faster = result["public"][1] / result["ours"][1]
-        name = f"{arch}, {size} px, {batch} hands"
-        print(f"  {name:25}{columns}   {faster:<25.2f} {peaks[0]:>16} {peaks[1]:>8}")
+        assert abs(first["theirs"] - first["ours"]) < (1e-4 if where == CPU else 1e-2) * first["ours"], first
+        memory = [alone(pretraining_peak, *shape, name, where.type)["peak"] for name in steps]
+        TABLE.race("HandMIM's step, {} at {} px, {} hands".format(*shape), steps["ours"], steps["theirs"],
+                   "public iBOT form", 7, 1, note="the first losses are the same", memory=memory)
 
 
-def peak(arch, size, batch, name):
-    """Prints the largest resident memory of three steps, in MB."""
-    step = pretraining_step(arch, int(size), int(batch), name == "public")
-    for _ in range(3):
+def pretraining_peak(arch, size, batch, name, where):
+    """Peak memory in MB, of the GPU where there is one, of some steps."""
+    step = pretraining_step(arch, size, int(batch), name == "theirs", torch.device(where))
+    for _ in range(small(3, 1)):
         step()
-    print(resident())
+    return {"peak": resident() if where == "cpu" else torch.cuda.max_memory_allocated() / 2**20}
 
 
-def resident():
-    """Largest resident memory of this process in MB."""
-    status = Path("/proc/self/status")  # Linux: getrusage would count the parent's memory too
-    return re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)[:-3] if status.exists() else "?"
-
-
-def detected_poses(count, videos, seed=0):
-    """(count,21,2) keypoints and (count,) videos: hands whose pose and view change smoothly from key pose to
-    key pose, as make_synthetic.py draws them, seen from anywhere by a camera and a detector with its
-    noise."""
-    from scipy.spatial.transform import Rotation
-
-    from mano import MANO_TO_FREIHAND
-    from synthetic_hand import synthetic_mano
-
-    hand, rng, frames, made = synthetic_mano(), np.random.default_rng(seed), count // videos, []
-    rest, parent = hand["J"], hand["kintree_table"][0].astype(int)
-    tips, last = hand["v_template"][[744, 320, 443, 555, 672]], [15, 3, 6, 12, 9]
-    at = np.arange(frames) / 5
-    key, share = at.astype(int), (at % 1)[None, :, None]
-    share = share * share * (3 - 2 * share)
-    for start in range(0, videos, 500):
-        many, keys = min(500, videos - start), frames // 5 + 2
-        pose = hand["hands_coeffs"][rng.integers(len(hand["hands_coeffs"]), size=(many, keys))]
-        pose = pose + 0.2 * rng.standard_normal(pose.shape)
-        pose[..., 8:] *= 0.25
-        turn = 0.3 * rng.standard_normal((many, keys, 3))
-        pose, turn = (x[:, key] * (1 - share) + x[:, key + 1] * share for x in (pose, turn))
-        view = np.repeat(rng.standard_normal((many, 4)), frames, 0)
-        angles = (pose @ hand["hands_components"] + hand["hands_mean"]).reshape(-1, 3)
-        local = Rotation.from_rotvec(angles).as_matrix().reshape(-1, 15, 3, 3)
-        world = np.empty((len(local), 16, 3, 3))
-        world[:, 0] = (Rotation.from_rotvec(turn.reshape(-1, 3)) * Rotation.from_quat(view)).as_matrix()
-        joints = np.zeros((len(local), 21, 3))
-        for k in range(1, 16):
-            world[:, k] = world[:, parent[k]] @ local[:, k - 1]
-            joints[:, k] = joints[:, parent[k]] + world[:, parent[k]] @ (rest[k] - rest[parent[k]])
-        for k, bone in enumerate(last):
-            joints[:, 16 + k] = joints[:, bone] + world[:, bone] @ (tips[k] - rest[bone])
-        image = joints[:, MANO_TO_FREIHAND, :2] / (joints[:, MANO_TO_FREIHAND, 2:] + 0.5)
-        extent = np.ptp(image, axis=1).max(1)[:, None, None]
-        noise = 0.016 * extent * rng.uniform(0.6, 1.6, (len(image), 1, 1)) * rng.standard_normal(image.shape)
-        made.append((image + noise).astype(np.float32))
-    return np.concatenate(made), np.repeat(np.arange(videos), frames)
-
-
-def mining(*counts):
-    """mine_pairs.mine on detected poses, 100 frames a video, K = 10; each size in a process of its own, for
-    its peak memory."""
-    print("mining, 10 neighbours       hands   seconds   peak MB   exponent   median distance: nearest, "
-          "random")
-    before = None
-    for count in counts or (125_000, 500_000, 2_000_000):
-        done = subprocess.run([sys.executable, __file__, "--mine", str(count)], capture_output=True,
-                              text=True, check=True).stdout.split()
-        seconds, memory = float(done[0]), done[1]
-        exponent = f"{np.log(seconds / before[1]) / np.log(count / before[0]):.2f}" if before else ""
-        print(f"{count:>33,}{seconds:>10.1f}{memory:>10}{exponent:>11}   {done[2]}, {done[3]}", flush=True)
-        before = count, seconds
-
-
-def mine_once(count):
-    """Prints seconds, peak memory in MB and median distances of mining `count` detected poses."""
-    from mine_pairs import mine, normalise_pose
-
-    keypoints, videos = detected_poses(int(count), int(count) // 100)
-    start = time.perf_counter()
-    found = mine(keypoints, videos, 10)
-    seconds = time.perf_counter() - start
-    some = np.random.default_rng(0).integers(len(keypoints), size=(2, 10000))
-    x, y = ((normalise_pose(keypoints[rows]) - found["mean"]) @ found["components"].T for rows in some)
-    nearest = np.median(found["dist"][:, 0])
-    print(f"{seconds} {resident()} {nearest:.3f} {np.median(np.linalg.norm(x - y, axis=1)):.3f}")
-
-
-def contrast(pairs=8192):
-    """The weighted loss of 8,192 pairs of 64 latent points, forward and backward, with and without chunks;
-    each in a process of its own."""
-    print(f"NT-Xent, {pairs:,} weighted pairs    seconds   peak MB   loss         gradient's norm")
-    for name in ("in chunks", "whole"):
-        print(f"  {name:28}" + subprocess.run([sys.executable, __file__, "--contrast", str(pairs), name],
-                                              capture_output=True, text=True,
-                                              check=True).stdout.rstrip(), flush=True)
+def contrast():
+    """The weighted loss of many pairs of 64 latent points, forward and backward: in chunks, or at once."""
+    pairs = small(8192, 64)
+    ours, theirs = (alone(contrast_once, pairs, name) for name in ("chunks", "whole"))
+    TABLE.add(f"NT-Xent, {pairs:,} weighted pairs, forward + backward", ours["seconds"], theirs["seconds"],
+              "the whole matrix", memory=(ours["mb"], theirs["mb"]),
+              note=f"losses differ by {abs(ours['loss'] - theirs['loss']):.0e}")
 
 
 def contrast_once(pairs, name):
-    """Prints seconds, peak memory in MB, loss and gradient of one such loss."""
     import pretrain_contrastive as pc
 
-    g, pc.CHUNK = torch.Generator().manual_seed(0), pc.CHUNK if name == "in chunks" else 2 * int(pairs)
-    latent = torch.randn(2, int(pairs), 128, generator=g, requires_grad=True)
-    joints = torch.rand(2, int(pairs), 21, 2, generator=g)
-    start = time.perf_counter()
-    loss = pc.nt_xent(*torch.nn.functional.normalize(latent, dim=2), 0.5, *pc.pair_weights_by_rows(*joints))
-    loss.backward()
-    seconds = time.perf_counter() - start
-    print(f"{seconds:>8.1f}{resident():>10}   {loss.item():.8f}   {latent.grad.norm().item():.8f}")
+    g = torch.Generator().manual_seed(0)
+    latent = torch.randn(2, pairs, 128, generator=g, requires_grad=True)
+    joints = torch.rand(2, pairs, 21, 2, generator=g)
+    with patch.object(pc, "CHUNK", pc.CHUNK if name == "chunks" else 2 * pairs):
+        start = time.perf_counter()
+        a, b = torch.nn.functional.normalize(latent, dim=2)
+        loss = pc.nt_xent(a, b, 0.5, *pc.pair_weights_by_rows(*joints))
+        loss.backward()
+    return {"seconds": time.perf_counter() - start, "loss": loss.item()}
 
 
-SECTIONS = {"layer": layer, "metrics": scores, "index": opening, "prepare": preparing,
-            "pretraining": pretraining,
-            "mining": mining, "contrast": contrast}
+# ---------------------------------------------------------------------------------------------------- metrics
+def metrics():
+    """The whole evaluations of FreiHAND and of HO-3D v2: random hands of 21 joints and 778 vertices."""
+    from metrics import evaluate_hands
+
+    rng = np.random.default_rng(0)
+    for protocol, count in (("freihand", small(3960, 8)), ("ho3d", small(11524, 8))):
+        gt = rng.normal(0, 0.03, (count, 799, 3)) + [0, 0, 0.7]
+        for noise in (0.005, 0.05):
+            pred = gt + rng.normal(0, noise, gt.shape)
+            arrays = [x for points in (pred, gt) for x in (points[:, :21], points[:, 21:])]
+            TABLE.race(f"evaluation, {protocol}, {count:,} hands, {1e3 * noise:.0f} mm off",
+                       functools.partial(evaluate_hands, *arrays, protocol), repeats=3, warm_up=0)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+SECTIONS = {name: module for module, names in (
+    ("benchmark", ("layer", "vit", "views", "draws", "pretraining", "contrast", "metrics")),
+    ("benchmark_data", ("index", "start", "sampling", "prepare", "pack", "synthetic", "saving", "epoch",
+                        "mining")),
+    ("benchmark_gpu", ("gpu",))) for name in names}
+
+
+def attempt(name, function):
+    """A row that fails says why, and the others go on; DEBUG=1 in the environment shows the traceback."""
+    try:
+        function()
+    except Exception as error:
+        if os.environ.get("DEBUG"):
+            raise
+        TABLE.add(name, note=f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def main():
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    cli.add_argument("--out", type=Path, metavar="FILE", help="file for all rows as JSON")
+    cli.add_argument("--device", choices=["auto", "cpu"], default="auto",
+                     help="cpu: the section gpu on the CPU too, as a test of its code")
+    cli.add_argument("--tiny", action="store_true", help="tiny sizes and one repeat, as a test of this file")
+    cli.add_argument("--alone", help=argparse.SUPPRESS)  # a call, from alone()
+    cli.parse_args(namespace=OPTIONS)
+    torch.set_num_threads(2)
+    if OPTIONS.alone:
+        module, name, args = json.loads(OPTIONS.alone)
+        found = getattr(importlib.import_module(module), name)(*args)
+        print(json.dumps(found | {"mb": resident()}))
+        return
+    unknown = set(OPTIONS.sections) - set(SECTIONS)
+    if unknown:
+        cli.error(f"no such section: {', '.join(sorted(unknown))}")
+    SCRATCH.mkdir()
+    TABLE.out = OPTIONS.out
+    TABLE.head()
+    try:
+        for name in OPTIONS.sections or SECTIONS:
+            TABLE.section = name
+            attempt(name, getattr(importlib.import_module(SECTIONS[name]), name))
+    finally:
+        shutil.rmtree(SCRATCH)
+
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
-    if sys.argv[1:2] == ["--peak"]:
-        sys.exit(peak(*sys.argv[2:]))
-    if sys.argv[1:2] == ["--contrast"]:
-        sys.exit(contrast_once(*sys.argv[2:]))
-    if sys.argv[1:2] == ["--mine"]:
-        sys.exit(mine_once(sys.argv[2]))
-    for section in sys.argv[1:] or SECTIONS:
-        SECTIONS[section]()
+    import benchmark  # by its name, as the files of other sections import it: one table
+
+    benchmark.main()
