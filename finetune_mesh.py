@@ -25,9 +25,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from cache import cache_canvases
 from data import (
-    CONTEXT, HandDataset, HandIndex, UnreadImages, cache_canvases, canvas_size, check_mix, make_loader,
-    make_sampler, mirror, square,
+    CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix,
+    index_fingerprint, make_loader, make_sampler, mirror, square,
 )
 from draw import draw_joints, grid, overlay, save_curves, save_image
 from mano import (
@@ -36,9 +37,9 @@ from mano import (
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
-    Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update, feed, finish,
-    generator, initial_weights, is_due, param_groups, parser, read_log, restore, run, save_checkpoint,
-    set_lr, setup, start_run, total_steps, update,
+    Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run, cosine,
+    ema_update, feed, finish, generator, is_due, param_groups, parser, read_log, restore, run,
+    save_checkpoint, set_lr, setup, start_run, total_steps, update,
 )
 from synthetic_hand import synthetic_mano
 from views import (
@@ -401,11 +402,16 @@ def main(argv=None):
     check_mix(rows, dataset.starts, args.mix)
 
     torch.manual_seed(args.seed)
-    encoder = choose_encoder(args.arch, initial_weights(args), size, "vit_small", args.drop_path)
+    inputs = {"data": index_fingerprint([index.columns for index in indices], "joints2d"),
+              "val": index_fingerprint([val_index.columns], "joints2d"),
+              "mano": hand_fingerprint(hand_arrays)}
+    state = check_run(args, runtime, "mesh", inputs)
+    encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
+                             saved=state["encoder"] if state else None)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
                     iterations=args.iterations, width=args.head_width, dropout=args.dropout)
     head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
-    out, state = start_run(args, runtime, "mesh")
+    out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if args.init else 1.0)
@@ -443,10 +449,12 @@ def main(argv=None):
         return {"theta": runtime.draw(theta_of, args.batch_size, args.seed, step, THETA),
                 "color": runtime.draw(color_of, args.batch_size, args.seed, step, COLOR)}
 
-    announce(runtime, out, model, len(rows), steps, args.batch_size, cache)
+    announce(runtime, out, model, len(rows), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, device, cache):
+    saves = Saves(runtime, args.save_every, args.save_minutes, steps)
+
+    for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
         canvas = batch.pop("canvas")  # (B, 3, C, C) u8
         theta = drawn["theta"]  # (B, 2, 3)
         views = make_views(canvas, theta, size, finer, drawn["color"])  # (B, 3, S, S)
@@ -483,14 +491,15 @@ def main(argv=None):
                 estimate = ema(shown_views)[-1]
                 picture = estimate_picture(shown_views, shown_joints2d, estimate, hand_arrays["f"])
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture)
-        if runtime.is_main and is_due(step, args.save_every, steps):
-            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
-            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
-                            config=encoder.config, state_dict=ema.encoder.state_dict())
+        if saves.due(step):
+            architecture = {"arch": encoder.arch, "config": encoder.config}
             save_checkpoint(out / "last.pt", "mesh", step=step + 1, hand=hand_fingerprint(hand_arrays),
-                            encoder={"arch": encoder.arch, "config": encoder.config}, head=head.config,
-                            box_scale=args.box_scale, model=model.state_dict(), ema=ema.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                            encoder=architecture, head=head.config, box_scale=args.box_scale,
+                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                            scaler=scaler.state_dict())
+            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
+                            state_dict=ema.encoder.state_dict())
+            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

@@ -257,8 +257,12 @@ def build_encoder(arch, image_size, drop_path=0.0, **config):
     return ViT(arch, image_size, drop_path=drop_path, **config)
 
 
-def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0):
-    """The encoder in the file `init`, or without one a fresh `arch`, `default` where that is None too."""
+def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, saved=None):
+    """The encoder in the file `init`, or without one a fresh `arch`, `default` where that is None too.
+
+    saved: {"arch", "config"} of a run's checkpoint, which brings the weights; `init` is then not read."""
+    if saved:
+        return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
     if not init:
         return build_encoder(arch or default, image_size, drop_path)
     encoder = load_encoder(init, image_size, drop_path)

@@ -14,6 +14,7 @@ What belongs to the two views has a leading axis: views (2,B,3,S,S), theta (2,B,
 `.flip(0)` is the other view, and `a, b = h` are the pairs.
 """
 
+import hashlib
 import math
 from functools import partial
 
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, cache_canvases, check_mix,
-                  make_loader, make_sampler, read_pairs)
+from cache import cache_canvases
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix,
+                  index_fingerprint, make_loader, make_sampler, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
-from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, feed,
-                     finish, initial_weights, is_due, param_groups, parser, read_log, restore, run,
+from runtime import (Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run,
+                     cosine, feed, finish, is_due, param_groups, parser, read_log, restore, run,
                      save_checkpoint, set_lr, setup, start_run, total_steps, update)
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
                    random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
@@ -457,8 +459,13 @@ def main(argv=None):
     steps = total_steps(args, len(anchors))
     check_mix(anchors, dataset.starts, args.mix)
     torch.manual_seed(args.seed)
-    encoder = choose_encoder(args.arch, initial_weights(args), args.image_size, "resnet50")
-    out, state = start_run(args, runtime, "contrastive")
+    inputs = {"data": index_fingerprint([index.columns for index in indices], column)}
+    if args.pairs:
+        inputs["pairs"] = hashlib.sha256(idx).hexdigest()[:16]
+    state = check_run(args, runtime, "contrastive", inputs)
+    encoder = choose_encoder(args.arch, args.init, args.image_size, "resnet50",
+                             saved=state["encoder"] if state else None)
+    out = start_run(args, runtime, state, inputs)
 
     gather = runtime.gather if args.gather else nn.Identity()  # (2,B,...) of one process or of all
     model = Contrastive(encoder, runtime.gather if args.gather else None).to(runtime.device).train()
@@ -483,7 +490,7 @@ def main(argv=None):
         print(f"{len(anchors)} of {len(is_known)} hands {what}")
         if args.batch_size > len(anchors):
             print(f"warning: --batch-size {args.batch_size} draws hands twice, each a negative of itself")
-    announce(runtime, out, model, len(anchors), steps, args.batch_size, cache)
+    announce(runtime, out, model, len(anchors), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity",))
     B = args.batch_size // runtime.world  # pairs of this process
@@ -511,15 +518,19 @@ def main(argv=None):
     peak_lr = args.lr * math.sqrt(args.batch_size / losses_per_update)
 
     def save(step, h):
-        """Charts of the log, encoder.pt and last.pt after `step` updates."""
+        """last.pt, encoder.pt and charts of the log after `step` updates."""
+        architecture = {"arch": encoder.arch, "config": encoder.config}
+        save_checkpoint(out / "last.pt", kind="contrastive", step=step, encoder=architecture,
+                        model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict())
+        save_checkpoint(out / "encoder.pt", kind="encoder", step=step, **architecture,
+                        state_dict=encoder.state_dict())
         save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
         save_image(out / "samples" / "similarity.png", draw_similarity(h))
-        save_checkpoint(out / "encoder.pt", kind="encoder", step=step, arch=encoder.arch,
-                        config=encoder.config, state_dict=encoder.state_dict())
-        save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, runtime.device, cache):
+    saves = Saves(runtime, args.save_every, args.save_minutes, steps)
+
+    for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, runtime.device, cache)):
         rows = pair_rows(batch["failed"], B)  # (2, B)
         canvas = batch["canvas"][rows]  # (2, B, 3, H, W)
         joints = batch[column][rows]  # (2, B, 21, 2), on the canvas
@@ -560,13 +571,14 @@ def main(argv=None):
                 log.warn(step + 1, f"the loss stays at ln {2 * len(a) - 1}: all hands look the same to the "
                          "network; lower --lr or --temperature")
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
-        if runtime.is_main and (step == 0 or is_due(step, args.save_every, steps)):
+        is_saved = saves.due(step)
+        if is_saved or (runtime.is_main and step == 0):
             points = runtime.local_rows(latent, dim=1) if args.gather else latent
             joints = torch.where(has_joints[..., None, None], joints, torch.nan)  # not what was missed
             picture = draw_views(views[:, part], theta[:, part], middle[:, part], joints[:, part],
                                  points if args.method != "simclr" else None)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", picture)
-        if runtime.is_main and is_due(step, args.save_every, steps):
+        if is_saved:
             save(step + 1, h.detach())
     log.close()
     unread.rows = runtime.union(unread.rows)

@@ -26,14 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, cache_canvases, canvas_size, check_mix,
-                  make_loader, make_sampler)
+from cache import cache_canvases
+from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix,
+                  index_fingerprint, make_loader, make_sampler)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
-from runtime import (Log, adamw, add_training_flags, announce, batch_parts, check_ranges, cosine, ema_update,
-                     feed, finish, initial_weights, is_due, param_groups, parser, read_log, restore, run,
+from runtime import (Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run,
+                     cosine, ema_update, feed, finish, is_due, param_groups, parser, read_log, restore, run,
                      save_checkpoint, set_lr, setup, start_run, total_steps, update)
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
                    rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
@@ -494,14 +495,16 @@ def main(argv=None):
     dataset = HandDataset(indices, canvas_size(size))
     steps = total_steps(args, len(dataset))
     torch.manual_seed(args.seed)
-    encoder = choose_encoder(args.arch, initial_weights(args), size)
+    inputs = {"data": index_fingerprint([index.columns for index in indices], "")}
+    state = check_run(args, runtime, "mim", inputs)
+    encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None)
     if encoder.arch == "resnet50":
         raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     patch = encoder.patch
     side = size // patch
     check_masks(args, side)
     check_mix(dataset.rows, dataset.starts, args.mix)
-    out, state = start_run(args, runtime, "mim")
+    out = start_run(args, runtime, state, inputs)
 
     weights = loss_weights(args)
     distil = tuple(name for name in ("class", "patch") if name in weights)
@@ -547,11 +550,13 @@ def main(argv=None):
         masked = [mask[:, part].flatten().nonzero().squeeze(1) for part, _ in parts]  # (M,) of each part
         return {"theta": rows(THETA, draw_theta), "looks": looks, "mask": mask, "masked": masked}
 
-    announce(runtime, out, student, len(dataset), steps, args.batch_size, cache)
+    announce(runtime, out, student, len(dataset), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
 
-    for step, batch, drawn in feed(unread.watch(loader), draw, start, device, cache):
+    saves = Saves(runtime, args.save_every, args.save_minutes, steps)
+
+    for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
         theta, mask = drawn["theta"], drawn["mask"]  # (2, B, 2, 3), (2, B, N)
         views = make_views(batch["canvas"], theta, size, finer, drawn["looks"])  # (2, B, 3, S, S)
         real = in_photograph(theta, batch["valid"], side)  # (2, B, N)
@@ -612,18 +617,19 @@ def main(argv=None):
         log(step + 1, values | {"lr": lr, "gradient_norm": norm})
         for text in alarm.check(step, values) if logged else ():
             log.warn(step + 1, text)
-        saved = is_due(step, args.save_every, steps)
-        if runtime.is_main and (saved or step == 0):
+        is_saved = saves.due(step)
+        if is_saved or (runtime.is_main and step == 0):
             shown = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
-        if runtime.is_main and saved:
+        if is_saved:
+            architecture = {"arch": encoder.arch, "config": encoder.config}
+            save_checkpoint(out / "last.pt", "mim", step=step + 1, encoder=architecture,
+                            student=student.state_dict(), teacher=teacher.state_dict(),
+                            centers=centers.state_dict(), optimizer=optimizer.state_dict(),
+                            scaler=scaler.state_dict(), alarm=alarm.state_dict())
+            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
+                            state_dict=teacher.encoder.state_dict())
             save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
-            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, arch=encoder.arch,
-                            config=encoder.config, state_dict=teacher.encoder.state_dict())
-            save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
-                            teacher=teacher.state_dict(), centers=centers.state_dict(),
-                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                            alarm=alarm.state_dict())
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

@@ -22,6 +22,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -29,6 +30,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,8 +47,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# Flags that may differ when a run is continued: they change where and how fast it runs, not what it computes.
-FREE_ON_RESUME = {"resume", "out", "workers", "cache", "device", "log_every", "save_every"}
+# Flags that may differ when a run is continued. The first change where and how fast it runs. Of paths, what
+# lies there is compared (inputs of check_run). The last change what is computed from then on, as the log says.
+FREE_ON_RESUME = {"resume", "out", "workers", "cache", "device", "compile", "log_every", "save_every",
+                  "save_minutes", "eval_every"}
+PATHS = {"data", "val", "pairs", "mano", "init"}
+CHANGE_ON_RESUME = {"lr", "precision", "accumulate", "steps", "epochs"}
 MANY_SKIPPED = 20  # steps in a row without a finite gradient that end a run
 BLOCK = 128  # rows of a batch that are drawn together, from one generator
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
@@ -78,6 +84,8 @@ def _status(main):
         if os.environ.get("DEBUG"):
             raise
         text = str(error).strip()
+        if isinstance(error, OSError) and error.strerror and not error.filename:
+            text = f"a file could not be written or read: {error.strerror}"
         if "Original Traceback" in text:  # raised in a process of the loader
             text = text.splitlines()[-1].partition(": ")[2]
         for bar in list(getattr(tqdm, "_instances", ())):  # the line begins where a bar would stand
@@ -88,6 +96,8 @@ def _status(main):
         return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as stop:
+        return stop.code or 0
     return 0
 
 
@@ -117,8 +127,9 @@ def add_training_flags(cli, batch_size, epochs):
     group = cli.add_argument_group("run")
     group.add_argument("--out", required=True, metavar="RUN",
                        help="folder for config.json, log.jsonl, last.pt, encoder.pt and samples/")
-    group.add_argument("--resume", action="store_true",
-                       help="continue RUN exactly where last.pt stands, with the same flags")
+    group.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], metavar="auto",
+                       help="continue RUN exactly where last.pt stands. Rate, precision, steps and what only "
+                            "changes speed may differ. auto: start where there is nothing yet")
     group.add_argument("--mix", nargs="+", type=float, metavar="SHARE",
                        help="shares of a batch, one for each --data; hands are then drawn with replacement "
                        "(default: every hand once an epoch)")
@@ -138,12 +149,16 @@ def add_training_flags(cli, batch_size, epochs):
     group.add_argument("--log-every", type=int, default=10,
                        help="steps between lines of log.jsonl (default 10)")
     group.add_argument("--save-every", type=int, default=500,
-                       help="steps between checkpoints (default 500); the last step always saves")
+                       help="steps between checkpoints (default 500); the last step always saves, and so do "
+                            "SIGTERM and SIGUSR1, which end the run")
+    group.add_argument("--save-minutes", type=float, default=15,
+                       help="most minutes between checkpoints (default 15)")
 
 
 def total_steps(args, hands: int) -> int:
     """Optimiser updates of a run over this many hands; ValueError where the flags contradict each other."""
-    least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "seed": 0}
+    least = {"batch_size": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "save_minutes": 0,
+             "eval_every": 1, "seed": 0}
     for name, low in least.items():
         if getattr(args, name, low) < low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
@@ -450,75 +465,161 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------------- run
-def start_run(args, runtime: Runtime, kind: str):
-    """Prepares RUN; returns its path and the checkpoint to continue from, or None. kind: as in FORMATS.
+def check_run(args, runtime: Runtime, kind: str, inputs: dict) -> dict | None:
+    """The checkpoint that RUN goes on from, on the CPU; None where it starts. kind: as in FORMATS.
 
-    A new run refuses a folder that is not empty; --resume refuses flags that differ from config.json.
-    """
-    out = Path(args.out)
-    flags = {name: value for name, value in vars(args).items() if name != "resume"}
-    flags = json.loads(json.dumps(flags, default=str))
-    problem = [_problem_with_run(out, flags, args.resume) if runtime.is_main else None]
-    if runtime.world > 1:
-        dist.broadcast_object_list(problem)  # nobody writes before process 0 has judged
-    if problem[0]:
-        raise ValueError(problem[0])
-    checkpoint = out / "last.pt"
-    state = load_checkpoint(checkpoint, kind) if args.resume and checkpoint.is_file() else None
-    if args.resume and state is None and runtime.is_main:
-        print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
+    inputs: {name of a flag: fingerprint of what is read}; the path does not matter. A new run refuses a
+    folder that is not empty. A continued one refuses other inputs, and flags that would make it another run.
+    Process 0 reads, because other machines may not have the folder. Writes nothing."""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    resume = args.resume or ("auto" if is_restart else None)
+    answer = [None, None]  # checkpoint, problem
     if runtime.is_main:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        facts = {"format": FORMATS["run"], "command": " ".join(sys.argv), "torch": torch.__version__,
-                 "numpy": np.__version__, "python": platform.python_version(), "revision": _git_revision(),
-                 "world_size": runtime.world, "machine": str(runtime.device)}
-        write_atomically(out / "config.json",
-                         lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
-    return out, state
+        try:
+            answer[0] = _checkpoint_to_continue(Path(args.out), kind, _flags(args), inputs, resume)
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
+    if runtime.world > 1:
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise ValueError(answer[1])
+    return answer[0]
 
 
-def _problem_with_run(out, flags, resume):
-    """What is wrong with the folder `out` for these flags, in one line; None where nothing is."""
+def _flags(args):
+    """The flags of a run as config.json has them."""
+    flags = {name: value for name, value in vars(args).items() if name != "resume"}
+    return json.loads(json.dumps(flags, default=str))
+
+
+def _checkpoint_to_continue(out, kind, flags, inputs, resume):
     config = out / "config.json"
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            return f"--out {out} is not empty: choose another folder, or continue that run with --resume"
+    is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if not resume or (resume == "auto" and not is_taken):
+        if is_taken:
+            raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with "
+                             "--resume")
         return None
     if not config.is_file():
-        return f"--resume: there is no run in {out} (no config.json); check --out, or leave --resume out"
+        raise ValueError(f"--resume: there is no run in {out} (no config.json); check --out, or leave "
+                         "--resume out")
     before = read_json(config)
     if not isinstance(before, dict):
-        return f"{config}: not the configuration of a run; choose another --out"
+        raise ValueError(f"{config}: not the configuration of a run; choose another --out")
     if before.get("format", 1) != FORMATS["run"]:
-        return (f"{config}: a run of another version (format {before.get('format', 1)}, needed "
-                f"{FORMATS['run']}), whose flags or draws have changed since: start a new --out")
+        raise ValueError(f"{config}: a run of another version (format {before.get('format', 1)}, needed "
+                         f"{FORMATS['run']}), whose flags or draws have changed since: start a new --out")
     for name, value in flags.items():
-        if name not in FREE_ON_RESUME and before.get(name, value) != value:
+        if name not in FREE_ON_RESUME | PATHS | CHANGE_ON_RESUME and before.get(name, value) != value:
             flag = f"--{name.replace('_', '-')}"
-            return f"{flag} is {value}, but {config} says {before[name]}: resume with the same flags"
+            raise ValueError(f"{flag} is {value}, but {config} says {before[name]}: resume with the same "
+                             "flags")
+    for name, fingerprint in inputs.items():
+        if before.get("inputs", {}).get(name, fingerprint) != fingerprint:
+            raise ValueError(f"--{name} holds something else than when {out} was started: give the same "
+                             f"--{name}, or start a new --out")
+    return _last_checkpoint(out, kind)
+
+
+def _last_checkpoint(out, kind):
+    """The state in last.pt, or where that is damaged or missing in last.prev.pt; None where there is neither.
+    """
+    problem = None
+    for path in (out / "last.pt", out / "last.prev.pt"):
+        try:
+            state = load_checkpoint(path, kind)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problem = problem or error
+            continue
+        if path.name != "last.pt":
+            print(f"{problem or 'last.pt is missing'}: going on from {path}, step {state['step']}",
+                  file=sys.stderr)
+        return state
+    if problem:
+        raise problem
+    print(f"{out} was stopped before its first checkpoint: starting at step 0", file=sys.stderr)
     return None
 
 
-def initial_weights(args):
-    """The file that the encoder starts from: with --resume the run's own, because --init may be gone.
+def start_run(args, runtime: Runtime, state: dict | None, inputs: dict) -> Path:
+    """Makes RUN with its config.json; returns its path. state, inputs: of check_run.
 
-    Without last.pt the run starts at step 0 again, from --init.
-    """
+    What a continued run changes is a line of its log."""
     out = Path(args.out)
-    is_saved = (out / "encoder.pt").is_file() and (out / "last.pt").is_file()
-    return out / "encoder.pt" if args.resume and is_saved else args.init
-
-
-def announce(runtime: Runtime, out, model, hands: int, steps: int, batch_size: int, cache=None):
-    """One line at the start of a run: parameters, hands, steps, epochs, device, precision, cache, where it
-    writes."""
     if runtime.is_main:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        processes = f" x {runtime.world}" if runtime.world > 1 else ""
-        print(f"{parameters / 1e6:.1f} M parameters; {hands:,} hands, {steps:,} steps of {batch_size} = "
-              f"{steps * batch_size / hands:.3g} epochs; {runtime.device}{processes}, "
-              f"{str(runtime.dtype).removeprefix('torch.')}; {f'{cache}; ' if cache else ''}writes {out}",
-              flush=True)
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        flags = _flags(args)
+        config = out / "config.json"
+        before = read_json(config) if state else flags
+        changed = {name: [before.get(name), flags[name]] for name in sorted(CHANGE_ON_RESUME & set(flags))
+                   if before.get(name) != flags[name]}
+        if changed:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": state["step"], "changed": changed}) + "\n")
+        facts = {"format": FORMATS["run"], "command": " ".join(sys.argv), "torch": torch.__version__,
+                 "numpy": np.__version__, "python": platform.python_version(), "revision": _git_revision(),
+                 "world_size": runtime.world, "machine": str(runtime.device), "inputs": inputs}
+        write_atomically(config, lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
+    return out
+
+
+class Saves:
+    """After which steps a run saves: every `every` steps, after `minutes` without one, and at the last.
+
+    SIGTERM and SIGUSR1, with which a cluster takes a machine back, save after the present step and end the
+    run with exit status 143."""
+
+    def __init__(self, runtime, every, minutes, steps):
+        self.is_main = runtime.is_main
+        self.every = every
+        self.minutes = minutes
+        self.steps = steps
+        self.last = time.monotonic()
+        self.is_asked = False  # by a signal
+
+    def due(self, step):
+        """True in process 0 where `step` (0 based) is followed by a save."""
+        late = time.monotonic() - self.last > 60 * self.minutes
+        if not (self.is_main and (self.is_asked or late or is_due(step, self.every, self.steps))):
+            return False
+        self.last = time.monotonic()
+        return True
+
+    def watch(self, batches):
+        """Yields the batches. Where a signal came, the loop ends with SystemExit once it has saved.
+
+        Only process 0 stops: it needs the others to finish its step. torchrun then ends them."""
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+        before = {number: signal.signal(number, self._ask) for number in numbers}
+        try:
+            for each in batches:
+                yield each
+                if self.is_asked and self.is_main:
+                    print("stopped by a signal after a save: --resume goes on", file=sys.stderr)
+                    raise SystemExit(143)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        self.is_asked = True
+
+
+def announce(runtime: Runtime, out, model, hands: int, start: int, steps: int, batch_size: int, cache=None):
+    """One line at the start of a run: parameters, hands, steps, epochs, device, precision, cache, where it
+    writes; or that it is finished."""
+    if not runtime.is_main:
+        return
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = f" x {runtime.world}" if runtime.world > 1 else ""
+    print(f"{parameters / 1e6:.1f} M parameters; {hands:,} hands, {steps:,} steps of {batch_size} = "
+          f"{steps * batch_size / hands:.3g} epochs; {runtime.device}{processes}, "
+          f"{str(runtime.dtype).removeprefix('torch.')}; {f'{cache}; ' if cache else ''}writes {out}",
+          flush=True)
+    if start >= steps:
+        print(f"{out} is finished: step {start} of {steps}. --resume with more --steps or --epochs goes on")
 
 
 def _git_revision():
@@ -545,11 +646,32 @@ def read_json(path):
         raise ValueError(f"{path}: broken JSON ({error})") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]):
-    """write(temporary path), then rename: a reader sees the old file or the whole new one."""
+def write_atomically(path: Path, write: Callable[[Path], object], previous: Path | None = None):
+    """write(temporary path), then rename: a reader sees the old file or the whole new one, after a loss of
+    power too. previous: where the old file goes. OSError where it cannot be written; the old file stays."""
     part = path.with_name(path.name + ".part")
-    write(part)
+    try:
+        write(part)
+        _to_disk(part)
+    except (OSError, RuntimeError) as error:  # torch.save has a RuntimeError for a full disk
+        part.unlink(missing_ok=True)
+        is_full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "is the disk full?" if is_full else str(error)
+        raise OSError(f"{path} could not be written ({reason}); what was there before stays") from None
+    if previous and path.exists():
+        os.replace(path, previous)
     os.replace(part, path)
+    if os.name == "posix":
+        _to_disk(path.parent)
+
+
+def _to_disk(path):
+    """Waits until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -581,12 +703,15 @@ def save_checkpoint(path: Path | str, kind: str, **state):
     """Tensors and plain values, so that the file loads with weights_only=True. kind: as in FORMATS; state:
     step, ...
 
-    FloatingPointError where a tensor holds NaN or infinity: the file of the save before stays."""
+    The last.pt before becomes last.prev.pt. FloatingPointError where a tensor holds NaN or infinity, OSError
+    where there is no room: the file of the save before stays."""
+    path = Path(path)
     for name in _not_finite(state):
         raise FloatingPointError(f"{path}: not saved, because {name} is not finite; the last save stays: "
-                                 "lower --lr or use --precision fp32")
+                                 "--resume with a lower --lr or --precision fp32 goes on from there")
     state = {"kind": kind, "format": FORMATS[kind]} | state
-    write_atomically(Path(path), lambda part: torch.save(state, part))
+    previous = path.with_name("last.prev.pt") if path.name == "last.pt" else None
+    write_atomically(path, lambda part: torch.save(state, part), previous)
 
 
 def _not_finite(state, name="") -> Iterator[str]:
@@ -629,7 +754,8 @@ def restore(state: dict | None, **parts) -> int:
     if state is None:
         return 0
     for name, part in parts.items():
-        part.load_state_dict(state[name])
+        if name != "scaler" or state[name]:  # it is empty unless the run had --precision fp16
+            part.load_state_dict(state[name])
     return state["step"]
 
 
@@ -651,9 +777,9 @@ class Log:
         self.last_step = step
         self.last_time = time.perf_counter()
         if runtime.is_main:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_atomically(self.path, lambda part: part.write_text("".join(line + "\n" for line in kept)))
+            rows = [row for row in read_log(self.path) if row["step"] <= step] if self.path.exists() else []
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(self.path, lambda part: part.write_text(text))
         self.bar = tqdm(total=total, initial=step, disable=not runtime.is_main, unit="step",
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
 
@@ -685,7 +811,8 @@ class Log:
         self.write(row)
         if in_row >= MANY_SKIPPED:
             raise FloatingPointError(f"step {step}: the gradient was not finite in {in_row:.0f} steps in a "
-                                     "row: start a new run with a lower --lr or --precision fp32")
+                                     "row: --resume with a lower --lr or --precision fp32 goes on from the "
+                                     "last save")
         if skipped:
             self.warn(step, f"{skipped:.0f} steps without a finite gradient were skipped")
         self.skipped.zero_()
@@ -721,5 +848,13 @@ def text_table(columns: list[str], rows: list[tuple]) -> str:
 
 
 def read_log(path) -> list[dict]:
-    """The lines of log.jsonl as dicts."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The lines of log.jsonl as dicts; damaged lines are left out."""
+    rows = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows

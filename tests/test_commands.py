@@ -166,7 +166,8 @@ def perfect_estimate(hand, target):
 
 
 def losses_of(hand, arrays, estimates, target):
-    joints = [finetune_mesh.defined_joints(estimate, target, arrays, {"freihand": None}) for estimate in estimates]
+    joints = [finetune_mesh.defined_joints(estimate, target, arrays, {"freihand": None})
+              for estimate in estimates]
     return finetune_mesh.mesh_losses(estimates, joints, target)
 
 
@@ -533,8 +534,8 @@ def test_a_killed_run_resumes_to_the_same_bits(hands, mesh, tmp_path):
     assert run.wait() == -signal.SIGKILL
     refused = call(*command, check=False)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    changed = call(*command, "--resume", "--lr", "1", check=False)
-    assert changed.returncode == 2 and "--lr is 1.0" in changed.stderr
+    changed = call(*command, "--resume", "--ema", "0.5", check=False)
+    assert changed.returncode == 2 and "--ema is 0.5" in changed.stderr
     call(*command, "--resume")
     for name in ("last.pt", "encoder.pt"):
         assert_same_bits(load(mesh, name), load(out, name))

@@ -11,14 +11,15 @@ import torch
 from fixtures import ENV, ROOT, call
 from PIL import Image
 
+import cache
 import data
+from cache import cache_canvases
 from data import (
     EpochSampler,
     HandDataset,
     HandIndex,
     MixSampler,
     UnreadImages,
-    cache_canvases,
     crop_canvas,
     list_images,
     make_loader,
@@ -313,7 +314,7 @@ def test_canvases_that_do_not_fit_are_refused_before_any_is_cut(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(HandDataset, "read_canvas", None)
         patch.setattr(shutil, "disk_usage", lambda path: disk(9000))
-        patch.setattr(data, "_free_memory", lambda: 9000)
+        patch.setattr(cache, "_free_memory", lambda: 9000)
         for kind, other in (("file", "memory"), ("memory", "file"), ("device", "file")):
             message = f"--cache {kind}: 0.0 MB of canvases, but .* 0.0 MB .*free: use --cache {other}"
             with pytest.raises(ValueError, match=message):
@@ -322,16 +323,16 @@ def test_canvases_that_do_not_fit_are_refused_before_any_is_cut(tmp_path, monkey
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for kind, owner, name in (("file", data.CanvasFile, "write"), ("memory", data.CanvasFile, "write"),
+    for kind, owner, name in (("file", cache.CanvasFile, "write"), ("memory", cache.CanvasFile, "write"),
                               ("file", os, "ftruncate"), ("memory", os, "ftruncate"), ("file", os, "open")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fail)
             if name == "open":  # of a disk that is read-only, where nothing can be removed either
-                patch.setattr(data.Path, "unlink", fail)
+                patch.setattr(cache.Path, "unlink", fail)
             with pytest.raises(ValueError, match="No space left on device.* --cache"):
                 cache_canvases(HandDataset([index], 32), kind)
     assert not list((tmp_path / "a").glob("canvases*"))
-    assert data._free_memory() is None or data._free_memory() > 2**20
+    assert cache._free_memory() is None or cache._free_memory() > 2**20
 
 
 def test_processes_of_one_machine_share_the_work_and_the_memory(tmp_path):
@@ -341,7 +342,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 import torch.distributed as dist
-from data import HandDataset, HandIndex, cache_canvases
+from cache import cache_canvases
+from data import HandDataset, HandIndex
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

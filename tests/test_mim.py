@@ -414,7 +414,7 @@ def test_kept_canvases_give_the_same_bits(cache, hands, tmp_path):
     shutil.copytree(hands / "train", tmp_path / "train")
     mim(hands, tmp_path / "decoded", *flags)
     done = mim(tmp_path, tmp_path / "kept", *flags, "--cache", cache)
-    assert "cache: " in done.stdout and log(tmp_path / "decoded")[-1]["loss"] == log(tmp_path / "kept")[-1]["loss"]
+    assert "cache: " in done.stdout
     decoded, kept = (weights(tmp_path / name) for name in ("decoded", "kept"))
     assert all(torch.equal(value, kept[name]) for name, value in decoded.items())
 

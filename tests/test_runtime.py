@@ -3,17 +3,20 @@
 import argparse
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from fixtures import ENV, ROOT
 from torch import nn
 
-from runtime import (FORMATS, Log, Runtime, adamw, batch_parts, cosine, ema_update, feed, generator,
-                     initial_weights, is_due, load_checkpoint, param_groups, read_log, restore,
-                     save_checkpoint, set_lr, start_run, update)
+from runtime import (FORMATS, Log, Runtime, Saves, adamw, batch_parts, check_run, cosine, ema_update, feed,
+                     generator, is_due, load_checkpoint, param_groups, read_log, restore, save_checkpoint,
+                     set_lr, start_run, update)
 
 CPU = torch.device("cpu")
 
@@ -138,40 +141,80 @@ def test_things_are_due_every_so_many_steps_and_at_the_end():
 
 # -------------------------------------------------------------------------------------------------------- run
 def arguments(out, **more):
-    return argparse.Namespace(**{"out": str(out), "resume": False, "lr": 0.1, "workers": 2, **more})
+    usual = {"out": str(out), "resume": None, "lr": 0.1, "ema": 0.9, "workers": 2}
+    return argparse.Namespace(**usual | more)
 
 
-def test_a_run_is_continued_with_its_own_flags_alone(tmp_path):
-    out, state = start_run(arguments(tmp_path / "run"), one_of(), "mim")
+def begin(args, inputs=None, kind="mim"):
+    """Starts or continues a run; returns its folder and the checkpoint that it goes on from."""
+    inputs = inputs or {"data": "these hands"}
+    state = check_run(args, one_of(), kind, inputs)
+    return start_run(args, one_of(), state, inputs), state
+
+
+def test_a_run_is_continued_with_its_own_flags_and_hands(tmp_path):
+    out, state = begin(arguments(tmp_path / "run", data=["here"]))
     assert state is None and json.loads((out / "config.json").read_text())["format"] == FORMATS["run"]
     save_checkpoint(out / "last.pt", "mim", step=7)
     with pytest.raises(ValueError, match="not empty"):
-        start_run(arguments(out), one_of(), "mim")
-    with pytest.raises(ValueError, match="--lr is 0.2"):
-        start_run(arguments(out, resume=True, lr=0.2), one_of(), "mim")
-    assert start_run(arguments(out, resume=True, workers=0), one_of(), "mim")[1]["step"] == 7
+        begin(arguments(out))
+    with pytest.raises(ValueError, match="--ema is 0.2"):
+        begin(arguments(out, resume="yes", ema=0.2))
+    with pytest.raises(ValueError, match="--data holds something else"):
+        begin(arguments(out, resume="yes"), {"data": "other hands"})
     with pytest.raises(ValueError, match="kind 'mim', needed 'mesh'"):
-        start_run(arguments(out, resume=True), one_of(), "mesh")
+        begin(arguments(out, resume="yes"), kind="mesh")
     with pytest.raises(ValueError, match="no run in"):
-        start_run(arguments(tmp_path / "none", resume=True), one_of(), "mim")
+        begin(arguments(tmp_path / "none", resume="yes"))
+    assert begin(arguments(out, resume="yes", workers=0, data=["there"]))[1]["step"] == 7
+    assert not (out / "log.jsonl").exists()
+    assert begin(arguments(out, resume="yes", lr=0.2, data=["there"]))[1]["step"] == 7
+    assert read_log(out / "log.jsonl") == [{"step": 7, "changed": {"lr": [0.1, 0.2]}}]
 
 
-def test_a_resumed_run_starts_from_its_own_encoder_once_there_is_a_checkpoint(tmp_path):
-    args = arguments(tmp_path, resume=True, init="weights.pth")
-    (tmp_path / "encoder.pt").touch()  # killed between the two files: it starts at step 0 again
-    assert initial_weights(args) == "weights.pth"
-    (tmp_path / "last.pt").touch()
-    assert initial_weights(args) == tmp_path / "encoder.pt"
-    assert initial_weights(arguments(tmp_path, init="weights.pth")) == "weights.pth"
+def test_auto_starts_or_goes_on_and_torchrun_restarts_are_auto(tmp_path, monkeypatch):
+    out, state = begin(arguments(tmp_path / "run", resume="auto"))
+    assert state is None
+    save_checkpoint(out / "last.pt", "mim", step=7)
+    assert begin(arguments(out, resume="auto"))[1]["step"] == 7
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="not empty"):
+        begin(arguments(out))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begin(arguments(out))[1]["step"] == 7
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="no run in"):
+        begin(arguments(tmp_path / "other", resume="auto"))
+
+
+def test_only_the_checkpoint_decides_and_the_one_before_stands_in(tmp_path, capsys):
+    out, _ = begin(arguments(tmp_path / "run"))
+    (out / "encoder.pt").touch()  # it comes after last.pt, so it says nothing
+    assert begin(arguments(out, resume="yes"))[1] is None
+    assert "starting at step 0" in capsys.readouterr().err
+    for step in (3, 6):
+        save_checkpoint(out / "last.pt", "mim", step=step)
+    assert begin(arguments(out, resume="yes"))[1]["step"] == 6
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[:100])
+    assert begin(arguments(out, resume="yes"))[1]["step"] == 3
+    assert "last.prev.pt, step 3" in capsys.readouterr().err
+    (out / "last.pt").unlink()  # killed between the two renames of a save
+    assert begin(arguments(out, resume="yes"))[1]["step"] == 3
+    (out / "last.pt").write_bytes(whole[:100])
+    (out / "last.prev.pt").write_bytes(whole[:50])
+    with pytest.raises(ValueError, match="last.pt: no checkpoint"):
+        begin(arguments(out, resume="yes"))
 
 
 def test_runs_and_checkpoints_of_another_format_are_refused(tmp_path):
-    out, _ = start_run(arguments(tmp_path / "run"), one_of(), "mim")
+    out, _ = begin(arguments(tmp_path / "run"))
     config = json.loads((out / "config.json").read_text())
     del config["format"]  # as written before files had numbers
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="another version"):
-        start_run(arguments(out, resume=True), one_of(), "mim")
+        begin(arguments(out, resume="yes"))
     torch.save({"kind": "mim", "step": 3}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="format 1 of 'mim', this version reads 2"):
         load_checkpoint(tmp_path / "old.pt", "mim")
@@ -179,6 +222,43 @@ def test_runs_and_checkpoints_of_another_format_are_refused(tmp_path):
     assert load_checkpoint(tmp_path / "old.pt", "mesh")["step"] == 3
     with pytest.raises(ValueError, match="kind 'mesh', needed 'mim'"):
         load_checkpoint(tmp_path / "old.pt", "mim")
+
+
+def test_a_full_disk_is_one_line_and_the_last_save_stays(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", "mim", step=3)
+
+    def full(state, path):
+        path.write_bytes(b"half of it")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="last.pt could not be written .is the disk full"):
+        save_checkpoint(tmp_path / "last.pt", "mim", step=6)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert load_checkpoint(tmp_path / "last.pt", "mim")["step"] == 3
+
+
+def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    saves = Saves(one_of(), every=4, minutes=1, steps=10)
+    due = []
+    for step in range(10):
+        clock[0] += 70 if step == 5 else 1
+        due.append(saves.due(step))
+    assert [step for step, is_due in enumerate(due) if is_due] == [3, 5, 7, 9]
+    assert not any(Saves(one_of(1, 2), 1, 0, 10).due(step) for step in range(10))  # process 0 alone saves
+
+    saves, done = Saves(one_of(), every=100, minutes=100, steps=100), []
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        for step in saves.watch(range(100)):
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append((step, saves.due(step)))
+    assert stop.value.code == 143 and done[-1] == (4, True) and not any(due for _, due in done[:-1])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_checkpoint_restores_its_parts(tmp_path):
@@ -230,7 +310,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt", "mesh")["step"] == 1
 
 
-# ---------------------------------------------------------------------------------------------- draws and feed
+# --------------------------------------------------------------------------------------------- draws and feed
 def test_draws_are_a_function_of_their_key():
     keys = ((0, 5, 2), (0, 5, 2), (0, 5, 2, 0), (0, 5, 3), (2 ** 32, 1), (0, 1, 1), (52, 0))
     first, again, *others = (torch.rand(3, generator=generator(*key)) for key in keys)
