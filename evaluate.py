@@ -34,8 +34,8 @@ from mano import (JOINT_NAMES, Mano, crop_to_full_camera, hand_fingerprint, labe
                   read_mano)
 from model import load_mesh
 from results import read_predictions, warn_of_units, write_predictions
-from runtime import (add_device_flags, load_checkpoint, parser, read_json, run, setup, staged_folder,
-                     text_table)
+from runtime import add_device_flags, parser, run, setup
+from saving import load_checkpoint, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import normalise, theta_rotation, warp
 

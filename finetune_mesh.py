@@ -37,10 +37,10 @@ from mano import (
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
-    Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run, cosine,
-    ema_update, feed, finish, generator, is_due, param_groups, parser, read_log, restore, run,
-    save_checkpoint, set_lr, setup, start_run, total_steps, update,
+    adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, generator,
+    param_groups, parser, run, set_lr, setup, total_steps, update,
 )
+from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
 from views import (
     apply_color, apply_theta, centre_theta, choose_finer, invert_theta, normalise, random_color,

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from data import PAIRS_FORMAT, HandDataset, HandIndex, index_fingerprint, mirror
 from draw import curve, draw_joints, grid, histogram, save_image
 from metrics import procrustes
-from runtime import check_ranges, finish, parser, run, save_arrays, setup
+from runtime import check_ranges, finish, parser, run, setup
+from saving import save_arrays
 
 CELL = 256  # points of a cell at most; measured, 128 to 512 are as fast
 SMALLEST = 1e-3  # a hand whose points lie closer than this has no shape

@@ -31,7 +31,8 @@ from mano import (
     Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective,
 )
 from model import load_mesh
-from runtime import add_device_flags, load_checkpoint, parser, run, setup
+from runtime import add_device_flags, parser, run, setup
+from saving import load_checkpoint
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 

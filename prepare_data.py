@@ -59,17 +59,8 @@ from data import (
 )
 from draw import draw_joints, grid, save_image
 from mano import Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
-from runtime import (
-    barrier,
-    finish,
-    parser,
-    read_json,
-    run,
-    save_arrays,
-    setup,
-    staged_folder,
-    write_atomically,
-)
+from runtime import barrier, finish, parser, run, setup
+from saving import read_json, save_arrays, staged_folder, write_atomically
 from video import SMALLEST, cut_hand, list_videos, mediapipe_detector, read_detections, read_frames
 
 BOX_SCALE = 1.3  # the usual view of a box: finetune_mesh.py's default

@@ -29,9 +29,11 @@ from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, ch
                   index_fingerprint, make_loader, make_sampler, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
-from runtime import (Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run,
-                     cosine, feed, finish, is_due, param_groups, parser, read_log, restore, run,
-                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from runtime import (
+    adamw, add_training_flags, batch_parts, check_ranges, cosine, feed, finish, param_groups, parser, run,
+    set_lr, setup, total_steps, update,
+)
+from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
                    random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 

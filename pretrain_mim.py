@@ -33,9 +33,11 @@ from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
-from runtime import (Log, Saves, adamw, add_training_flags, announce, batch_parts, check_ranges, check_run,
-                     cosine, ema_update, feed, finish, is_due, param_groups, parser, read_log, restore, run,
-                     save_checkpoint, set_lr, setup, start_run, total_steps, update)
+from runtime import (
+    adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, param_groups,
+    parser, run, set_lr, setup, total_steps, update,
+)
+from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
                    rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 

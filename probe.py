@@ -29,7 +29,8 @@ from metrics import procrustes
 from model import build_encoder, load_encoder
 from probing import (PROBE_HANDS, PROBE_WINDOW, encode, hand_groups, leave_one_out, mean_distance_mm,
                      probe_pose, split_groups, spread_rows)
-from runtime import add_device_flags, check_ranges, parser, run, setup, staged_folder, text_table
+from runtime import add_device_flags, check_ranges, parser, run, setup
+from saving import staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 

@@ -1,4 +1,4 @@
-"""runtime.py: schedules and groups by formula, updates by hand, what RUN promises, formats of files."""
+"""runtime.py and saving.py: schedules and groups by formula, updates by hand, what RUN promises, formats."""
 
 import argparse
 import json
@@ -14,9 +14,12 @@ import torch
 from fixtures import ENV, ROOT
 from torch import nn
 
-from runtime import (FORMATS, Log, Runtime, Saves, adamw, batch_parts, check_run, cosine, ema_update, feed,
-                     generator, is_due, load_checkpoint, param_groups, read_log, restore, save_checkpoint,
-                     set_lr, start_run, update)
+from runtime import (
+    Runtime, adamw, batch_parts, cosine, ema_update, feed, generator, param_groups, set_lr, update,
+)
+from saving import (
+    FORMATS, Log, Saves, check_run, is_due, load_checkpoint, read_log, restore, save_checkpoint, start_run,
+)
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import data
 import model
 import photo
 import results
-import runtime
+import saving
 import surfaces
 import video
 
@@ -83,14 +83,14 @@ for folder in sys.argv[1:]:
 
 def test_what_stands_twice_is_the_same(tmp_path):
     """Library files import nothing of ours, so a few things stand in two of them."""
-    assert runtime.FORMATS["encoder"] == model.FORMAT
+    assert saving.FORMATS["encoder"] == model.FORMAT
     assert data.SUFFIXES == video.IMAGE_SUFFIXES
     points = np.random.default_rng(0).normal(size=(9, 3))
     np.testing.assert_array_equal(photo.unit(points), surfaces._unit(points))
     (tmp_path / "broken.json").write_text("[1, 2")
     for path in (tmp_path / "broken.json", tmp_path / "none.json", tmp_path):
         said = set()
-        for read in (runtime.read_json, results._read_json):
+        for read in (saving.read_json, results._read_json):
             with pytest.raises((ValueError, OSError)) as error:
                 read(path)
             said.add(str(error.value))
