@@ -196,11 +196,14 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
     They point outward where faces run counter-clockwise seen from outside, as MANO's do.
     """
-    a, b, c = vertices[faces].transpose(1, 0, 2)  # (F, 3) each: corners
-    normals = np.cross(b - a, c - a)  # (F, 3) of length twice the area
+    x, y, z = vertices.T.take(faces.T, axis=1)  # (3, F) each: corners
+    x1, x2 = x[1:] - x[0]
+    y1, y2 = y[1:] - y[0]
+    z1, z2 = z[1:] - z[0]
+    normals = (y1 * z2 - z1 * y2, z1 * x2 - x1 * z2, x1 * y2 - y1 * x2)  # of length twice the area
     total = np.zeros((len(vertices), 3))
     for k in range(3):
-        total[:, k] = np.bincount(faces.ravel(), np.repeat(normals[:, k], 3), len(vertices))
+        total[:, k] = np.bincount(faces.ravel(), np.repeat(normals[k], 3), len(vertices))
     return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-20)
 
 

@@ -228,17 +228,10 @@ def build_scene(surface, person, labels, frame):
     return meshes
 
 
-def draw_hand(surface, person, light, labels, frame, size):
-    """One picture without its background.
-
-    Returns layer (4, size, size) and vertex (2 size, 2 size), both as in `photo.render`; hidden (21,): joints
-    behind an object or behind another part of the hand.
-    """
-    meshes = build_scene(surface, person, labels, frame)
-    layer, depth, vertex = photo.render(meshes, labels["K"][frame], size, light, rasterise)
-    u, v = np.clip(2 * labels["joints2d"][frame] + 1, 0, 2 * size - 1).astype(int).T
-    hidden = labels["joints"][frame, :, 2] > depth[v, u] + 0.016  # metres, about a finger's thickness
-    return layer, vertex, hidden
+def hidden_joints(labels, frame, depth):
+    """(21,) joints behind an object or behind another part of the hand. depth: of `photo.Seen`."""
+    u, v = np.clip(2 * labels["joints2d"][frame] + 1, 0, len(depth) - 1).astype(int).T
+    return labels["joints"][frame, :, 2] > depth[v, u] + 0.016  # metres, about a finger's thickness
 
 
 def hand_mask(vertex, count):
@@ -291,22 +284,25 @@ def draw_video(video):
         before = max(frame - 1, 0)
         after = min(frame + 1, video.frames - 1)
         motion = labels["joints2d"][after, MIDDLE] - labels["joints2d"][before, MIDDLE]
+        meshes = build_scene(TOOLS["surface"], person, labels, frame)
+        seen = photo.see(meshes, labels["K"][frame], size, rasterise)
         for version, (light, camera, background) in enumerate(scenes):
             rng = np.random.default_rng([*video.key, frame, version])
             if many and version == 0:
                 background = np.full_like(background, np.reshape(GREEN_SCREEN, (3, 1, 1)))
             elif many:
                 background = random_background(rng, size)
-            layer, vertex, hidden = draw_hand(TOOLS["surface"], person, light, labels, frame, size)
+            layer = photo.illuminate(seen, light, rasterise)
             image = photo.photograph(rng, camera, light, background, layer, motion)
             if left:
                 image = np.ascontiguousarray(image[:, ::-1])
             path = video.folder / f"{video.first + frame + version * video.hands:08d}.jpg"
             Image.fromarray(image).save(path, quality=camera.quality)
             if version == 0:
+                hidden = hidden_joints(labels, frame, seen.depth)
                 keypoints[frame], score[frame] = detect(rng, labels["joints2d"][frame], hidden, size)
                 if many:
-                    mask = hand_mask(vertex, labels["vertices"].shape[1])
+                    mask = hand_mask(seen.vertex, labels["vertices"].shape[1])
                     Image.fromarray(mask).save(video.folder.parent / "mask" / path.name, quality=95)
     joints2d = labels["joints2d"]
     labels["visible"] = ((joints2d >= -0.5) & (joints2d <= size - 0.5)).all(2)

@@ -2,8 +2,7 @@
 
 Nothing here knows about hands. Colours of lights and surfaces are linear RGB, those of pictures sRGB 0..1.
 Pictures and lists of pixels are float32 and have their channels first, which numpy handles several times
-faster. The rasteriser is an argument of `render`: `draw.rasterise`, or any other that returns the same. The
-recipe is ours.
+faster. The rasteriser is an argument: `draw.rasterise`, or any other that returns the same. The recipe is ours.
 
 Example::
 
@@ -15,7 +14,7 @@ Example::
     camera = random_camera(rng)
     light = random_light(rng)
     background = random_background(rng, 128)
-    layer = np.zeros((4, 128, 128), np.float32)  # RGB and coverage, as `render` returns them
+    layer = np.zeros((4, 128, 128), np.float32)  # RGB and coverage, as `illuminate` returns them
     layer[:, 40:90, 40:90] = np.reshape([0.9, 0.5, 0.2, 1], (4, 1, 1))  # here a square
     picture = photograph(rng, camera, light, background, layer, motion=np.array([1.0, 0.0]))
     Image.fromarray(picture).save("photo.png", quality=camera.quality)
@@ -201,98 +200,116 @@ def matt(colors: np.ndarray):
     return colors, f4(0.03)
 
 
-def render(meshes: list[Mesh], K: np.ndarray, size: int, light: Light, rasterise: Callable):
-    """Lit meshes without a background.
+@dataclass
+class Seen:
+    """What of some meshes a camera sees: the P pixels of an image of twice the size, mesh after mesh."""
+
+    meshes: list[Mesh]
+    points: np.ndarray  # (N, 3) of all meshes
+    faces: np.ndarray  # (F, 3)
+    K: np.ndarray  # (3, 3) intrinsics, of pixel centres
+    size: int  # of the image in pixels
+    depth: np.ndarray  # (2 size, 2 size) metres, inf where nothing is
+    vertex: np.ndarray  # (2 size, 2 size): number of the first corner of the face shown, or -1
+    hit: np.ndarray  # (P,) numbers of the pixels
+    ends: np.ndarray  # (M,) where the pixels of each mesh end
+    normal: np.ndarray  # (3, P) of any length
+    place: np.ndarray  # (3, P) metres
+    albedo: np.ndarray  # (3, P) linear RGB
+    gloss: np.ndarray  # (P,)
+
+
+def see(meshes: list[Mesh], K: np.ndarray, size: int, rasterise: Callable) -> Seen:
+    """The meshes before a camera, without light.
 
     K (3, 3): intrinsics, of pixel centres; size: side of the image in pixels; rasterise(points, faces, size,
     cull, weights): as `draw.rasterise`.
-
-    Returns
-        layer (4, size, size) float32: sRGB times coverage, and coverage;
-        depth (2 size, 2 size) in metres, inf where nothing is;
-        vertex (2 size, 2 size): the number of the first corner of the face shown, counted through all meshes,
-            -1 where nothing is.
     """
-    points = np.concatenate([mesh.vertices for mesh in meshes])
     starts = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes])
+    points = np.concatenate([mesh.vertices for mesh in meshes])
     faces = np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts, strict=False)])
     closed = np.repeat([mesh.closed for mesh in meshes], [len(mesh.faces) for mesh in meshes])
-    drawn = (points[:, 2] > NEAREST)[faces].all(1)
-    faces = faces[drawn].astype(np.int32)
-    closed = closed[drawn]
+    if points[:, 2].min() <= NEAREST:
+        drawn = (points[:, 2] > NEAREST)[faces].all(1)
+        faces = faces[drawn]
+        closed = closed[drawn]
+    faces = faces.astype(np.int32)
 
     fine = 2 * size  # averaged afterwards, which smooths the edges
     homogeneous = points @ K.T
     pixels = homogeneous[:, :2] / np.maximum(homogeneous[:, 2:], 1e-3)
     edges = (pixels + 0.5) * 2  # pixel edges of the fine image
-    shape = (fine, fine)
-    face, bary, depth = rasterise(np.concatenate([edges, points[:, 2:]], 1), faces, shape, cull=closed)
+    face, bary, depth = rasterise(np.concatenate([edges, points[:, 2:]], 1), faces, (fine, fine), cull=closed)
     face = face.ravel()
     hit = np.flatnonzero(face >= 0)
     first = faces[:, 0].take(face.take(hit))  # (P,) first corners
     vertex = np.full(fine * fine, -1, np.int32)
     vertex[hit] = first
-
-    # The P pixels hit are put in the order of the meshes: each mesh has a slice of them.
-    owner = np.searchsorted(starts, first, side="right") - 1
-    order = np.argsort(owner.astype(np.uint8), kind="stable")
-    hit = hit.take(order)
-    corner = faces.take(face.take(hit), axis=0)  # (P, 3)
-    weight = bary.reshape(-1, 3).take(hit, axis=0)
+    owner = (np.searchsorted(starts, first, side="right") - 1).astype(np.uint8)  # (P,) mesh of each pixel
     ends = np.cumsum(np.bincount(owner, minlength=len(meshes)))
+    hit = hit.take(np.argsort(owner, kind="stable"))
 
-    axes = _light_axes(light)
-    normals = np.concatenate([mesh.normals for mesh in meshes])
-    in_light = np.einsum("nk,ck->nc", points, axes)
-    common = _interpolate(np.concatenate([normals, in_light], 1), corner, weight)
-    lit = _key_light(in_light, faces, common[3:], rasterise)
-    openness = _openness(depth, hit, size)
-    facing, up, shine = _angles(common[:3], hit, K, size, light)
+    columns = max(mesh.coordinates.shape[1] for mesh in meshes)
+    values = np.zeros((len(points), 6 + columns), f4)  # what is interpolated
+    values[:, :3] = np.concatenate([mesh.normals for mesh in meshes])
+    values[:, 3:6] = points
+    for mesh, start in zip(meshes, starts, strict=False):
+        values[start:start + len(mesh.vertices), 6:6 + mesh.coordinates.shape[1]] = mesh.coordinates
+    values = _interpolate(values, faces.take(face.take(hit), axis=0), bary.reshape(-1, 3).take(hit, axis=0))
+    albedo = np.empty((3, len(hit)), f4)
+    gloss = np.empty(len(hit), f4)
+    for mesh, mine in zip(meshes, _slices(ends), strict=True):
+        coordinates = values[6:6 + mesh.coordinates.shape[1], mine]
+        albedo[:, mine], gloss[mine] = mesh.texture(coordinates)
+    return Seen(meshes, points, faces, K, size, depth, vertex.reshape(fine, fine), hit, ends, values[:3],
+                values[3:6], albedo, gloss)
 
-    layer = np.zeros((4, fine * fine), f4)
-    layer[3, hit] = 1
-    for mesh, start, begin, end in zip(meshes, starts[:-1], [0, *ends[:-1]], ends, strict=True):
-        mine = slice(begin, end)
-        coordinates = _interpolate(mesh.coordinates, corner[mine] - np.int32(start), weight[mine])
-        albedo, gloss = mesh.texture(coordinates)
-        color = _shade(light, albedo, gloss, mesh.wrap, facing[mine], up[mine], shine[mine], lit[mine],
-                       openness[mine])
-        for channel, values in zip(layer, color, strict=False):
-            channel[hit[mine]] = values
-    return half_size(layer.reshape(4, *shape)), depth, vertex.reshape(shape)
+
+def _slices(ends):
+    return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _interpolate(values, corner, weight):
-    """Values (N, C) of vertices at pixels with corners (P, 3) and weights (P, 3): (C, P) float32."""
+    """Values (N, C) of vertices at pixels with corners (P, 3) and weights (P, 3): (C, P)."""
     count = len(corner)
     ends = np.arange(0, 3 * count + 1, 3, dtype=np.int32)
     table = csr_array((weight.ravel(), corner.ravel(), ends), shape=(count, len(values)))
-    return np.ascontiguousarray((table @ values.astype(f4)).T)
+    return np.ascontiguousarray((table @ values).T)
 
 
-def _light_axes(light):
-    """(3, 3) rows: right, down and away, seen from the key light."""
-    right = unit(np.cross(light.direction, [0.3, 0.9, 0.1]))
-    return np.stack([right, np.cross(right, light.direction), -light.direction])
+def illuminate(seen: Seen, light: Light, rasterise: Callable) -> np.ndarray:
+    """(4, size, size) float32: sRGB times coverage, and coverage, of lit meshes without a background."""
+    lit = _key_light(seen, light, rasterise)
+    openness = _openness(seen)
+    facing, up, shine = _angles(seen, light)
+    layer = np.zeros((4, 4 * seen.size**2), f4)
+    for mesh, mine in zip(seen.meshes, _slices(seen.ends), strict=True):
+        color = _shade(light, seen.albedo[:, mine], seen.gloss[mine], mesh.wrap, facing[mine], up[mine],
+                       shine[mine], lit[mine], openness[mine])
+        for channel, values in zip(layer, color, strict=False):
+            channel[seen.hit[mine]] = values
+    layer[3, seen.hit] = 1
+    return half_size(layer.reshape(4, 2 * seen.size, 2 * seen.size))
 
 
-def _key_light(points, faces, place, rasterise, cells=128):
-    """Part (P,) of the key light that reaches places: a depth map seen from the light, four taps.
-
-    points (N, 3) and place (3, P): in the frame of _light_axes.
-    """
-    u, v, far = place
-    if not len(u):
-        return far
-    low = np.array([u.min(), v.min()])
+def _key_light(seen, light, rasterise, cells=128):
+    """Part (P,) of the key light that reaches each pixel: a depth map seen from the light, four taps."""
+    if not len(seen.hit):
+        return np.zeros(0, f4)
+    away = -light.direction
+    right = unit(_cross(light.direction, [0.3, 0.9, 0.1]))
+    down = _cross(right, light.direction)
+    u, v, far = (_dot(axis.astype(f4), seen.place) for axis in (right, down, away))  # (P,) each
     scale = (cells - 4) / max(np.ptp(u), np.ptp(v), 1e-6)
-    corner = low - 2 / scale
-    seen = np.concatenate([(points[:, :2] - corner) * scale, points[:, 2:]], 1)
-    depth = rasterise(seen, faces, (cells, cells), cull=True, weights=False)[2].ravel()
-    u = (u - f4(corner[0])) * f4(scale)
-    v = (v - f4(corner[1])) * f4(scale)
-    columns = [(u + shift).astype(np.intp) for shift in (f4(-0.6), f4(0.6))]
-    rows = [(v + shift).astype(np.intp) * cells for shift in (f4(-0.6), f4(0.6))]
+    left = u.min() - 2 / scale
+    top = v.min() - 2 / scale
+    x, y, z = (_dot(axis, seen.points.T) for axis in (right, down, away))  # (N,) each
+    points = np.stack([(x - left) * scale, (y - top) * scale, z], 1)
+    depth = rasterise(points, seen.faces, (cells, cells), cull=True, weights=False)[2].ravel()
+    u = (u - f4(left)) * f4(scale)
+    v = (v - f4(top)) * f4(scale)
+    columns = [(u + f4(shift)).astype(np.intp) for shift in (-0.6, 0.6)]
+    rows = [(v + f4(shift)).astype(np.intp) * cells for shift in (-0.6, 0.6)]
     near = far - f4(0.004)
     lit = np.zeros(len(u), np.uint8)  # taps out of four
     for row in rows:
@@ -301,40 +318,49 @@ def _key_light(points, faces, place, rasterise, cells=128):
     return lit * f4(0.25)
 
 
-def _openness(depth, hit, size):
+def _cross(a, b):
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
+
+
+def _dot(vector, vectors):
+    """vector (3,) times vectors (3, P): (P,)."""
+    return vector[0] * vectors[0] + vector[1] * vectors[1] + vector[2] * vectors[2]
+
+
+def _openness(seen):
     """(P,) 1 in the open, towards 0 in hollows: how far a pixel lies behind the mean depth around it."""
-    place = depth.ravel().take(hit)
+    place = seen.depth.ravel().take(seen.hit)
     if not len(place):
         return place
-    filled = np.minimum(depth, place.max() + f4(0.03))  # where nothing is, depth is inf
-    filled = half_size(filled)
-    row = hit // (2 * size)
-    column = hit - row * (2 * size)
-    coarse = (row >> 1) * size + (column >> 1)  # (P,)
+    filled = half_size(np.minimum(seen.depth, place.max() + f4(0.03)))  # where nothing is, depth is inf
+    row, column = _row_and_column(seen)
+    coarse = (row >> 1) * seen.size + (column >> 1)  # (P,)
     hollow = f4(0)
     for radius in (1.3, 4.3):  # pixels of an image of 128
-        around = uniform_filter(filled, 2 * max(1, round(radius * size / 128)) + 1)
+        around = uniform_filter(filled, 2 * max(1, round(radius * seen.size / 128)) + 1)
         hollow = hollow + np.clip(place - around.ravel().take(coarse), f4(0), f4(0.02))
     return np.exp(f4(-45) * hollow)
 
 
-def _angles(normal, hit, K, size, light):
-    """Of P pixels (P,) each: cosine towards the key light, part 0..1 of the sky, shine 0..1.
+def _row_and_column(seen):
+    """Of the pixels of the image of twice the size, (P,) each."""
+    row = seen.hit // (2 * seen.size)
+    return row, seen.hit - row * (2 * seen.size)
 
-    normal (3, P), of any length; hit (P,): numbers of pixels of the image of twice the size.
-    """
-    row = hit // (2 * size)
-    column = hit - row * (2 * size)
-    # The ray to a pixel of the fine image is (x, y, 1).
-    x = column.astype(f4) * f4(0.5 / K[0, 0]) - f4((0.25 + K[0, 2]) / K[0, 0])
-    y = row.astype(f4) * f4(0.5 / K[1, 1]) - f4((0.25 + K[1, 2]) / K[1, 1])
+
+def _angles(seen, light):
+    """(P,) each: cosine towards the key light, part 0..1 of the sky, shine 0..1."""
+    row, column = _row_and_column(seen)
+    K = seen.K.astype(f4)
+    x = ((column.astype(f4) - f4(0.5)) * f4(0.5) - K[0, 2]) / K[0, 0]  # the ray to a pixel is (x, y, 1)
+    y = ((row.astype(f4) - f4(0.5)) * f4(0.5) - K[1, 2]) / K[1, 1]
     nearness = 1 / np.sqrt(x * x + y * y + f4(1))
-    a, b, c = normal
+    a, b, c = seen.normal
     inverse = 1 / np.sqrt(np.maximum(a * a + b * b + c * c, f4(1e-24)))
-    i, j, k = light.direction.astype(f4)
-    facing = (a * i + b * j + c * k) * inverse
+    direction = light.direction.astype(f4)
+    facing = _dot(direction, seen.normal) * inverse
     away = (a * x + b * y + c) * inverse * nearness
-    along = (x * i + y * j + k) * nearness
+    along = (x * direction[0] + y * direction[1] + direction[2]) * nearness
     # Cosine between the normal and the direction halfway between light and viewer.
     shine = (facing - away) / np.sqrt(np.maximum(f4(2) - f4(2) * along, f4(1e-6)))
     shine = np.clip(shine, f4(0), f4(1))
@@ -395,7 +421,7 @@ def photograph(rng: np.random.Generator, camera: Camera, light: Light, backgroun
                layer: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """The layer over its background, as a camera with faults sees it: exposure, blur, noise.
 
-    background: of `random_background`; layer (4, size, size): of `render`; motion (2,): x, y along which a
+    background: of `random_background`; layer (4, size, size): of `illuminate`; motion (2,): x, y along which a
     picture is blurred now and then. Returns (size, size, 3) uint8.
     """
     size = layer.shape[1]

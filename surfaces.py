@@ -281,11 +281,14 @@ def forearm(surface: HandSurface, arm: Arm, vertices: np.ndarray, rotmat: np.nda
 
 def _turned(vectors, before, after):
     """vectors (n, 3), turned as the unit vector `before` (3,) turns to each of `after` (K, 3): (K, n, 3)."""
-    axis = np.cross(before, after)[:, None]  # (K, 1, 3) times the sine
+    x, y, z = before
+    crossed = after @ np.array([[0, z, -y], [-z, 0, x], [y, -x, 0]])  # (K, 3) before x after, the axis
+    x, y, z = crossed.T
+    zero = np.zeros(len(after))
+    turn = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).reshape(-1, 3, 3)
     cosine = after @ before
-    once = np.cross(axis, vectors)
-    twice = np.cross(axis, once)
-    return vectors + once + twice / np.maximum(1 + cosine, 1e-9)[:, None, None]
+    matrix = np.eye(3) + turn + turn @ turn / np.maximum(1 + cosine, 1e-9)[:, None, None]  # Rodrigues
+    return np.einsum("kij,nj->kni", matrix, vectors)
 
 
 # ---------------------------------------------------------------------------------------------------- objects

@@ -305,9 +305,10 @@ def square(centre, side, color=(0.3, 0.3, 0.3)):
 CAMERA_MATRIX = np.array([[64.0, 0, 31.5], [0, 64, 31.5], [0, 0, 1]])
 
 
-def test_render_projects_and_numbers_meshes():
+def test_meshes_are_projected_and_numbered():
     meshes = [square([0, 0, 1.0], 0.5), square([0.125, 0, 0.8], 0.1, color=(0.9, 0.1, 0.1))]
-    layer, depth, vertex = photo.render(meshes, CAMERA_MATRIX, 64, SUN, draw.rasterise)
+    seen = photo.see(meshes, CAMERA_MATRIX, 64, draw.rasterise)
+    layer, depth, vertex = photo.illuminate(seen, SUN, draw.rasterise), seen.depth, seen.vertex
     assert layer.shape == (4, 64, 64) and depth.shape == vertex.shape == (128, 128)
     rows, columns = np.nonzero(layer[3] == 1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (16, 47, 16, 47)  # 0.5 m at 64 px/m
@@ -321,12 +322,13 @@ def test_render_projects_and_numbers_meshes():
     assert red[0] > 2 * red[1]
 
 
-def test_render_casts_shadows_away_from_the_light():
+def test_shadows_fall_away_from_the_light():
     wall, small = square([0, 0, 1.0], 0.9), square([0, 0, 0.8], 0.1)
     x = 0.6
     dark = np.zeros(3)  # nothing but the key light
     light = photo.Light(np.array([x, 0, -np.sqrt(1 - x * x)]), SUN.key, dark, dark, False)
-    shaded = photo.render([wall, small], CAMERA_MATRIX, 64, light, draw.rasterise)[0]
+    seen = photo.see([wall, small], CAMERA_MATRIX, 64, draw.rasterise)
+    shaded = photo.illuminate(seen, light, draw.rasterise)
     lit_wall = shaded[0, 10, 32]
     shadow = (shaded[0] < 0.5 * lit_wall) & (shaded[3] == 1)
     rows, columns = np.nonzero(shadow)
