@@ -415,7 +415,8 @@ class MeshHead(nn.Module):
     estimate. It reduces every sample to 5 numbers and regresses a correction of the state: 16 rotations
     (6-D), 10 betas, camera. F_t doubles in resolution with t. Ours: GroupNorm instead of BatchNorm, which is
     the same function for any batch size and any number of processes; no dense auxiliary; a scale that is
-    positive by construction.
+    positive by construction, and never more than e^2 from the mean, because one outlying hand could otherwise
+    make it infinite.
 
     hand: callable (rotmats (B,16,3,3), betas (B,10)) -> vertices (B,778,3), joints (B,21,3) in metres, with
     `template` (778,3). channels: of the encoder's map. summary: width of its class token or pooled features,
@@ -427,11 +428,13 @@ class MeshHead(nn.Module):
     in [-1,1] of the view."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
-                 grid=21, dropout=0.1):
+                 grid=21, dropout=0.1, scale_bound=2.0):
         super().__init__()
         self.hand = hand
         self.config = {"channels": channels, "summary": summary, "strides": strides, "iterations": iterations,
-                       "width": width, "mesh_points": mesh_points, "grid": grid, "dropout": dropout}
+                       "width": width, "mesh_points": mesh_points, "grid": grid, "dropout": dropout,
+                       "scale_bound": scale_bound}
+        self.scale_bound = scale_bound
         if strides:
             first = _deconv(channels, width)
         else:
@@ -478,7 +481,10 @@ class MeshHead(nn.Module):
         """State (B,109) -> rotations, shape, camera and the hand they make; fp32."""
         rotmats = rotmat_from_6d(state[:, :96].unflatten(1, (16, 6)))
         betas = state[:, 96:106]
-        camera = torch.cat([self.mean_scale * state[:, 106:107].exp(), 0.1 * state[:, 107:]], dim=1)
+        log_scale = state[:, 106:107]
+        if self.scale_bound:
+            log_scale = self.scale_bound * (log_scale / self.scale_bound).tanh()
+        camera = torch.cat([self.mean_scale * log_scale.exp(), 0.1 * state[:, 107:]], dim=1)
         vertices, joints = self.hand(rotmats, betas)
         root = joints[:, :1]
         return {"rotmats": rotmats, "betas": betas, "camera": camera,
@@ -580,6 +586,7 @@ def load_mesh(state: dict, hand) -> HandMesh:
     """HandMesh in eval mode from a checkpoint of kind "mesh", with its averaged weights. hand: as
     MeshHead's."""
     encoder = build_encoder(state["encoder"]["arch"], **state["encoder"]["config"])
-    net = HandMesh(encoder, MeshHead(hand, **state["head"]))
+    head = {"scale_bound": 0} | state["head"]  # an older network has no bound
+    net = HandMesh(encoder, MeshHead(hand, **head))
     net.load_state_dict(state["ema"])
     return net.eval()

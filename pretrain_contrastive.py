@@ -443,9 +443,10 @@ def _has_points(index, column):
     """(N,) True where all 21 points of a hand are there."""
     if column not in index.columns:
         return np.zeros(len(index), bool)
+    is_known = np.isfinite(index.columns[column]).all((1, 2))  # of the labels' rows
     if column == "keypoints" and "keypoints_score" in index.columns:
-        return (np.asarray(index.columns["keypoints_score"])[index.pose_ids()] > 0).all(1)
-    return np.ones(len(index), bool)
+        is_known &= (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
+    return is_known[index.pose_ids()]
 
 
 def main(argv=None):

@@ -542,6 +542,10 @@ def test_hands_with_missing_keypoints_are_cut_around_their_box_and_not_weighed(h
     args.weights = "both"
     assert np.array_equal(pc.read_hands(args, "keypoints")[3], np.flatnonzero(is_known))
 
+    index.columns["joints2d"] = np.array(index.columns["joints2d"])
+    index.columns["joints2d"][3, 7] = np.nan  # a label of a partial index
+    assert np.flatnonzero(~pc._has_points(index, "joints2d")).tolist() == [3]
+
 
 def test_the_head_computes_in_full_precision():
     views = torch.randn(2, 4, 3, 32, 32, generator=generator(1))

@@ -188,6 +188,19 @@ def test_head_starts_from_the_mean_it_was_given():
     torch.testing.assert_close(output["camera"][0], torch.tensor([7.0, 0, 0]))
 
 
+def test_no_hand_sends_the_camera_to_infinity():
+    """The scale stays within e^2 of the mean's. A network of before the bound keeps its cameras."""
+    state = torch.zeros(3, 109)
+    state[:, :96] = MeshHead(Square(), 8, width=32).mean_state[:96]
+    state[:, 106] = torch.tensor([0.1, -500.0, 500.0])
+    scales = {}
+    for bound in (2.0, 0):
+        head = MeshHead(Square(), 8, width=32, scale_bound=bound)
+        scales[bound] = head.decode(state)["camera"][:, 0] / head.mean_scale
+    torch.testing.assert_close(scales[2.0], torch.tensor([0.1, -2, 2]).exp(), rtol=1e-3, atol=0)
+    assert scales[0][0] == torch.tensor(0.1).exp() and scales[0][2].isinf()
+
+
 def test_two_copies_of_the_6d_rotation_agree():
     x = torch.randn(100, 6)
     torch.testing.assert_close(model.rotmat_from_6d(x), mano.rotmat_from_6d(x))
