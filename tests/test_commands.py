@@ -521,7 +521,9 @@ def test_a_left_hand_lies_in_the_photograph_where_its_mirror_image_lies():
 
 
 # ----------------------------------------------------------------------------------------- exact continuation
-def test_a_killed_run_resumes_to_the_same_bits(hands, mesh, tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_stopped_run_resumes_to_the_same_bits(hands, mesh, tmp_path, number, status):
+    """Killed at any moment; or asked to stop, after which it saves: nothing is computed twice."""
     moment = int(np.random.default_rng(SEED).integers(1, 16))  # logged steps after which it is killed
     out = tmp_path / "killed"
     data = ["--data", hands / "train", "--val", hands / "val"]
@@ -530,18 +532,36 @@ def test_a_killed_run_resumes_to_the_same_bits(hands, mesh, tmp_path):
                            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while run.poll() is None and not ((out / "log.jsonl").exists() and len(log(out)) >= moment):
         time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    run.send_signal(number)
+    assert run.wait() == status
+    if number == signal.SIGTERM:
+        assert load(out)["step"] == log(out)[-1]["step"]
     refused = call(*command, check=False)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     changed = call(*command, "--resume", "--ema", "0.5", check=False)
     assert changed.returncode == 2 and "--ema is 0.5" in changed.stderr
-    call(*command, "--resume")
+    call(*command, "--resume", "auto")
     for name in ("last.pt", "encoder.pt"):
         assert_same_bits(load(mesh, name), load(out, name))
     whole, resumed = ([{name: value for name, value in row.items() if name != "images_per_second"}
                        for row in log(each)] for each in (mesh, out))
     assert whole == resumed
+    done = call(*command, "--resume")
+    assert "is finished: step 16 of 16" in done.stdout
+
+
+def test_a_continued_run_may_have_another_rate_and_length_and_data_elsewhere(hands, tmp_path):
+    """The log says so. Other hands under the same name are refused."""
+    shutil.copytree(hands / "train", tmp_path / "a")
+    flags = ["--val", hands / "val", "--out", tmp_path / "run", *TINY]
+    call("finetune_mesh.py", "--data", tmp_path / "a", *flags, "--steps", 2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    call("finetune_mesh.py", "--data", tmp_path / "b/", *flags, "--steps", 4, "--lr", 1e-5, "--resume")
+    rows = log(tmp_path / "run")
+    assert {"step": 2, "changed": {"lr": [5e-4, 1e-5], "steps": [2, 4]}} in rows
+    assert rows[-1]["step"] == 4 and rows[-2]["lr"] < 1e-6
+    done = call("finetune_mesh.py", "--data", hands / "val", *flags, "--steps", 4, "--resume", check=False)
+    assert done.returncode == 2 and "--data holds something else" in done.stderr
 
 
 def test_a_run_continues_without_the_file_it_started_from(hands, mesh, tmp_path):

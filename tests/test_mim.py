@@ -506,6 +506,35 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_a_machine_without_the_folder_continues_with_the_others(hands, tmp_path):
+    """Process 1 works in another folder, where RUN is not: it gets the checkpoint of process 0."""
+    (tmp_path / "start.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain_mim
+from runtime import run
+os.makedirs(os.environ["RANK"], exist_ok=True)
+os.chdir(os.environ["RANK"])
+run(pretrain_mim.main)
+""")
+    flags = ["--steps", "8", "--save-every", "4", "--data", str(hands / "train"), *TINY]
+
+    def start(*more):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*torchrun, "start.py", *flags, *more], env=ENV, cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    start("--out", "whole")
+    whole = weights(tmp_path / "0/whole")
+    run = tmp_path / "0/whole"
+    (run / "last.prev.pt").replace(run / "last.pt")  # as after the save of step 4
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 4
+    start("--out", "whole", "--resume")
+    assert [path.name for path in (tmp_path / "1").iterdir()] == []
+    assert all(torch.equal(value, whole[name]) for name, value in weights(run).items())
+
+
 # --------------------------------------------------------------------------------------------------- collapse
 def test_collapse_is_said_once(hands, tmp_path):
     """A teacher so soft that its targets are uniform: the student answers the same everywhere, and the run
