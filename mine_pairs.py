@@ -29,7 +29,12 @@ from metrics import procrustes
 from runtime import check_ranges, finish, parser, run, setup
 from saving import save_arrays
 
-CELL = 256  # points of a cell at most; measured, 128 to 512 are as fast
+LEAF = 32  # points of a leaf
+CELL = 16  # leaves of a cell
+TOGETHER = {"cpu": 1}  # leaves that search together; elsewhere a cell's, since starting a product costs more
+NEAR_CELLS = 8  # cells that are searched before the others
+FIRST_LEAVES = 32  # leaves of the first product; each next one has four times as many
+MOST_LEAVES = 512  # leaves of a product: its result stays in the cache
 SMALLEST = 1e-3  # a hand whose points lie closer than this has no shape
 ROUNDING = 1e-5  # of float32 products, relative to the squared lengths that go into them
 BLANK = 255  # grey of the tile of a neighbour that does not exist
@@ -83,7 +88,7 @@ def _parts(array, rows=1 << 16):
 
 # ----------------------------------------------------------------------------------------------------- search
 def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, share=(0, 1), workers=0,
-         progress=False):
+         progress=False, device="cpu"):
     """The nearest hands of other videos: a dict of arrays.
 
     idx (N,K) int32; dist (N,K) float32, the Euclidean distance of (normalise_pose(x) - mean) @ components.T;
@@ -92,7 +97,7 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
 
     source_ids (N,): neighbours come from the same source. share (i, n): answers only for the i-th n-th of the
     hands, which is how several processes divide the work; idx and dist of the others stay -1 and inf.
-    workers: threads, 0 for this process's cores."""
+    workers: threads, 0 for this process's cores. device: of the products; the answer is the same."""
     keypoints = np.asarray(keypoints)
     videos = np.asarray(video_ids)
     sources = np.zeros(len(keypoints), int) if source_ids is None else np.asarray(source_ids)
@@ -103,23 +108,25 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
     distance = np.full((len(x), neighbours), np.inf, np.float32)
     for source in np.unique(sources[is_usable]):
         rows = np.flatnonzero(is_usable & (sources == source))
-        found, distance[rows] = nearest_others(x[rows], videos[rows], neighbours, share, workers, progress)
+        found, distance[rows] = nearest_others(x[rows], videos[rows], neighbours, share, workers, progress,
+                                               device)
         idx[rows] = np.where(found >= 0, rows[found], -1)
     return {"idx": idx, "dist": distance, "mean": mean, "components": axes, "explained": explained}
 
 
-def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress=False):
+def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress=False, device="cpu"):
     """For each of points (N,C) the nearest K = `neighbours` points of another group (N,); exact.
 
     Returns indices (N,K), -1 where there is none, and distances (N,K) float32, inf there; nearest first,
-    equal distances by index. share, workers, progress: as in mine.
+    equal distances by index. share, workers, progress, device: as in mine.
 
-    The points are cut into cells of points that lie close. All points of a cell search together: matrix
-    products with the cells around, nearest cell first, until the next cell is farther than every point's
-    worst neighbour. Products are float32 with a margin for their rounding. Whatever passes is measured again
-    in float64 (ours; a k-d tree would first return a video's own frames, which are thousands)."""
-    search = _Search(points, groups, neighbours)
-    cells = len(search.starts) - 1
+    The points are cut into leaves of points that lie close; consecutive leaves make a cell. Points that lie
+    close search together: matrix products with the leaves around, nearest first, until the next leaf is
+    farther than every point's worst neighbour. The boxes of the cells tell which leaves can be near at all.
+    Products are float32 with a margin for their rounding. Whatever passes is measured again in float64 (ours;
+    a k-d tree would first return a video's own frames, which are thousands)."""
+    search = _Search(points, groups, neighbours, torch.device(device))
+    cells = len(search.cell_low)
     todo = range(cells * share[0] // share[1], cells * (share[0] + 1) // share[1])
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ThreadPoolExecutor(workers or _cores(), **one_thread) as pool:
@@ -138,105 +145,146 @@ def _cores():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _cut_into_cells(points):
-    """Order (N,) of the points, and starts (M+1,) of their cells in it. Cells are halved across their widest
-    axis until they have at most CELL points."""
+def _sort_into_leaves(points):
+    """Order (N,) of the points in which each LEAF consecutive ones, from the first on, lie close together.
+
+    Parts are cut across their widest axis. The left side gets a power of two of leaves, so that 2, 4, 8 ...
+    consecutive leaves lie close as well."""
     order = np.arange(len(points))
-    starts = []
+    points = points.copy()  # sorted along, so that each part lies in one piece
     todo = [(0, len(points))]
     while todo:
         start, stop = todo.pop()
-        if stop - start <= CELL:
-            starts.append(start)
+        leaves = -(-(stop - start) // LEAF)
+        if leaves < 2:
             continue
-        rows = order[start:stop]
-        axis = np.ptp(points[rows], axis=0).argmax()
-        half = (stop - start) // 2
-        order[start:stop] = rows[np.argpartition(points[rows, axis], half)]
+        part = points[start:stop]
+        axis = (part.max(0) - part.min(0)).argmax()
+        half = LEAF << ((leaves - 1).bit_length() - 1)
+        rows = np.argpartition(part[:, axis], half)
+        points[start:stop] = part[rows]
+        order[start:stop] = order[start:stop][rows]
         todo += [(start, start + half), (start + half, stop)]
-    return order, np.array(sorted(starts) + [len(points)])
+    return order
+
+
+def _boxes(low, high, size):
+    """Corners of the boxes around each `size` consecutive boxes with corners low, high (N,C)."""
+    starts = np.arange(0, len(low), size)
+    return np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
+
+
+def _gaps(low, high, lows, highs):
+    """Squared distances (M,) of a box with corners (C,) to others with corners (M,C)."""
+    gap = np.maximum(np.maximum(lows - high, low - highs), 0)  # (M, C), by axis
+    return np.einsum("mc,mc->m", gap, gap)
+
+
+def _consecutive(firsts, count, stop):
+    """firsts (F,) -> the numbers first * count ... first * count + count - 1 of each, those below `stop`."""
+    numbers = (firsts[:, None] * count + np.arange(count)).ravel()
+    return numbers[numbers < stop]
+
+
+def _passing(square, limit):
+    """Where square (Q,R) is at most limit (Q,1): numbers (P,) into the flattened square."""
+    if square.device.type == "cpu":  # numpy is several times as fast as torch
+        return np.flatnonzero(square.numpy() <= limit.numpy())
+    return (square <= limit).flatten().nonzero()[:, 0].cpu().numpy()
 
 
 class _Search:
-    """What the threads share: points sorted by cells, boxes of the cells, and the answers. Each thread fills
-    the answers of its own cells."""
+    """What the threads share: points sorted by leaves, boxes of leaves and of cells, and the answers. Each
+    thread fills the answers of its own cells."""
 
-    def __init__(self, points, groups, neighbours):
-        self.order, self.starts = _cut_into_cells(points)
+    def __init__(self, points, groups, neighbours, device):
+        self.order = _sort_into_leaves(points)
         self.points = points[self.order]  # (N, C)
         self.groups = groups[self.order]  # (N,)
-        self.low = np.minimum.reduceat(self.points, self.starts[:-1])  # (M, C), corners of the cells' boxes
-        self.high = np.maximum.reduceat(self.points, self.starts[:-1])
+        self.low, self.high = _boxes(self.points, self.points, LEAF)  # (M, C) each
+        self.cell_low, self.cell_high = _boxes(self.low, self.high, CELL)
+        self.together = TOGETHER.get(device.type, CELL)
+
+        # |q - o|^2 = [-2 q, |q|^2, 1] . [o, 1, |o|^2], around the middle of all points: less rounding
+        size, axes = points.shape
+        wide = torch.zeros(len(self.low) * LEAF, axes + 2)
+        wide[:size, :axes] = torch.from_numpy(self.points - points.mean(0))
+        length = torch.linalg.vector_norm(wide[:, :axes], dim=1) ** 2
+        wide[:, axes] = 1
+        wide[:, axes + 1] = length
+        wide[size:, axes + 1] = torch.inf  # the last leaf may lack points
+        self.leaves = wide.view(len(self.low), -1).to(device)  # (M, LEAF * (C + 2)), the right factors
+        self.margin = 2 * ROUNDING * length.max().item()
+
         _, group, members = np.unique(self.groups, return_inverse=True, return_counts=True)
         self.wanted = np.minimum(neighbours, len(points) - members[group])  # (N,) as many as there can be
         self.found = np.full((len(points), neighbours), -1, np.int64)
         self.square = np.full((len(points), neighbours), np.inf)  # squared distances
 
     def fill_cell(self, cell):
-        """Fills `found` and `square` for the Q points of one cell."""
-        queries = np.arange(self.starts[cell], self.starts[cell + 1])  # (Q,)
-        cells, gaps = self._cells_by_gap(cell)
-        rough = _RoughDistance(self.points[queries])
+        """Fills `found` and `square` for the points of one cell."""
+        gaps = _gaps(self.cell_low[cell], self.cell_high[cell], self.cell_low, self.cell_high)
+        cells = np.argsort(gaps, kind="stable")
+        end = min((cell + 1) * CELL, len(self.low))
+        for leaf in range(cell * CELL, end, self.together):
+            self._fill_leaves(leaf, min(leaf + self.together, end), cells, gaps[cells])
+
+    def _fill_leaves(self, leaf, end, cells, cell_gaps):
+        """The same for the Q points of the leaves from `leaf` to before `end`. cells: all, nearest first."""
+        queries = np.arange(leaf * LEAF, min(end * LEAF, len(self.points)))  # (Q,)
+        low = self.low[leaf:end].min(0)
+        high = self.high[leaf:end].max(0)
+        own = self.leaves.view(-1, low.size + 2)[queries[0]:queries[-1] + 1]
+        coordinates, one, length = own.split([low.size, 1, 1], dim=1)
+        left = torch.cat([-2 * coordinates, length, one], dim=1)  # (Q, C + 2)
         nearest = _Nearest(self.wanted[queries], self.found.shape[1])
-        done = 0
-        at_once = 4
-        while done < len(cells) and gaps[done] <= nearest.worst.max():
-            some = slice(done, done + at_once)
-            chosen = cells[some][gaps[some] <= nearest.worst.max()]
-            done += at_once
-            at_once = min(32, 2 * at_once)
-            others = np.concatenate([np.arange(self.starts[c], self.starts[c + 1]) for c in chosen])  # (R,)
-            square, margin = rough(self.points[others])  # (Q, R)
-            limit = nearest.worst  # (Q,)
-            if (limit == np.inf).any():
-                limit = np.minimum(limit, self._rank_limit(square, queries, others) + 2 * margin)
-            passes = square <= torch.from_numpy(limit + margin).float()[:, None]
-            q, r = passes.nonzero().numpy().T  # (P,) each, into queries and others
-            other = others[r]
-            in_other_group = self.groups[queries[q]] != self.groups[other]
-            q = q[in_other_group]
-            other = other[in_other_group]
-            exact = ((self.points[queries[q]] - self.points[other]) ** 2).sum(1)
-            nearest.add(q, other, exact, self.order)
+        # A few cells first: afterwards the worst neighbours tell which others are in reach.
+        for some in (slice(0, NEAR_CELLS), slice(NEAR_CELLS, None)):
+            in_reach = cells[some][cell_gaps[some] <= nearest.worst.max()]
+            leaves = _consecutive(in_reach, CELL, len(self.low))
+            gaps = _gaps(low, high, self.low[leaves], self.high[leaves])
+            by_gap = np.flatnonzero(gaps <= nearest.worst.max())
+            by_gap = by_gap[np.argsort(gaps[by_gap], kind="stable")]
+            at_once = FIRST_LEAVES
+            while len(by_gap):
+                self._compare(queries, left, leaves[by_gap[:at_once]], nearest)
+                by_gap = by_gap[at_once:]
+                by_gap = by_gap[gaps[by_gap] <= nearest.worst.max()]
+                at_once = min(MOST_LEAVES, 4 * at_once)
         self.found[queries[nearest.query], nearest.rank] = self.order[nearest.other]
         self.square[queries[nearest.query], nearest.rank] = nearest.square
 
-    def _cells_by_gap(self, cell):
-        """All cells (M,), and the squared distances (M,) of their boxes to this cell's, nearest first."""
-        gap = np.maximum(self.low - self.high[cell], self.low[cell] - self.high)  # (M, C), by axis
-        square = (np.maximum(gap, 0) ** 2).sum(1)
-        cells = np.argsort(square, kind="stable")
-        return cells, square[cells]
+    def _compare(self, queries, left, leaves, nearest):
+        """Measures queries (Q,), factors `left`, against the R points of some leaves; adds to `nearest` what
+        may be an answer."""
+        chosen = torch.from_numpy(leaves).to(left.device)
+        right = self.leaves.index_select(0, chosen).view(-1, left.shape[1])  # (R, C + 2)
+        square = left @ right.T  # (Q, R)
 
-    def _rank_limit(self, square, queries, others):
+        limit = nearest.worst + self.margin  # (Q,)
+        if (limit == np.inf).any():
+            limit = np.minimum(limit, self._rank_limit(square, queries, leaves) + 2 * self.margin)
+        limit = torch.from_numpy(limit[:, None]).float().to(square.device)
+        q, r = np.divmod(_passing(square, limit), len(right))  # (P,) each, into queries and points of leaves
+        other = leaves[r // LEAF] * LEAF + r % LEAF
+        exists = other < len(self.points)
+        q = q[exists]
+        other = other[exists]
+        in_other_group = self.groups[queries[q]] != self.groups[other]
+        q = q[in_other_group]
+        other = other[in_other_group]
+        if len(q):
+            exact = ((self.points[queries[q]] - self.points[other]) ** 2).sum(1)
+            nearest.add(q, other, exact, self.order)
+
+    def _rank_limit(self, square, queries, leaves):
         """(Q,) the K-th smallest of each row of square (Q,R) among points of other groups; inf where there
-        are fewer. Sets those of the own group to inf."""
-        same = torch.from_numpy(self.groups[queries][:, None] == self.groups[others])
-        square[same] = torch.inf
-        rank = min(self.found.shape[1], len(others))
-        return square.kthvalue(rank, dim=1).values.double().numpy()
-
-
-class _RoughDistance:
-    """Squared distances from fixed points (Q,C) to others, by one float32 matrix product.
-
-    |q - o|^2 = [-2 q, |q|^2, 1] . [o, 1, |o|^2], around the middle of the points: less rounding."""
-
-    def __init__(self, points):
-        self.middle = points.mean(0)
-        centred = self._centred(points)
-        self.length = (centred**2).sum(1, keepdim=True)
-        self.left = torch.cat([-2 * centred, self.length, torch.ones_like(self.length)], 1)  # (Q, C + 2)
-
-    def __call__(self, others):
-        """others (R,C) -> squared distances (Q,R) and a bound of their rounding."""
-        centred = self._centred(others)
-        length = (centred**2).sum(1, keepdim=True)
-        right = torch.cat([centred, torch.ones_like(length), length], 1)  # (R, C + 2)
-        return self.left @ right.T, ROUNDING * (self.length.max() + length.max()).item()
-
-    def _centred(self, points):
-        return torch.from_numpy((points - self.middle).astype(np.float32))
+        are fewer."""
+        rows = np.minimum(_consecutive(leaves, LEAF, np.inf), len(self.points) - 1)  # (R,)
+        same = self.groups[queries][:, None] == self.groups[rows]
+        square = square.masked_fill(torch.from_numpy(same).to(square.device), torch.inf)
+        rank = min(self.found.shape[1], len(rows))
+        return square.kthvalue(rank, dim=1).values.cpu().double().numpy()
 
 
 class _Nearest:
@@ -421,6 +469,8 @@ def _flags():
     cli.add_argument("--mix", action="store_true",
                      help="take neighbours from any index (default: from the hand's own, as published)")
     cli.add_argument("--workers", type=int, default=0, help="threads (default 0: this process's cores)")
+    cli.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"],
+                     help="device of the products; the pairs are the same. auto: cuda where there is one")
     cli.add_argument("--seed", type=int, default=0, help="seed of the pictures alone: the mining is exact")
     return cli
 
@@ -433,7 +483,7 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: must end in .npz")
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists: choose another name or delete it first")
-    runtime = setup(argparse.Namespace(device="cpu", precision="fp32"))
+    runtime = setup(argparse.Namespace(device=args.device, precision="fp32"))
     column = "joints2d" if args.labelled else "keypoints"
     indices = [HandIndex(path) for path in args.data]
     poses = [read_poses(index, column, args.least_score) for index in indices]
@@ -443,10 +493,12 @@ def main(argv=None):
     # the same number in two indices is not the same video
     videos = videos.astype(np.int64) * len(indices) + source
     found = mine(points, videos, args.neighbours, args.components, None if args.mix else source,
-                 (runtime.rank, runtime.world), args.workers, progress=runtime.is_main)
+                 (runtime.rank, runtime.world), args.workers, runtime.is_main, runtime.device)
     if runtime.world > 1:  # what a process has not answered is -1 and inf
-        dist.all_reduce(torch.from_numpy(found["idx"]), dist.ReduceOp.MAX)
-        dist.all_reduce(torch.from_numpy(found["dist"]), dist.ReduceOp.MIN)
+        for name, one_of_all in (("idx", dist.ReduceOp.MAX), ("dist", dist.ReduceOp.MIN)):
+            answers = torch.from_numpy(found[name]).to(runtime.device)
+            dist.all_reduce(answers, one_of_all)
+            found[name] = answers.cpu().numpy()
     if (found["idx"] < 0).all():
         raise ValueError("--data: all comparable hands are of one video: nothing to pair")
     if runtime.is_main:

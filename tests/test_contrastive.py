@@ -77,6 +77,21 @@ def test_neighbours_are_those_of_brute_force(count, videos, neighbours):
         assert np.abs(distance[anchor, idx[exists]] - wanted[exists]).max() < 1e-9
 
 
+@pytest.mark.parametrize("count", [6000, 2049, 33, 3])
+def test_what_searches_together_changes_no_answer(count, monkeypatch):
+    """On a GPU whole cells search together. The last leaf may lack points."""
+    keypoints = poses(count)
+    video = uneven_videos(count, 30)
+    monkeypatch.setattr(mine_pairs, "MOST_LEAVES", 64)  # many products for each
+    alone = mine(keypoints, video)
+    monkeypatch.setattr(mine_pairs, "TOGETHER", {})
+    together = mine(keypoints, video)
+    assert all(np.array_equal(alone[name], together[name]) for name in ("idx", "dist"))
+    square = torch.rand(7, 50, generator=generator(count))
+    expected = (square <= 0.1).flatten().nonzero()[:, 0].numpy()
+    assert np.array_equal(mine_pairs._passing(square, torch.full((7, 1), 0.1)), expected)
+
+
 def test_mining_knows_place_and_size_not_rotation():
     keypoints = poses(5)
     moved = 3 * keypoints + [100, -7]
