@@ -211,17 +211,19 @@ def overlay(image: np.ndarray, points: np.ndarray, faces: np.ndarray, color=(120
     """The mesh, shaded, blended over a photograph. Edges are antialiased.
 
     image (H, W, 3) uint8; points and faces as in `rasterise`, with z in any unit; color RGB 0..255; alpha 1
-    hides the photograph. Returns a new (H, W, 3) uint8.
+    hides the photograph. Returns a new (H, W, 3) uint8. It draws in the mesh's rectangle alone, in strips of
+    CHUNK pixels, so that a large photograph takes little more memory than its copy.
     """
-    image = np.asarray(image)
+    drawn = np.array(image)
     points = np.asarray(points, np.float64)
     faces = np.asarray(faces)
-    height, width = image.shape[:2]
-    twice = (2 * height, 2 * width)  # drawn at twice the size and averaged
-    face, bary, _ = rasterise(points * [2, 2, 1], faces, twice)
-    hit = face >= 0
-    if not hit.any():
-        return image.copy()
+    used = points[np.unique(faces)]
+    used = used[np.isfinite(used).all(1)]
+    if not len(used):
+        return drawn
+    height, width = drawn.shape[:2]
+    x0, y0 = np.clip(np.floor(used[:, :2].min(0)), 0, (width, height)).astype(int)
+    x1, y1 = np.clip(np.ceil(used[:, :2].max(0)), 0, (width, height)).astype(int)
 
     # Depth may be in metres or in pixels. Edges of a hand's mesh run in all directions, so equal spread along
     # z and across gives a scale good enough for shading.
@@ -230,6 +232,21 @@ def overlay(image: np.ndarray, points: np.ndarray, faces: np.ndarray, color=(120
     across = np.hypot(spread[0], spread[1]) / np.sqrt(2)
     z_scale = across / max(spread[2], 1e-12)
     normals = vertex_normals(points * [1, 1, z_scale], faces)
+    rows = max(1, CHUNK // 4 // max(1, x1 - x0))
+    for top in range(y0, y1, rows):
+        strip = drawn[top:min(top + rows, y1), x0:x1]
+        strip[:] = _blend_mesh(strip, points - [x0, top, 0], faces, normals, color, alpha)
+    return drawn
+
+
+def _blend_mesh(image, points, faces, normals, color, alpha):
+    """The shaded mesh blended over an image (H, W, 3). normals (N, 3): of the vertices."""
+    height, width = image.shape[:2]
+    twice = (2 * height, 2 * width)  # drawn at twice the size and averaged
+    face, bary, _ = rasterise(points * [2, 2, 1], faces, twice)
+    hit = face >= 0
+    if not hit.any():
+        return image
     normal = np.einsum("nk,nkc->nc", bary[hit], normals[faces[face[hit]]])  # (P, 3) of the pixels hit
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
     light = np.array([-0.35, -0.55, -0.76])  # towards the light: the viewer's upper left
