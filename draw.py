@@ -274,24 +274,46 @@ def draw_joints(image: np.ndarray, joints: np.ndarray, visible=None, thickness=N
     if thickness is None:
         thickness = max(1.0, min(photo.size) / 110)
     visible = np.ones(len(joints)) if visible is None else np.asarray(visible)
-    places = (np.asarray(joints, np.float64) + 0.5) * factor
-    layer = Image.new("RGBA", (photo.width * factor, photo.height * factor), (0, 0, 0, 0))
+    joints = np.asarray(joints, np.float64) + 0.5
+    box = _box_around(joints, 2 * thickness + 1, photo.size)
+    if box is None:
+        return np.array(photo)
+    places = (joints - box[:2]) * factor
+    # The layer is premultiplied ("RGBa"), so that averaging does not bleed transparent black into colours.
+    layer = Image.new("RGBa", ((box[2] - box[0]) * factor, (box[3] - box[1]) * factor))
     pen = ImageDraw.Draw(layer)
     width = max(1, round(thickness * factor))
     for start, end, finger in BONES:
         if np.isfinite(places[[start, end]]).all():
             ends = [*places[start], *places[end]]
-            color = (*FINGER_COLORS[finger], _opacity(min(visible[start], visible[end])))
-            pen.line(ends, fill=color, width=width)
+            opacity = _opacity(min(visible[start], visible[end]))
+            pen.line(ends, fill=_premultiplied(FINGER_COLORS[finger], opacity), width=width)
     radius = thickness * factor * 0.95
     for joint, place in enumerate(places):
         if np.isfinite(place).all():
             color = FINGER_COLORS[(joint - 1) // 4] if joint else WHITE
-            pen.ellipse(_circle(place, radius), fill=(*color, _opacity(visible[joint])))
-    # Averaging must not bleed the transparent black of the layer into the colours: Pillow's RGBa is
-    # premultiplied.
-    small = layer.convert("RGBa").reduce(factor).convert("RGBA")
-    return np.asarray(Image.alpha_composite(photo.convert("RGBA"), small).convert("RGB"))
+            pen.ellipse(_circle(place, radius), fill=_premultiplied(color, _opacity(visible[joint])))
+    small = layer.reduce(factor).convert("RGBA")
+    part = Image.alpha_composite(photo.crop(box).convert("RGBA"), small)
+    photo.paste(part.convert("RGB"), box[:2])
+    return np.asarray(photo)
+
+
+def _box_around(points, margin, size):
+    """Left, top, right and bottom edge of what pictures of points (K, 2) reach in an image of size (W, H).
+
+    None where they reach nothing. Points that are not a number do not count.
+    """
+    points = points[np.isfinite(points).all(1)]
+    if not len(points):
+        return None
+    low = np.floor((points.min(0) - margin).clip(0, size)).astype(int)
+    high = np.ceil((points.max(0) + margin).clip(0, size)).astype(int)
+    return (*low.tolist(), *high.tolist()) if (low < high).all() else None
+
+
+def _premultiplied(color, opacity):
+    return (*((part * opacity + 127) // 255 for part in color), opacity)
 
 
 def _opacity(visible):
@@ -313,14 +335,14 @@ def draw_points(image: np.ndarray, points: np.ndarray, rings=(), radius=None) ->
     small = Image.fromarray(np.asarray(image))
     if radius is None:
         radius = max(1.2, min(small.size) / 60)
-    large = small.resize((small.width * factor, small.height * factor), Image.Resampling.BICUBIC)
+    large = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(large)
     line = max(1, factor // 2)
     for k, place in enumerate((np.asarray(points, np.float64) + 0.5) * factor):
         pen.ellipse(_circle(place, radius * factor), fill=_point_color(k), outline=BLACK, width=line)
     for k, place in enumerate((np.asarray(rings, np.float64) + 0.5) * factor):
         pen.ellipse(_circle(place, radius * factor), outline=_point_color(k), width=line)
-    return np.asarray(large.resize(small.size, Image.Resampling.BOX))
+    return np.asarray(large.reduce(factor))
 
 
 def _point_color(k):
@@ -341,13 +363,15 @@ def draw_hog(cells: np.ndarray, size: int, strongest: float = 3.0) -> np.ndarray
     pen = ImageDraw.Draw(page)
     shade = np.clip(np.asarray(cells, np.float64) / strongest, 0, 1)
     shade = (255 * shade).astype(int)
-    weakest_first = sorted(np.ndindex(shade.shape), key=lambda place: shade[place])
-    for k, y, x in weakest_first:
-        angle = np.pi * k / len(cells) + np.pi / 2  # an edge lies across its gradient
-        middle = np.array([x + 0.5, y + 0.5]) * cell
-        half = 0.45 * cell * np.array([np.cos(angle), np.sin(angle)])
-        ends = [*(middle - half), *(middle + half)]
-        pen.line(ends, fill=int(shade[k, y, x]), width=factor)
+    weakest_first = np.argsort(shade.ravel(), kind="stable")
+    weakest_first = weakest_first[shade.ravel()[weakest_first] > 0]
+    k, y, x = np.unravel_index(weakest_first, shade.shape)
+    angle = np.pi * k / len(cells) + np.pi / 2  # an edge lies across its gradient
+    middle = np.stack([x + 0.5, y + 0.5], 1) * cell
+    half = 0.45 * cell * np.stack([np.cos(angle), np.sin(angle)], 1)
+    ends = np.concatenate([middle - half, middle + half], 1)
+    for line, fill in zip(ends.tolist(), shade[k, y, x].tolist(), strict=True):
+        pen.line(line, fill=fill, width=factor)
     return np.asarray(page.reduce(factor).convert("RGB"))
 
 
@@ -479,7 +503,20 @@ def _draw_line(pen, points, color, width):
         if len(piece) == 1:
             pen.ellipse(_circle(piece[0], 1.25 * width), fill=color)
         elif len(piece):
-            pen.line(piece.ravel().tolist(), fill=color, width=width, joint="curve")
+            pen.line(_thinned(piece).ravel().tolist(), fill=color, width=width, joint="curve")
+
+
+def _thinned(points, step=3):
+    """Points (K, 2) of a line without those that cannot be seen.
+
+    Of neighbours within a column of `step` pixels, the first, lowest, highest and last remain.
+    """
+    column = points[:, 0] // step
+    run = np.cumsum(np.diff(column, prepend=column[0]) != 0)  # (K,) number of each point's run of neighbours
+    by_height = np.lexsort((points[:, 1], run))
+    starts = np.flatnonzero(np.diff(run, prepend=-1))
+    lasts = np.append(starts[1:], len(run)) - 1
+    return points[np.unique([starts, lasts, by_height[starts], by_height[lasts]])]
 
 
 def histogram(values: np.ndarray, bins: np.ndarray):
@@ -497,7 +534,8 @@ def save_image(path: Path | str, array: np.ndarray):
     """Writes (H, W, 3) uint8 to path; the ending decides the format. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(array)).save(path)
+    # PNG's default level takes three times as long, and its files are hardly smaller.
+    Image.fromarray(np.ascontiguousarray(array)).save(path, compress_level=1)
 
 
 def save_curves(folder: Path | str, rows: list[dict], pictures: dict[str, tuple]):
@@ -506,15 +544,13 @@ def save_curves(folder: Path | str, rows: list[dict], pictures: dict[str, tuple]
     rows: the dicts of log.jsonl, each with "step". A value that is missing or not finite is left out of its
     line, a column without values out of its chart. A chart without any column is not written.
     """
+    steps = np.array([row["step"] for row in rows], np.float64)
     for title, columns in pictures.items():
         series = {}
         for column in columns:
-            points = [(row["step"], row[column]) for row in rows if _is_finite(row.get(column))]
-            if points:
-                series[column] = np.array(points).T
+            values = np.array([row.get(column) for row in rows], np.float64)  # not-a-number for None
+            kept = np.isfinite(values)
+            if kept.any():
+                series[column] = (steps[kept], values[kept])
         if series:
             save_image(Path(folder) / f"{title}.png", curve(series, title=title, x_label="step"))
-
-
-def _is_finite(value):
-    return value is not None and math.isfinite(value)

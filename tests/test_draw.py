@@ -73,6 +73,11 @@ def test_rasterise_clips_culls_and_skips_bad_faces():
     assert (draw.rasterise(points, np.array([broken, outside]), (9, 7))[0] == -1).all()
     assert (draw.rasterise(points, np.array([whole]), (9, 7), cull=True)[0] == -1).all()
     assert (draw.rasterise(points, np.array([whole[::-1]]), (9, 7), cull=True)[0] == 0).all()
+    both = np.array([whole, whole[::-1]])
+    assert (draw.rasterise(points, both, (9, 7), cull=np.array([True, False]))[0] == 1).all()
+    assert (draw.rasterise(points, both[::-1], (9, 7), cull=np.array([True, True]))[0] == 0).all()
+    face, bary, depth = draw.rasterise(points, both, (9, 7), weights=False)
+    assert bary is None and (face == 0).all() and (depth == 1).all()
     assert draw.rasterise(points, np.zeros((0, 3), int), (9, 7))[0].shape == (9, 7)
 
 
@@ -159,6 +164,21 @@ def test_curve_goes_through_its_points_and_breaks():
     flat_rows, flat_columns = line_of(chart, 1)
     assert np.ptp(flat_rows) <= 1 and flat_rows.min() > rows.max() - 5
     assert np.ptp(flat_columns) > 300
+
+
+def test_a_long_line_is_drawn_with_every_peak():
+    """Of a long log only the points that can be seen are drawn."""
+    x = np.arange(30_000.0)
+    y = np.sin(x / 3000)
+    y[[7000, 21_000]] = 3, -3
+    chart = draw.curve({"line": (x, y)})
+    rows, columns = line_of(chart, 0)
+    left, right = 62, 466  # edges of the plot
+    for peak, row in ((7000, rows.min()), (21_000, rows.max())):
+        place = left + peak / 30_000 * (right - left)
+        np.testing.assert_allclose(columns[rows == row], place, atol=1.5)
+    dense = draw._thinned(np.stack([x / 25, y], 1))
+    assert len(dense) < 2000 and set(dense[[0, -1], 0]) == {0, x[-1] / 25}
 
 
 @pytest.mark.parametrize("x, y", [([], []), ([0, 0], [5, 5]), ([1], [0]), ([0], [np.nan])])

@@ -290,6 +290,20 @@ def test_an_object_is_a_closed_lump():
         assert colors.shape == vertices.shape and colors.min() > 0 and colors.max() < 1
 
 
+def test_meshes_of_a_scene_look_outwards(surface, arrays):
+    """Objects are lit where they face the light only if their faces run counter-clockwise."""
+    rng = np.random.default_rng(0)
+    person = make_synthetic.random_person(rng, 1)
+    person.held = surfaces.random_object(rng)
+    person.occluder = surfaces.random_object(rng)
+    make_synthetic.start_worker(arrays)
+    labels = make_synthetic.random_labels(rng, make_synthetic.TOOLS["hand"], arrays, 1, 64, 35.0, 0.25)
+    meshes = make_synthetic.build_scene(surface, person, labels, 0)
+    for mesh in meshes[-2:]:
+        a, b, c = (mesh.vertices - mesh.vertices.mean(0))[mesh.faces].transpose(1, 0, 2)
+        assert (np.cross(a, b) * c).sum() > 0 and mesh.closed
+
+
 SUN = photo.Light(direction=np.array([0.0, 0.0, -1.0]), key=np.ones(3), sky=np.full(3, 0.3),
                   bounce=np.full(3, 0.1), casts_shadow=False)  # from the camera
 
@@ -320,6 +334,11 @@ def test_meshes_are_projected_and_numbered():
     assert np.isinf(depth[vertex < 0]).all()
     red = layer[:, 32, 42]
     assert red[0] > 2 * red[1]
+
+
+def test_nothing_in_front_of_the_camera_is_nothing():
+    seen = photo.see([square([0, 0, -1.0], 0.5)], CAMERA_MATRIX, 64, draw.rasterise)
+    assert not photo.illuminate(seen, SUN, draw.rasterise).any() and (seen.vertex == -1).all()
 
 
 def test_shadows_fall_away_from_the_light():
