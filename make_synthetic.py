@@ -37,6 +37,7 @@ FREE_COMPONENTS = 8  # of the pose prior: the others move a quarter as much, so 
 HAND_LENGTH = 0.165  # metres
 KEY_EVERY = 5  # frames between key poses
 VERSIONS = 4  # pictures of one training hand in FreiHAND
+WORTH_A_WORKER = 300  # images of 128 pixels: as long as it takes to start one more process
 GREEN_SCREEN = (0.16, 0.62, 0.25)  # sRGB, behind the first of them
 
 
@@ -446,8 +447,9 @@ def flags():
                      help="MANO_RIGHT.pkl or .npz of the hand to draw (default: the synthetic hand)")
     cli.add_argument("--seed", type=int, default=0,
                      help="seed of everything drawn (default 0): the same seed gives the same bytes")
-    cli.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
-                     help="processes that draw (default: one a core, at most 8); the bytes do not change")
+    cli.add_argument("--workers", type=int,
+                     help="processes that draw (default: one a core, at most 8, fewer for a small set); the "
+                          "bytes do not change")
     return cli
 
 
@@ -458,6 +460,9 @@ def main(argv=None):
         args.videos = max(1, args.hands // 20)
     if args.size is None:
         args.size = 224 if freihand else 128
+    if args.workers is None:
+        images = args.hands * (VERSIONS if freihand else 1) * (args.size / 128) ** 2
+        args.workers = min(8, os.cpu_count() or 1, 1 + int(max(images, 0) / WORTH_A_WORKER))
     check_ranges(args, {"hands": (2 if freihand else 1, 10**8), "videos": (1, max(args.hands, 1)),
                         "size": (32, 1024), "tilt": (0, 180), "anywhere": (0, 1), "seed": (0, 2**63),
                         "workers": (1, 512)})
