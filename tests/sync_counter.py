@@ -31,7 +31,7 @@ class DeviceTraffic(TorchDispatchMode):
       to_device   copies from the host for which the host waits: `.to(device)`, tensors made of Python numbers
                   or of numpy, lists and host tensors as an index
       queued      copies from the host with non_blocking=True: no wait (where the memory is pinned)
-      to_host     copies back: `.cpu()`, `.tolist()`, `float(x)`, `if x:`, one number on the device as an index
+      to_host     copies back: `.cpu()`, `.tolist()`, `float(x)`, `if x:`, an index that is one device number
       waits       calls whose result depends on values: nonzero, masked_select, unique, equal, an index with
                   a bool mask, the error check of a solver
       blocking    to_device, to_host and waits together

@@ -284,6 +284,23 @@ def test_perfect_prediction_and_the_two_comparisons():
     assert metrics.f_score(inside[0], np.zeros((1, 3))).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("away", [0, 3, 1000])
+def test_f_score_is_exact_where_distances_lie_on_a_threshold(away):
+    """Points whose neighbours lie at a threshold within 1e-10 m, near the origin and far away from it or from
+    the other set: float32 cannot tell on which side."""
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=(4, 130, 3))
+    direction /= np.linalg.norm(direction, axis=2, keepdims=True)
+    gt = 0.1 * rng.normal(size=(4, 130, 3)) + [0, 0, away]
+    length = rng.choice(metrics.F_THRESHOLDS, (4, 130, 1)) + 1e-10 * rng.choice([-1, 1], (4, 130, 1))
+    pred = (gt + direction * length)[:, :101]
+    pred[3] += [0, 0, away]
+    found = metrics.f_score(pred, gt)
+    expected = [[loop_f(g, p, t) for t in metrics.F_THRESHOLDS] for g, p in zip(gt, pred, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (found[:3] > 0.1).all() and (found[:3, 0] < 0.9).all()
+
+
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_the_unaligned_f_score_is_of_the_protocols_placement(protocol):
     """A perfect hand, 20 mm to the side: only minus the wrist do all vertices meet."""
