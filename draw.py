@@ -538,19 +538,12 @@ def save_image(path: Path | str, array: np.ndarray):
     Image.fromarray(np.ascontiguousarray(array)).save(path, compress_level=1)
 
 
-def save_curves(folder: Path | str, rows: list[dict], pictures: dict[str, tuple]):
-    """One chart folder/NAME.png over the steps for each NAME of `pictures`, a dict NAME -> names of columns.
+def save_curves(folder: Path | str, curves: dict[str, list], pictures: dict[str, tuple]):
+    """One chart folder/NAME.png over the steps for each NAME of `pictures`, a dict NAME -> names of curves.
 
-    rows: the dicts of log.jsonl, each with "step". A value that is missing or not finite is left out of its
-    line, a column without values out of its chart. A chart without any column is not written.
+    curves: name -> [(step, value)]. A curve without points is left out, and so is a chart without curves.
     """
-    steps = np.array([row["step"] for row in rows], np.float64)
-    for title, columns in pictures.items():
-        series = {}
-        for column in columns:
-            values = np.array([row.get(column) for row in rows], np.float64)  # not-a-number for None
-            kept = np.isfinite(values)
-            if kept.any():
-                series[column] = (steps[kept], values[kept])
+    for title, names in pictures.items():
+        series = {name: np.array(curves[name], np.float64).T for name in names if curves.get(name)}
         if series:
             save_image(Path(folder) / f"{title}.png", curve(series, title=title, x_label="step"))

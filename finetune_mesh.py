@@ -40,7 +40,7 @@ from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, generator,
     param_groups, parser, run, set_lr, setup, total_steps, update,
 )
-from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
+from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
 from views import (
     apply_color, apply_theta, centre_theta, choose_finer, invert_theta, normalise, random_color,
@@ -334,7 +334,8 @@ def flags():
     group.add_argument("--dropout", type=float, default=0.1,
                        help="dropout of the head's regressors (default .1; PyMAF: .5, from scratch)")
     group.add_argument("--head-width", type=int, default=256,
-                       help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
+                       help="channels of the head's maps, a quarter of its regressors' (default 256, PyMAF; "
+                            "64 is enough at toy sizes)")
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
                        help="estimates of the head, each corrects the last one (default 3, PyMAF)")
     group = cli.add_argument_group("optimisation")
@@ -409,7 +410,8 @@ def main(argv=None):
     encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
                              saved=state["encoder"] if state else None)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
-                    iterations=args.iterations, width=args.head_width, dropout=args.dropout)
+                    iterations=args.iterations, width=args.head_width, dropout=args.dropout,
+                    hidden=4 * args.head_width)
     head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
@@ -499,7 +501,7 @@ def main(argv=None):
                             scaler=scaler.state_dict())
             save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
                             state_dict=ema.encoder.state_dict())
-            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
+            save_curves(out / "samples", log.curves, CHARTS)
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

@@ -33,7 +33,7 @@ from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cosine, feed, finish, param_groups, parser, run,
     set_lr, setup, total_steps, update,
 )
-from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
+from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
                    random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 
@@ -528,7 +528,7 @@ def main(argv=None):
                         scaler=scaler.state_dict())
         save_checkpoint(out / "encoder.pt", kind="encoder", step=step, **architecture,
                         state_dict=encoder.state_dict())
-        save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
+        save_curves(out / "samples", log.curves, CHARTS)
         save_image(out / "samples" / "similarity.png", draw_similarity(h))
 
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)

@@ -37,7 +37,7 @@ from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, param_groups,
     parser, run, set_lr, setup, total_steps, update,
 )
-from saving import Log, Saves, announce, check_run, is_due, read_log, restore, save_checkpoint, start_run
+from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
                    rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
 
@@ -631,7 +631,7 @@ def main(argv=None):
                             scaler=scaler.state_dict(), alarm=alarm.state_dict())
             save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
                             state_dict=teacher.encoder.state_dict())
-            save_curves(out / "samples", read_log(out / "log.jsonl"), CHARTS)
+            save_curves(out / "samples", log.curves, CHARTS)
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

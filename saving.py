@@ -44,6 +44,7 @@ CHANGE_ON_RESUME = {"lr", "precision", "accumulate", "steps", "epochs"}
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
 FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 3}
+MOST_POINTS = 4000  # of a curve
 MANY_SKIPPED = 20  # steps in a row without a finite gradient that end a run
 
 
@@ -364,10 +365,13 @@ class Log:
         self.in_row = torch.zeros((), device=runtime.device)  # the last steps, all of which were skipped
         self.last_step = step
         self.last_time = time.perf_counter()
+        self.curves = {}  # name -> [(step, value)], for charts
         if runtime.is_main:
             rows = [row for row in read_log(self.path) if row["step"] <= step] if self.path.exists() else []
             text = "".join(json.dumps(row) + "\n" for row in rows)
             write_atomically(self.path, lambda part: part.write_text(text))
+            for row in rows:
+                self._note(row)
         self.bar = tqdm(total=total, initial=step, disable=not runtime.is_main, unit="step",
                         dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 15)
 
@@ -409,6 +413,16 @@ class Log:
         if self.runtime.is_main:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
+            self._note(row)
+
+    def _note(self, row):
+        """Adds a line's numbers to the curves. Of a long one every second point goes: charts stay as cheap."""
+        for name, value in row.items():
+            if isinstance(value, (int, float)):
+                points = self.curves.setdefault(name, [])
+                points.append((row["step"], value))
+                if len(points) > MOST_POINTS:
+                    del points[1::2]
 
     def warn(self, step, text):
         """One line above the bar and in the log."""

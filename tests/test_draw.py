@@ -187,10 +187,9 @@ def test_curve_takes_little(x, y):
 
 
 def test_curves_of_a_log(tmp_path):
-    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": float("nan"), "val": 7.0}, {"step": 3, "val": None},
-            {"step": 4, "loss": 1.0}]
+    curves = {"loss": [(1, 3.0), (4, 1.0)], "val": [(2, 7.0)], "hinge": []}
     pictures = {"training": ("loss", "hinge"), "validation": ("val",), "collapse": ("entropy",)}
-    draw.save_curves(tmp_path / "samples", rows, pictures)
+    draw.save_curves(tmp_path / "samples", curves, pictures)
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["training.png", "validation.png"]
     expected = draw.curve({"loss": ([1, 4], [3, 1])}, title="training", x_label="step")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "training.png")), expected)

@@ -282,7 +282,7 @@ def test_a_checkpoint_restores_its_parts(tmp_path):
 
 def test_the_log_drops_what_a_killed_run_wrote_past_its_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    path.write_text('{"step": 1, "loss": 3}\n{"st\x00p": 2}\n[2]\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
     log = Log(path, 1, 10, 8, one_of(), every=2)
     log(2, {"loss": 1.5, "lr": 0.1, "gradient_norm": torch.ones(())})
     log(3, {"loss": 1.4, "lr": 0.1, "gradient_norm": torch.ones(())})
@@ -291,6 +291,15 @@ def test_the_log_drops_what_a_killed_run_wrote_past_its_checkpoint(tmp_path):
     rows = read_log(path)
     assert [(row["step"], row.get("loss")) for row in rows] == [(1, 3), (2, 1.5), (3, None)]
     assert rows[2]["warning"] == "careful" and rows[1]["images_per_second"] > 0
+    assert log.curves["loss"] == [(1, 3), (2, 1.5)]
+
+
+def test_a_long_curve_keeps_its_ends_and_a_bounded_number_of_points(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 0, 10 ** 6, 8, one_of(), every=1)
+    for step in range(1, 20001):
+        log.write({"step": step, "loss": 1.0 / step})
+    assert 2000 <= len(log.curves["loss"]) <= 4000
+    assert log.curves["loss"][0] == (1, 1.0) and log.curves["loss"][-1][0] > 19980
 
 
 def test_skipped_steps_are_counted_and_many_in_a_row_end_the_run(tmp_path):
