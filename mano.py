@@ -312,11 +312,15 @@ def _levels(transforms):
     return transforms[:, :1], *fingers.unbind(2)
 
 
-def _blended_parts(weights, moves, *tensors):
+def _blended_parts(weights, moves, kept, *tensors):
     """For each part of the batch: the blended matrices sum_i w_i A_i (B, 3, 4, V) and that part of `tensors`.
 
     A part is 64 hands on a CPU, whose cache holds them, and the whole batch elsewhere. One buffer serves all.
+    kept: the matrices of the whole batch, where they are known already.
     """
+    if kept is not None:
+        yield kept, *tensors
+        return
     size = 64 if moves.device.type == "cpu" else max(1, len(moves))
     buffer = moves.new_empty(min(size, len(moves)), 3, 4, len(weights))
     splits = [x.split(size) for x in (moves, *tensors)]
@@ -359,14 +363,15 @@ class _Skinning(torch.autograd.Function):
 
         # vertex = sum_i w_i A_i point: eq. 2.
         vertices = points.new_empty(len(points), 778, 3)
-        for blended, point, vertex in _blended_parts(hand.weights, moves, points, vertices):
+        for blended, point, vertex in _blended_parts(hand.weights, moves, None, points, vertices):
             posed = torch.addcmul(blended[:, :, 3], blended[:, :, 0], point[:, None, 0])  # (B, 3, V)
             posed.addcmul_(blended[:, :, 1], point[:, None, 1])
             posed.addcmul_(blended[:, :, 2], point[:, None, 2])
             vertex.copy_(posed.transpose(1, 2))
 
         ctx.hand = hand
-        ctx.save_for_backward(points, joints, local, chain, moves)
+        kept = blended if len(blended) == len(vertices) else None  # of many parts, each is computed again
+        ctx.save_for_backward(points, joints, local, chain, moves, kept)
         in_file_order = torch.cat([chain[..., 3], vertices.index_select(1, hand.tips)], dim=1)  # (B, 21, 3)
         return vertices, in_file_order.index_select(1, hand.to_freihand)
 
@@ -374,20 +379,21 @@ class _Skinning(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_vertices, d_joints):
         hand = ctx.hand
-        points, joints, local, chain, moves = ctx.saved_tensors
+        points, joints, local, chain, moves, kept = ctx.saved_tensors
         d_origins, d_tips = d_joints.index_select(1, hand.to_mano).split([16, 5], dim=1)
 
         # Skinning: vertices -> points before rotation, and the moves A_i.
         d_points = torch.empty_like(points)
         d_moves = torch.empty_like(moves)
-        parts = _blended_parts(hand.weights, moves, points, d_vertices, d_tips, d_points, d_moves)
+        parts = _blended_parts(hand.weights, moves, kept, points, d_vertices, d_tips, d_points, d_moves)
         for blended, point, d_vertex, d_tip, d_point, d_move in parts:
             d_posed = torch.empty_like(point).copy_(d_vertex.transpose(1, 2))  # (B, 3, V)
             d_posed.index_add_(2, hand.tips, d_tip.transpose(1, 2))
             torch.mul(blended[:, 0, :3], d_posed[:, 0, None], out=d_point)
             d_point.addcmul_(blended[:, 1, :3], d_posed[:, 1, None])
             d_point.addcmul_(blended[:, 2, :3], d_posed[:, 2, None])
-            d_blended = blended  # nobody needs the matrices any more: their memory takes their gradient
+            # Matrices that nobody needs any more give their memory to their gradient.
+            d_blended = blended if kept is None else torch.empty_like(blended)
             torch.mul(d_posed[:, :, None], point[:, None], out=d_blended[:, :, :3])
             d_blended[:, :, 3] = d_posed
             torch.mm(d_blended.flatten(0, 2), hand.weights, out=d_move.flatten(0, 1))
