@@ -63,9 +63,12 @@ import io
 import json
 import math
 import os
+import posixpath
 import shutil
 import sys
+import unicodedata
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -86,7 +89,8 @@ DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int
           "image_place": np.int64, "mask_place": np.int64}
 PACK = "pack_{:04d}.bin"  # files of a packed index
 PACK_BYTES = 4 << 30
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+OVERLAY = "hands, overlay of predict.py"  # `Software` in the overlays, which are results and no photographs
 MOST_FAILED = 100  # images in a row that cannot be read: then the data are not there at all
 MAX_PIXELS = 2**28  # a larger image is a mistake or an attack; this is checked before decoding
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
@@ -157,6 +161,9 @@ def check_columns(columns: dict, partial: bool = False) -> tuple[int, int]:
         _refuse("label", (columns["label"] < 0) | (columns["label"] >= labels), f"is outside 0..{labels - 1}")
     if "side" in columns:
         _refuse("side", columns["side"] > 1, "is neither 0 (right) nor 1 (left)")
+    for name in {"image", "mask"} & set(columns):
+        wrong = [_leads_out(os.fsdecode(bytes(path))) for path in columns[name]]
+        _refuse(name, np.array(wrong), "does not lie below `root`: a relative path without .. is needed")
     for name in {"image_place", "mask_place"} & set(columns):
         _refuse(name, (columns[name] < 0).any(1), "is no place in a pack")
     if "K" in columns:
@@ -223,13 +230,25 @@ class HandIndex:
         return self.meta["count"]
 
     def image_path(self, row):
-        """Where a hand's image lies; in a packed index its name alone, below the index's folder."""
-        return self.root / os.fsdecode(bytes(self.columns["image"][row]))
+        """Where a hand's image lies; in a packed index its name alone, below the index's folder.
+
+        ValueError where it would lie outside of `root`."""
+        return self._below_root(self.image_name(row))
+
+    def image_name(self, row):
+        """The name of a hand's image, as the index has it."""
+        return os.fsdecode(bytes(self.columns["image"][row]))
 
     def mask_path(self, row):
         """As image_path, of the hand's mask; None without one."""
         name = os.fsdecode(bytes(self.columns["mask"][row])) if "mask" in self.columns else ""
-        return self.root / name if name else None
+        return self._below_root(name) if name else None
+
+    def _below_root(self, name):
+        if _leads_out(name):
+            raise ValueError(f"{self.path}: the image {name} does not lie below `root` of index.json: an "
+                             "index may name no other files")
+        return self.root / name
 
     def open_image(self, row):
         """What read_image and image_size take for a hand: the path of its image, or its bytes in a pack.
@@ -270,6 +289,11 @@ class HandIndex:
     def pose_ids(self):
         """(N,) the label row of every hand."""
         return np.asarray(self.columns["label"]) if "label" in self.columns else np.arange(len(self))
+
+
+def _leads_out(name):
+    """True where a name, joined to a folder, may lie outside of it."""
+    return os.path.isabs(name) or ".." in name.replace(os.sep, "/").split("/")
 
 
 class PackedFile(io.BytesIO):
@@ -378,19 +402,67 @@ def read_image(path: Path | str | PackedFile, smallest: int | None = None) -> tu
             width = image.width
             if smallest and image.format == "JPEG":
                 image.draft("RGB", (smallest, smallest))
+            has_two_bytes = any(";16" in str(tile[-1]) for tile in image.tile)  # Pillow drops the lower one
             image.load()
             scale = 1 / 2 ** round(math.log2(width / image.width))  # libjpeg rounds the size, not the scale
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits: keep the upper byte, where Pillow would clip
-                wide = np.asarray(image, dtype=np.float32) / (257 if image.mode.startswith("I") else 1)
-                image = Image.fromarray(wide.clip(0, 255).astype(np.uint8))
-            elif image.mode in ("PA", "LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
+            white = _declared_white(image)
+            if image.getexif().get(0x0112, 1) != 1:  # otherwise it would only be copied
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                image = _grey_of_wide(image, white, path)
+            elif has_two_bytes and max(high for _, high in _extrema(image)) < 64:
+                _tell_once(f"{path}: 16 bits a sample, of which the upper 2 are never used: the picture is "
+                           "dark. Scale such pictures to 16 bits")
+            if image.mode in ("PA", "LA", "RGBA") or (image.mode == "P" and "transparency" in image.info):
                 image = image.convert("RGBA")
-            return image.convert("RGB"), scale
+            return image if image.mode == "RGB" else image.convert("RGB"), scale
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image") from None
     except Exception as error:  # Pillow raises a dozen types for a broken file
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
+
+
+def _declared_white(image):
+    """The value of white in the tags of a TIFF; None where nothing says it."""
+    tags = getattr(image, "tag_v2", {})
+    for tag in (281, 341):  # MaxSampleValue, SMaxSampleValue
+        value = np.ravel(tags.get(tag, ()))
+        if len(value) and np.isfinite(value[0]) and value[0] > 0:
+            return float(value[0])
+    bits = int(np.ravel(tags.get(258, 16))[0])
+    return None if bits in (8, 16, 32, 64) else 2.0**bits - 1
+
+
+def _grey_of_wide(image, white, path):
+    """An image of 16 or 32 bits or of floats as 8 bits, where Pillow would clip. white: its value, or None.
+
+    Where the file does not say it, white is the lowest usual value that nothing exceeds; a guess is told."""
+    wide = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    if not white:
+        brightest = float(wide.max())
+        white = next((value for value in (1, 255, 1023, 4095, 16383, 65535) if brightest <= value), brightest)
+        expected = (1, 255) if image.mode == "F" else (65535,)
+        if white not in expected and brightest > 0:
+            _tell_once(f"{path}: nothing is brighter than {brightest:g}, and the file does not say what "
+                       f"white is: it was taken as {white:g}")
+    return Image.fromarray((wide * (255 / white) + 0.5).clip(0, 255).astype(np.uint8))
+
+
+def _extrema(image):
+    """(lowest, highest) of every band."""
+    extrema = image.getextrema()
+    return extrema if isinstance(extrema[0], tuple) else (extrema,)
+
+
+_TOLD = set()
+
+
+def _tell_once(text):
+    """A warning on stderr, for the first file of its kind that a process reads."""
+    kind = text.partition(": ")[2][:20]
+    if kind not in _TOLD:
+        _TOLD.add(kind)
+        print(f"warning: {text} (other files may be alike)", file=sys.stderr)
 
 
 def read_mask(path: Path | PackedFile) -> Image.Image:
@@ -409,20 +481,67 @@ def read_mask(path: Path | PackedFile) -> Image.Image:
         raise ValueError(f"{path}: no label file with `seg` ({type(error).__name__}: {error})") from None
 
 
-def list_images(folder: Path | str) -> list[Path]:
-    """The image files below a folder, by their suffix, sorted. Linked folders are not entered."""
+def list_images(folder: Path | str, skip: Path | str | None = None, left_out: Counter | None = None):
+    """The image files below a folder, by their suffix, sorted.
+
+    Links to folders are followed, and no folder is taken twice. Left out: what begins with a dot, the folder
+    `skip`, and what this project wrote: indices and runs below the folder, samples.png of an index, the
+    overlays of predict.py. left_out: counts what was not taken, by suffix or kind."""
     found = []
+    top = os.path.realpath(folder)
+    seen = {top} if skip is None else {top, os.path.realpath(skip)}
+    _list_below(str(folder), top, seen, found, Counter() if left_out is None else left_out)
+    return found
+
+
+def _list_below(folder, top, seen, found, left_out):
+    """Appends the images below a folder. top: the real path of the first; seen: those of all."""
     try:
         with os.scandir(folder) as entries:  # it tells files from folders without a look at each
             entries = sorted(entries, key=lambda entry: entry.name)
     except PermissionError:  # such as lost+found
-        return []
+        left_out["folders that may not be read"] += 1
+        return
+    names = {entry.name for entry in entries}
+    is_top = os.path.realpath(folder) == top
+    kind = "indices" if "index.json" in names else "runs" if {"config.json", "log.jsonl"} <= names else ""
+    if kind and not is_top:
+        left_out[kind] += 1
+        return
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            found += list_images(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+        stem, suffix = os.path.splitext(entry.name)
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            real = os.path.realpath(entry.path)
+            is_inside = entry.is_symlink() and real.startswith(top + os.sep)  # taken in its own place
+            if real not in seen and not is_inside:
+                seen.add(real)
+                _list_below(entry.path, top, seen, found, left_out)
+        elif not entry.is_file():
+            left_out["links that lead nowhere"] += entry.is_symlink()
+        elif suffix.lower() not in SUFFIXES:
+            left_out[suffix.lower() or "without a suffix"] += 1
+        elif "index.json" in names and entry.name == "samples.png":
+            left_out["samples.png of an index"] += 1
+        elif {f"{stem}.npz", f"{stem}.obj"} <= names and is_overlay(entry.path):
+            left_out["overlays of predict.py"] += 1
+        else:
             found.append(Path(entry.path))
-    return found
+
+
+def is_overlay(path: Path | str) -> bool:
+    """True for a picture that predict.py drew."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == OVERLAY
+    except Exception:  # Pillow raises a dozen types for a broken file
+        return False
+
+
+def counts_text(counts: Counter) -> str:
+    """What list_images left out, in words: "3 .heic, 1 indices"; empty where that was nothing."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
 
 
 def image_size(path: Path | str | PackedFile) -> tuple[int, int]:
@@ -451,28 +570,76 @@ def whole_box(size, box_scale: float) -> tuple[float, float, float, float]:
 
 
 def read_boxes(path: Path | str) -> dict:
-    """CSV with the header image,x0,y0,x1,y1[,side], pixels, side right or left -> {image: [(box, side),
-    ...]}."""
+    """CSV with the header image,x0,y0,x1,y1[,side], pixels -> {image as written: [(box, side), ...]}.
+
+    side: "right", "left", or None where the file does not say it. The header is read without case and blanks;
+    a line on stderr names columns that are not known."""
     boxes = {}
+    needed = ("image", "x0", "y0", "x1", "y1")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of boxes")
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(line.replace("\0", " ") for line in file)
-        if not {"image", "x0", "y0", "x1", "y1"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: the first line must be image,x0,y0,x1,y1 or image,x0,y0,x1,y1,side, "
-                             "with commas")
-        for number, row in enumerate(reader, 2):
-            try:
-                box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
-                side = (row.get("side") or "right").strip().lower()
-                usable = 1 <= box[2] - box[0] < 1e6 and 1 <= box[3] - box[1] < 1e6
-                if side not in ("right", "left") or not usable:
-                    raise ValueError
-                boxes.setdefault(row["image"], []).append((box, side))
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise ValueError(f"{path}, line {number}: needs image,x0,y0,x1,y1[,side] with x0 < x1, "
-                                 "y0 < y1 and side right or left") from None
+        try:
+            header = [name.strip().lower() for name in reader.fieldnames or ()]
+            if not set(needed) <= set(header) or len(set(header)) < len(header):
+                raise ValueError(f"{path}: the first line must be image,x0,y0,x1,y1 or image,x0,y0,x1,y1,side"
+                                 ", with commas and each once")
+            unknown = sorted(set(header) - {*needed, "side"})
+            if unknown:
+                print(f"warning: {path}: not read: column {', '.join(unknown)} (a hand's side is in `side`)",
+                      file=sys.stderr)
+            reader.fieldnames = header
+            for row in reader:
+                found = _box_and_side(row, f"{path}, line {reader.line_num}")
+                boxes.setdefault(row["image"], []).append(found)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     return boxes
+
+
+def _box_and_side(row, place):
+    """The box and side (or None) in a line of a CSV file; ValueError that begins with `place`."""
+    try:
+        box = tuple(float(row[key]) for key in ("x0", "y0", "x1", "y1"))
+        side = (row.get("side") or "").strip().lower() or None
+        usable = 1 <= box[2] - box[0] < 1e6 and 1 <= box[3] - box[1] < 1e6
+        if side not in ("right", "left", None) or not usable or not row["image"]:
+            raise ValueError
+        return box, side
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"{place}: needs image,x0,y0,x1,y1[,side] with x0 < x1, y0 < y1 and side right or "
+                         "left") from None
+
+
+def name_key(name: str) -> str:
+    """What two spellings of one file's name have in common: composed letters (NFC; macOS writes them apart),
+    slashes, no blanks around."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.strip().replace(os.sep, "/")))
+
+
+def match_boxes(boxes: dict, images: list[tuple], path: Path | str) -> tuple[list, list]:
+    """The hands [(box, side), ...] of every image, and the names in the file of boxes that no image has.
+
+    boxes: of read_boxes(path). images: (path as typed, folder that was given) of each. A name is that of the
+    image as typed, else relative to its folder. ValueError names one that several images have."""
+    typed = {}
+    relative = {}
+    for number, (image, folder) in enumerate(images):
+        typed.setdefault(name_key(str(image)), []).append(number)
+        relative.setdefault(name_key(str(image.relative_to(folder))), []).append(number)
+    hands = [[] for _ in images]
+    without_image = []
+    for name, found in boxes.items():
+        owners = typed.get(name_key(name)) or relative.get(name_key(name), [])
+        if len(owners) > 1:
+            several = " and ".join(str(images[owner][0]) for owner in owners[:2])
+            raise ValueError(f"{path}: {name} may be {several}: write the path as on the command line")
+        for owner in owners:
+            hands[owner] += found
+        if not owners:
+            without_image.append(name)
+    return hands, without_image
 
 
 def refuse_unread(index, row: int):
@@ -502,6 +669,16 @@ def crop_canvas(image: Image.Image, centre_x, centre_y, side, size: int):
     canvas = pixels.resize((size, size), Image.Resampling.BILINEAR, box=window, reducing_gap=2.0)
     edges = np.array([0 - centre_x, 0 - centre_y, image.width - centre_x, image.height - centre_y])
     return np.array(canvas), np.clip(edges / (side / 2), -1, 1).astype(np.float32)
+
+
+def cut_canvas(image: Path | str | PackedFile, box, context: float, size: int):
+    """Canvas and valid of crop_canvas, of the square that is `context` times the box, cut out of an image
+    file. A large JPEG is decoded smaller."""
+    centre_x, centre_y, side = square(box, context)
+    shrink = size / side  # a JPEG may be decoded smaller, down to this scale
+    smallest = int(shrink * image_size(image)[0]) if shrink < 0.5 else None
+    photograph, scale = read_image(image, smallest)
+    return crop_canvas(photograph, centre_x * scale, centre_y * scale, side * scale, size)
 
 
 def crop_mask(path: Path | PackedFile, width, centre_x, centre_y, side, size: int):
@@ -634,12 +811,8 @@ class HandDataset(torch.utils.data.Dataset):
         """canvas (3,S,S) u8 and valid (4,) f4 of a row, cut out of its image; ValueError or OSError names the
         image that cannot be read."""
         index, local = self.locate(row)
-        centre_x, centre_y, side = square(index.columns["box"][local], self.context)
-        image = index.open_image(local)
-        shrink = self.canvas / side  # a JPEG may be decoded smaller, down to this scale
-        smallest = int(shrink * image_size(image)[0]) if shrink < 0.5 else None
-        photograph, scale = read_image(image, smallest)
-        canvas, valid = crop_canvas(photograph, centre_x * scale, centre_y * scale, side * scale, self.canvas)
+        box = index.columns["box"][local]
+        canvas, valid = cut_canvas(index.open_image(local), box, self.context, self.canvas)
         if index.side(local):
             canvas = canvas[:, ::-1]
             valid = valid[[2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
@@ -653,7 +826,7 @@ class HandDataset(torch.utils.data.Dataset):
     def image_name(self, row):
         """The path of a row's image, for messages."""
         index, local = self.locate(row)
-        return str(index.image_path(local))
+        return str(index.root / index.image_name(local))
 
     def _entries(self, index, local):
         """What the index itself says of some of its rows (n,): arrays (n, ...)."""

@@ -33,13 +33,15 @@ from draw import BONES, FINGER_COLORS, draw_joints, overlay
 from mano import (JOINT_NAMES, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
                   read_mano)
 from model import load_mesh
-from results import read_predictions, warn_of_units, write_predictions
+from results import is_own_zip, read_predictions, warn_of_units, write_predictions
 from runtime import add_device_flags, parser, run, setup
 from saving import load_checkpoint, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import normalise, theta_rotation, warp
 
 PLACED = {"abs": "as submitted", "root": "minus the wrist"}
+RESULTS = ("metrics.json", "scores.txt", "report.html", "pred.json", "pred.zip", "pred.txt",
+           "pred_world.json")
 HEADLINE = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
 COLUMNS = ("joints mm", "mesh mm", "AUC joints", "AUC mesh", "F@5", "F@15")
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
@@ -312,7 +314,7 @@ def show_case(index, faces, pred, labels, row, part, size=256):
 
     centre_x, centre_y, side = square(index.columns["box"][row], 1.6)
     try:
-        image = crop_canvas(read_image(index.image_path(row))[0], centre_x, centre_y, side, size)[0]
+        image = crop_canvas(read_image(index.open_image(row))[0], centre_x, centre_y, side, size)[0]
     except (OSError, ValueError):  # a prediction file can be scored without the photographs
         image = np.full((size, size, 3), 225, np.uint8)
     project, is_true_camera = image_camera(index, row, truth["joints"])
@@ -405,8 +407,31 @@ def check_flags(args):
     if args.predictions and args.out.resolve() in Path(args.predictions).resolve().parents:
         raise ValueError(f"--out {args.out} holds --predictions {args.predictions}, which would be "
                          "overwritten: choose another folder")
+    _refuse_others_files(args)
     if not args.data and not args.compare:
         raise ValueError("--data is missing: name the index to score")
+
+
+def _refuse_others_files(args):
+    """ValueError where a result would replace a file that this command did not write."""
+    there = [name for name in (("table.json",) if args.compare else RESULTS) if (args.out / name).exists()]
+    if args.compare:
+        is_own = bool(there) and _is_own_table(args.out / "table.json")
+    else:
+        is_own = is_own_zip(args.out / "pred.zip")
+    if there and not is_own:
+        raise ValueError(f"--out {args.out}: {there[0]} is there already and was not written by this version "
+                         "of evaluate.py: choose another folder")
+
+
+def _is_own_table(path):
+    """True for a table.json of --compare."""
+    try:
+        table = read_json(path)
+    except (ValueError, OSError):
+        return False
+    rows = table.values() if isinstance(table, dict) else [None]
+    return all(isinstance(row, dict) and "pa_mpjpe_mm" in row for row in rows)
 
 
 def predict_with_checkpoint(args, index, arrays, definition):
@@ -481,7 +506,7 @@ def main(argv=None):
         (folder / "scores.txt").write_text("".join(f"{key}: {value:f}\n" for key, value in scores.items()))
         write_predictions(folder, *pred, protocol, index)
         page = report(index, arrays["f"], pred, labels, errors, baseline, table, facts)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")  # odd names
     print(text_table(COLUMNS, table_rows(table, protocol)))
     print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
     headline = [f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table]

@@ -826,7 +826,9 @@ def _numbers(mapping, name, shape, path):
 
 def _in_parallel(function, items, workers, description):
     """[function(item)] by `workers` processes (0: one a core), in order, with a bar."""
-    workers = min(workers or os.cpu_count(), max(1, len(items) // 64))
+    # A container or a queue may lend fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, max(1, len(items) // 64))
     if workers == 1:
         return [function(item) for item in tqdm(items, desc=description, leave=False)]
     with ProcessPoolExecutor(workers) as pool:

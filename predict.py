@@ -2,8 +2,11 @@
 
 Without --boxes every photograph is one crop, which a hand fills. With --boxes there may be any number of
 hands in photographs of any size. The file is a CSV with the header image,x0,y0,x1,y1[,side]: tight boxes in
-pixels, `image` as on the command line or its bare name. Any detector will do. Left hands are mirrored for the
-network and mirrored back.
+pixels, `image` as on the command line or relative to the folder given there (for a photograph its bare name).
+Any detector will do. Left hands are mirrored for the network and mirrored back.
+
+A file in --out that this command did not write is never overwritten. Its own results and indices below a
+folder are no photographs.
 
 NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z forward):
 
@@ -19,14 +22,20 @@ NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z 
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from data import CONTEXT, canvas_size, crop_canvas, list_images, read_boxes, read_image, square, whole_box
-from draw import overlay, save_image
+from data import (
+    CONTEXT, OVERLAY, canvas_size, counts_text, cut_canvas, image_size, is_overlay, list_images, match_boxes,
+    read_boxes, read_image, square, whole_box,
+)
+from draw import overlay
 from mano import (
     Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective,
 )
@@ -37,46 +46,113 @@ from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
 
+OBJ_MARK = "# hand by predict.py"  # first line of its .obj
+KEYS = {"vertices", "joints", "rotmats", "betas", "camera", "crop", "side", "translation", "focal"}  # .npz
+
+
+# ------------------------------------------------------------------------------------------ what is asked for
+def find_images(paths, out):
+    """[(photograph, folder it is named in)] of the photographs and folders on the command line, each once.
+
+    What lies in `out`, indices and results below a folder are left out; what was not taken is printed."""
+    images = []
+    for path in paths:
+        left_out = Counter()
+        below = list_images(path, skip=out, left_out=left_out) if path.is_dir() else [path]
+        folder = path if path.is_dir() else path.parent
+        if path.is_dir() and not below:
+            raise ValueError(f"{path}: no image in this folder ({counts_text(left_out) or 'it is empty'})")
+        if counts_text(left_out):
+            print(f"{path}: not taken: {counts_text(left_out)}")
+        images += [(image, folder) for image in below]
+    return list({os.path.abspath(image): (image, folder) for image, folder in images}.values())
+
+
 def find_hands(images, boxes_path, side):
     """[(path, box, side, name)] of every hand asked for; box None without a file of boxes. Names are unique.
 
-    Photographs without a box are left out, which is printed. ValueError where none has one.
+    images: of find_images. side: where the file does not say it. Photographs without a box are left out,
+    which is printed, as are names in the file without a photograph. ValueError where none has a box.
     """
-    boxes = read_boxes(boxes_path) if boxes_path else None
+    asked = [[(None, side)]] * len(images)
+    without_image = []
+    if boxes_path:
+        asked, without_image = match_boxes(read_boxes(boxes_path), images, boxes_path)
     hands = []
     names = set()
-    without = []
-    for path in images:
-        found = [(None, side)] if boxes is None else boxes.get(str(path), boxes.get(path.name, []))
-        if not found:
-            without.append(path)
+    for (path, _), found in zip(images, asked, strict=True):
         for box, box_side in found:
             name = path.stem
             number = 1
-            while name in names:
+            while name.casefold() in names:  # some file systems take A.png for a.png
                 number += 1
                 name = f"{path.stem}_{number}"
-            names.add(name)
-            hands.append((path, box, box_side, name))
+            names.add(name.casefold())
+            hands.append((path, box, box_side or side, name))
     if not hands:
-        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs "
-                         f"(the first is {images[0]})")
-    if without:
-        print(f"without a line in {boxes_path} and left out: {len(without)} photographs "
-              f"(the first is {without[0]})")
+        first = next(iter(without_image), "missing")
+        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs (the first "
+                         f"is {images[0][0]}; the first in the file is {first})")
+    without_box = [path for (path, _), found in zip(images, asked, strict=True) if not found]
+    if without_box:
+        print(f"{boxes_path}: photographs without a line, left out: {len(without_box)} (the first is "
+              f"{without_box[0]})")
+    if without_image:
+        print(f"{boxes_path}: names without a photograph: {len(without_image)} (the first is "
+              f"{without_image[0]})")
     return hands
 
 
+def refuse_others_files(hands, folder):
+    """ValueError where a result would replace a file that this command did not write, or an input."""
+    inputs = {os.path.realpath(path) for path, *_ in hands}
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    for *_, name in hands:
+        for file in (folder / f"{name}{suffix}" for suffix in (".obj", ".npz", ".png")):
+            if file.name in there and (os.path.realpath(file) in inputs or not is_result(file)):
+                raise ValueError(f"--out {folder}: {file.name} is there already and was not written by this "
+                                 "version of predict.py: choose another folder")
+
+
+def is_result(path):
+    """True for a file that this command wrote."""
+    try:
+        if path.suffix == ".obj":
+            with open(path, errors="replace") as file:
+                return file.read(len(OBJ_MARK)) == OBJ_MARK
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return set(file.files) == KEYS
+        return is_overlay(path)
+    except Exception:  # zipfile and numpy raise a dozen types for what is no .npz
+        return False
+
+
+# ---------------------------------------------------------------------------------------- prediction, drawing
 def read_hand(path, box, side, box_scale, size):
-    """A photograph (H,W,3) u8, its crop (centre x, y, side; pixels) and canvas (3,S,S) u8, mirrored
+    """(width, height) of a photograph, its crop (centre x, y, side; pixels) and canvas (3,S,S) u8, mirrored
     for a left hand. box None: the crop is the whole photograph. size: of the views, in pixels."""
-    image, _ = read_image(path)
+    photograph_size = image_size(path)
     if box is None:
-        box = whole_box(image.size, box_scale)
-    canvas, _ = crop_canvas(image, *square(box, CONTEXT), canvas_size(size))
+        box = whole_box(photograph_size, box_scale)
+    canvas, _ = cut_canvas(path, box, CONTEXT, canvas_size(size))
     if side == "left":
         canvas = canvas[:, ::-1]
-    return np.asarray(image), square(box, box_scale), canvas.transpose(2, 0, 1)
+    return photograph_size, square(box, box_scale), canvas.transpose(2, 0, 1)
+
+
+class Photographs:
+    """Reads photographs (H,W,3) u8 for drawing, and keeps the last: hands of one photograph follow each
+    other, and a large one takes hundreds of megabytes."""
+
+    path = image = None
+
+    def read(self, path):
+        if path != self.path:
+            self.path = self.image = None  # freed before the next is decoded
+            self.image = np.asarray(read_image(path)[0])
+            self.path = path
+        return self.image
 
 
 @torch.no_grad()
@@ -135,7 +211,10 @@ def write_hand(folder, name, hand, image, faces):
         part = Path(part)
         write_obj(part / f"{name}.obj", hand["vertices"], faces)
         np.savez(part / f"{name}.npz", **hand)
-        save_image(part / f"{name}.png", draw_hand(image, hand, faces))
+        mark = PngInfo()
+        mark.add_text("Software", OVERLAY)
+        drawn = Image.fromarray(draw_hand(image, hand, faces))
+        drawn.save(part / f"{name}.png", pnginfo=mark)
         for file in part.iterdir():
             os.replace(file, folder / file.name)
 
@@ -144,7 +223,7 @@ def write_obj(path, vertices, faces):
     """Wavefront OBJ in metres; y and z point up and towards the viewer there, so both change sign."""
     points = [f"v {x:.6f} {-y:.6f} {-z:.6f}" for x, y, z in vertices]
     triangles = [f"f {a} {b} {c}" for a, b, c in faces + 1]
-    path.write_text("\n".join(points + triangles) + "\n")
+    path.write_text("\n".join([OBJ_MARK, *points, *triangles]) + "\n")
 
 
 def flags():
@@ -176,6 +255,11 @@ def load_network(path, mano, device):
     return load_mesh(state, Mano(arrays)).to(device), state["box_scale"], arrays
 
 
+def _named(error, path):
+    """What an error says, with the name of the photograph."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
 def main(argv=None):
     args = flags().parse_args(argv)
     if args.batch_size < 1 or not (args.focal is None or args.focal > 0):
@@ -183,34 +267,35 @@ def main(argv=None):
     runtime = setup(args, alone=True)
     net, box_scale, arrays = load_network(args.checkpoint, args.mano, runtime.device)
     faces = net.head.hand.faces.cpu().numpy()
-    images = []
-    for path in args.images:
-        images += list_images(path) if path.is_dir() else [path]
-    if not images:
-        raise ValueError(f"{args.images[0]}: no image in this folder")
-    hands = find_hands(images, args.boxes, args.side)
+    hands = find_hands(find_images(args.images, args.out), args.boxes, args.side)
+    refuse_others_files(hands, args.out)
     is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
 
     failures = []
+    photographs = Photographs()
     bar = tqdm(total=len(hands), unit="hand")
     for start in range(0, len(hands), args.batch_size):
         some_hands = hands[start:start + args.batch_size]
         batch = []
-        for path, box, side, name in some_hands:
+        for hand in some_hands:
+            path, box, side, _ = hand
             try:
-                image, crop, canvas = read_hand(path, box, side, box_scale, net.encoder.config["image_size"])
-                batch.append((name, side, image, crop, canvas))
+                batch.append((hand, *read_hand(path, box, side, box_scale, net.encoder.config["image_size"])))
             except (ValueError, OSError) as error:
-                failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+                failures.append(_named(error, path))
         if batch:
             canvases = torch.from_numpy(np.stack([canvas for *_, canvas in batch]))
             estimates = estimate_hands(net, canvases, box_scale, arrays, runtime)
-        for i, (name, side, image, crop, _) in enumerate(batch):
-            height, width = image.shape[:2]
+        for i, ((path, _, side, name), photograph_size, crop, _) in enumerate(batch):
             estimate = {key: value[i] for key, value in estimates.items()}
-            hand = place_hand(estimate, (width, height), crop, side, args.focal or max(width, height))
-            write_hand(args.out, name, hand, image, faces)
+            hand = place_hand(estimate, photograph_size, crop, side, args.focal or max(photograph_size))
+            try:
+                photograph = photographs.read(path)
+            except (ValueError, OSError) as error:
+                failures.append(_named(error, path))
+                continue
+            write_hand(args.out, name, hand, photograph, faces)
         bar.update(len(some_hands))
     bar.close()
     if is_new and len(failures) == len(hands):

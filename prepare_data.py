@@ -33,6 +33,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,13 @@ from data import (
     LABEL_COLUMNS,
     PAIRS_FORMAT,
     HandIndex,
+    counts_text,
     crop_canvas,
     crop_mask,
     image_size,
     index_fingerprint,
     list_images,
+    match_boxes,
     pack_files,
     read_boxes,
     read_image,
@@ -61,7 +64,9 @@ from draw import draw_joints, grid, save_image
 from mano import Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
 from runtime import barrier, finish, parser, run, setup
 from saving import read_json, save_arrays, staged_folder, write_atomically
-from video import SMALLEST, cut_hand, list_videos, mediapipe_detector, read_detections, read_frames
+from video import (
+    SMALLEST, cut_hand, frame_key, list_videos, mediapipe_detector, read_detections, read_frames,
+)
 
 BOX_SCALE = 1.3  # the usual view of a box: finetune_mesh.py's default
 CROP = 256  # longest side of a hand cut out of a frame, pixels
@@ -155,34 +160,43 @@ def from_folder(root, args):
     """Every image below ROOT that opens, with its hands of --boxes or as a whole."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    if args.boxes and args.side != "right":
-        raise ValueError("--side does nothing with --boxes, where the column side says it: leave it out")
-    paths = [path.relative_to(root).as_posix() for path in list_images(root)]
-    boxes = read_boxes(args.boxes) if args.boxes else {}
-    if args.boxes and not set(boxes) & set(paths):
-        raise ValueError(f"{args.boxes}: no image below {root} has a box; names are relative to ROOT, as "
-                         f"{next(iter(paths), '-')}, and here {next(iter(boxes), 'there is none')}")
+    left_out = Counter()
+    images = list_images(root, skip=args.out, left_out=left_out)
+    _print_left_out(root, left_out)
+    paths = [path.relative_to(root).as_posix() for path in images]
+    without_image = []
+    if args.boxes:
+        boxes = read_boxes(args.boxes)
+        hands_of, without_image = match_boxes(boxes, [(path, root) for path in images], args.boxes)
+        if not any(hands_of):
+            raise ValueError(f"{args.boxes}: no image below {root} has a box; names are relative to ROOT, as "
+                             f"{next(iter(paths), '-')}, and here {next(iter(boxes), 'there is none')}")
     folders = sorted({os.path.dirname(path) for path in paths})
     video_of_folder = {folder: video for video, folder in enumerate(folders)}
     rows = []
-    without_image = sorted(set(boxes) - set(paths))
     dropped = {"not a readable image": [], "no box": [], "box without an image": without_image}
-    for path in tqdm(paths, desc="images", leave=False):
+    for number, path in enumerate(tqdm(paths, desc="images", leave=False)):
         try:
             size = image_size(root / path)
         except ValueError as error:
             dropped["not a readable image"].append(str(error))
             continue
-        hands = boxes.get(path, []) if args.boxes else [(whole_box(size, BOX_SCALE), args.side)]
+        hands = hands_of[number] if args.boxes else [(whole_box(size, BOX_SCALE), None)]
         if not hands:
             dropped["no box"].append(path)
         video = video_of_folder[os.path.dirname(path)] if len(folders) > 1 else -1
         for box, side in hands:
-            rows.append({"image": os.fsencode(path), "box": box, "size": size, "side": side == "left"})
+            rows.append({"image": os.fsencode(path), "box": box, "size": size})
+            rows[-1]["side"] = (side or args.side) == "left"
             rows[-1]["video"] = video
     if not rows:
         raise ValueError(f"{root}: no readable image with a hand ({_counts(dropped)})")
     return drop_uncroppable(_columns(rows), {"name": root.name}, root, dropped)
+
+
+def _print_left_out(root, left_out):
+    if counts_text(left_out):
+        print(f"{root}: not taken: {counts_text(left_out)}")
 
 
 def _columns(rows):
@@ -193,9 +207,13 @@ def _columns(rows):
 # ------------------------------------------------------------------------------- hands cut out of many frames
 def from_videos(root, args):
     """Hands of the videos and folders of frames below ROOT, cut out."""
+    typed = root
     root = root.resolve()
     detections = read_detections(args.detections) if args.detections else None
-    paths = list_videos(root, skip=args.out.resolve())
+    left_out = Counter()
+    paths = list_videos(root, skip=args.out, left_out=left_out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_left_out(root, left_out)
     detector = mediapipe_detector() if detections is None else None
 
     def frames_with_hands(path, video):
@@ -205,7 +223,9 @@ def from_videos(root, args):
             elif detections is None:
                 yield name, frame, detector(frame)
             else:
-                yield name, frame, detections.get(f"{video}/{name}".removeprefix("./"), [])
+                below = frame_key(f"{video}/{name}")
+                as_typed = frame_key(f"{typed}/{below}")
+                yield name, frame, detections.get(below) or detections.get(as_typed, [])
 
     videos = {}
     for path in paths:
@@ -430,9 +450,9 @@ def flags():
     cli.add_argument("--skip-missing", action="store_true",
                      help="freihand: leave out labels whose image is missing, instead of refusing")
     cli.add_argument("--boxes", type=Path,
-                     help="folder: CSV image,x0,y0,x1,y1[,side], pixels, image relative to ROOT")
+                     help="folder: CSV image,x0,y0,x1,y1[,side], pixels, image relative to ROOT or with ROOT")
     cli.add_argument("--side", default="right", choices=["right", "left"],
-                     help="folder: side of all hands without --boxes (default right)")
+                     help="folder: side of the hands where --boxes does not say (default right)")
     cli.add_argument("--every", type=int, default=30,
                      help="video: frames from one that is read to the next (default 30, as SiMHand)")
     cli.add_argument("--detections", type=Path,
@@ -459,8 +479,10 @@ def check_flags(cli, args):
         raise ValueError("--every must be at least 1")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
-    usable = args.out.is_dir() and (args.kind in ("video", "hand100m") or not any(args.out.iterdir()))
-    if args.out.exists() and not usable:
+    content = {path.name for path in args.out.iterdir()} if args.out.is_dir() else {"a file"}
+    begun = args.kind in ("video", "hand100m") and (
+        content == {"parts"} or (args.out / "parts" / "job.json").is_file())
+    if args.out.exists() and content and not begun:
         raise ValueError(f"--out {args.out}: there are files already; choose another folder")
 
 

@@ -16,21 +16,22 @@ Prints a table and writes DIR/metrics.json. A run that fails writes nothing.
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (CONTEXT, HandDataset, HandIndex, canvas_size, image_size, list_images, make_loader,
-                  refuse_unread, whole_box, write_index)
+from data import (CONTEXT, HandDataset, HandIndex, canvas_size, counts_text, image_size, index_fingerprint,
+                  list_images, make_loader, refuse_unread, whole_box, write_index)
 from mano import mean_hand, read_mano
 from metrics import procrustes
 from model import build_encoder, load_encoder
 from probing import (PROBE_HANDS, PROBE_WINDOW, encode, hand_groups, leave_one_out, mean_distance_mm,
                      probe_pose, split_groups, spread_rows)
 from runtime import add_device_flags, check_ranges, parser, run, setup
-from saving import staged_folder, text_table
+from saving import read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
@@ -48,11 +49,14 @@ def _open_data(path, folder):
 
 def _index_class_folders(path, folder):
     """An index of the images in the sub-folders of `path`, written to `folder`. Each image is one hand."""
-    images = list_images(path) if Path(path).is_dir() else []
+    left_out = Counter()
+    images = list_images(path, left_out=left_out) if Path(path).is_dir() else []
     if len({image.parent for image in images}) < 2:
         raise ValueError(f"--data {path}: neither an index nor a folder of class sub-folders with images")
     columns = {"image": np.array([os.fsencode(image.relative_to(path)) for image in images]),
                "box": [whole_box(image_size(image), PROBE_WINDOW) for image in images]}
+    if counts_text(left_out):
+        print(f"{path}: not taken: {counts_text(left_out)}")
     index_path = Path(folder) / "index"
     write_index(index_path, columns, {"name": Path(path).name}, root=Path(path).resolve())
     return HandIndex(index_path)
@@ -64,7 +68,10 @@ def _open_train(path, index):
     if not set(LABELS) <= set(train.columns):
         raise ValueError(f"--train {path}: no labels `joints` and `joints2d`")
     definitions = {hands.meta.get("joints", "freihand") for hands in (train, index)}
-    if train.image_path(0).resolve() == index.image_path(0).resolve() or len(definitions) > 1:
+    first = [hands.image_path(0).resolve() for hands in (train, index)]
+    # The same hands in another folder, such as a packed index.
+    fingerprints = [index_fingerprint([hands.columns], "joints2d") for hands in (train, index)]
+    if first[0] == first[1] or fingerprints[0] == fingerprints[1] or len(definitions) > 1:
         raise ValueError(f"--train {path}: the hands of --data themselves, or joints of another definition")
     return train
 
@@ -200,10 +207,23 @@ def flags():
     return cli
 
 
+def _is_own(path):
+    """True for a metrics.json of this command."""
+    try:
+        table = read_json(path)
+    except (ValueError, OSError):
+        return False
+    return isinstance(table, dict) and any(key.startswith("probe_both_") for key in table)
+
+
 def main(argv=None):
     args = flags().parse_args(argv)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
+    metrics = args.out / "metrics.json"
+    if metrics.exists() and not _is_own(metrics):
+        raise ValueError(f"--out {args.out}: metrics.json is there already and was not written by probe.py: "
+                         "choose another folder")
     check_ranges(args, {"image_size": (16, 4096), "batch_size": (1, 65536)})
     runtime = setup(args, alone=True)
     networks = make_networks(args.encoder, args.image_size)

@@ -36,6 +36,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import json
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -47,6 +48,9 @@ OPENGL = np.array([1.0, -1.0, -1.0])  # OpenCV's camera axes to HO-3D's, and bac
 # mano.py has the same table, and a test holds them equal.
 MANO_TO_FREIHAND = [0, 13, 14, 15, 16, 1, 2, 3, 17, 4, 5, 6, 18, 10, 11, 12, 19, 7, 8, 9, 20]
 FREIHAND_TO_MANO = [MANO_TO_FREIHAND.index(i) for i in range(21)]
+ZIP_MARK = b"hands, predictions of evaluate.py"  # comment of every pred.zip that is written here
+HAND_BYTES = 100_000  # most of a hand in a JSON file: 799 points of three numbers of 40 digits
+HAND_VALUES = 4000  # most values of a hand there, lists counted
 # FreiHAND's joint at each place of AssemblyHands' order: tip first in each finger, the wrist last.
 TIP_FIRST = [4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17, 0]
 
@@ -60,7 +64,8 @@ def read_predictions(path: Path | str, index, protocol: str) -> tuple[np.ndarray
     suffix = Path(path).suffix
     if protocol == "dexycb" and suffix not in (".json", ".zip"):
         return _read_dexycb(path, index), None
-    content = _read_zipped(path) if suffix == ".zip" else _read_json(path)
+    frames = sum(map(len, index.meta.get("sequences", {}).values()))
+    content = _read_json(path, hands=max(len(index), index.meta.get("frames", 0), frames))
     if protocol == "assemblyhands" and isinstance(content, dict):
         return _read_world(path, content, index), None
     if not isinstance(content, list) or len(content) not in (1, 2):
@@ -98,25 +103,48 @@ def _as_array(nested):
         return None
 
 
-def _read_json(path):
+def _read_json(path, hands=math.inf):
+    """The JSON in a file, or in the pred.json of a .zip; ValueError or OSError that names the file.
+
+    hands: as many as it may hold. Much more is refused unread: a few kilobytes of a .zip can unpack to
+    gigabytes, and a byte of JSON can take thirty in memory."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        text = _read_zipped(path, hands) if Path(path).suffix == ".zip" else _read_bytes(path, hands)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, where a JSON file is needed") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    values = sum(map(text.count, (b",", b"[", b"{")))
+    if values > HAND_VALUES * (hands + 10):
+        raise ValueError(f"{path}: {values} values, far more than predictions of {hands} hands are")
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from None
 
 
-def _read_zipped(path):
-    """The JSON of pred.json in a pred.zip."""
+def _read_bytes(path, hands):
+    _refuse_large(path, os.path.getsize(path), hands)
+    return Path(path).read_bytes()
+
+
+def _read_zipped(path, hands):
+    """The bytes of pred.json in a pred.zip."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("pred.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: no zipped pred.json ({error})") from None
+            size = archive.getinfo("pred.json").file_size  # what is read never exceeds it
+            content = archive.read("pred.json") if size <= HAND_BYTES * (hands + 10) else b""
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile raises a dozen types
+        raise ValueError(f"{path}: no zipped pred.json ({type(error).__name__}: {error})") from None
+    _refuse_large(path, size, hands)
+    return content
+
+
+def _refuse_large(path, size, hands):
+    if size > HAND_BYTES * (hands + 10):
+        raise ValueError(f"{path}: {size / 1e6:.0f} MB, far more than predictions of {hands} hands are")
 
 
 def _read_dexycb(path, index):
@@ -201,6 +229,16 @@ def write_predictions(folder: Path, joints: np.ndarray, vertices: np.ndarray | N
         file.write("]")
     with zipfile.ZipFile(folder / "pred.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(folder / "pred.json", "pred.json")
+        archive.comment = ZIP_MARK
+
+
+def is_own_zip(path: Path | str) -> bool:
+    """True for a pred.zip that write_predictions wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == ZIP_MARK
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _write_points(file, points, rows, entries):

@@ -27,6 +27,9 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import csv
 import os
+import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,50 +37,79 @@ import numpy as np
 from PIL import Image, ImageOps
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+MOST_LOST = 10_000  # frames in a row that cannot be read: a header may declare any number
 SMALLEST = 8  # pixels of a hand or a crop below which cut_hand gives none
 
 
 # ---------------------------------------------------------------------------------------------------- frames
-def list_videos(root: Path | str, skip: Path | str | None = None) -> list[Path]:
+def list_videos(root: Path | str, skip: Path | str | None = None,
+                left_out: Counter | None = None) -> list[Path]:
     """The video files anywhere below `root`, sorted, then the folders that hold images, sorted.
 
-    skip: a folder below root to leave out, such as the one that is written to. FileNotFoundError where there
-    is no such folder, or neither a video nor an image in it.
+    Links to folders are followed, and no folder is taken twice. Left out: what begins with a dot, the folder
+    `skip`, such as the one that is written to, and indices (index.json). left_out: counts what was not taken,
+    by suffix or kind. FileNotFoundError where there is no such folder, or neither a video nor an image in it.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
+    left_out = Counter() if left_out is None else left_out
     videos = []
     folders = []
-    _find_videos(str(root), None if skip is None else str(skip), videos, folders)
+    top = os.path.realpath(root)
+    seen = {top} if skip is None else {top, os.path.realpath(skip)}
+    _find_videos(str(root), top, seen, videos, folders, left_out)
     if not videos and not folders:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
-        raise FileNotFoundError(f"{root}: no video ({suffixes}) and no folder of frames below it")
+        there = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        raise FileNotFoundError(f"{root}: no video ({suffixes}) and no folder of frames below it "
+                                f"({there or 'it is empty'})")
     return sorted(map(Path, videos)) + sorted(map(Path, folders))
 
 
-def _find_videos(folder, skip, videos, folders):
-    """Appends the video files below a folder, and the folders that hold images. No list of frames is kept."""
+def _find_videos(folder, top, seen, videos, folders, left_out):
+    """Appends the video files below a folder, and the folders that hold images. No list of frames is kept.
+
+    top: the real path of the first folder; seen: those of all."""
     below = []
+    others = Counter()
     has_image = False
+    is_index = False
+    found = []
     try:
         with os.scandir(folder) as entries:  # it tells files from folders without a look at each
             for entry in entries:
                 suffix = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(entry.path)
-                elif suffix in VIDEO_SUFFIXES and entry.is_file():
-                    videos.append(entry.path)
-                elif not has_image and suffix in IMAGE_SUFFIXES:
-                    has_image = entry.is_file()
+                is_index = is_index or entry.name == "index.json"
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    below.append(entry)
+                elif not entry.is_file():
+                    others["links that lead nowhere"] += entry.is_symlink()
+                elif suffix in VIDEO_SUFFIXES:
+                    found.append(entry.path)
+                elif suffix in IMAGE_SUFFIXES:
+                    has_image = True
+                else:
+                    others[suffix or "without a suffix"] += 1
     except PermissionError:  # such as lost+found
+        left_out["folders that may not be read"] += 1
         return
+    if is_index and os.path.realpath(folder) != top:
+        left_out["indices"] += 1
+        return
+    left_out.update(others)
+    videos += found
     if has_image:
         folders.append(folder)
-    for path in below:
-        if path != skip:
-            _find_videos(path, skip, videos, folders)
+    for entry in sorted(below, key=lambda entry: entry.name):
+        real = os.path.realpath(entry.path)
+        is_inside = entry.is_symlink() and real.startswith(top + os.sep)  # taken in its own place
+        if real not in seen and not is_inside:
+            seen.add(real)
+            _find_videos(entry.path, top, seen, videos, folders, left_out)
 
 
 def read_rgb(path: Path | str) -> Image.Image:
@@ -91,8 +123,10 @@ def read_frames(path: Path | str, every: int = 1,
     """Yields (name, frame) for one frame in `every` of a video file or a folder of frames.
 
     name: the file's name in a folder, else the frame's number with six digits. frame: an RGB image, or None
-    for a frame that cannot be read. read_image decodes the files of a folder; it raises OSError or ValueError
-    for one that it cannot read. ValueError where a video file needs OpenCV and there is none.
+    for a frame that cannot be read. A video is read on to the end that it declares; where frames are missing,
+    the last name says how many there were, as "only 7 of 20 frames", with None. read_image decodes the files
+    of a folder; it raises OSError or ValueError for one that it cannot read. ValueError where a video file
+    needs OpenCV and there is none.
     """
     path = Path(path)
     if path.is_dir():
@@ -102,7 +136,7 @@ def read_frames(path: Path | str, every: int = 1,
 
 def _frames_of_folder(folder, every, read_image):
     names = sorted(name for name in os.listdir(folder)
-                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."))
     for name in names[::every]:
         try:
             frame = read_image(folder / name)
@@ -118,16 +152,26 @@ def _frames_of_video(path, every):
         raise ValueError(f"{path}: a video file needs OpenCV, which is in requirements-video.txt; or extract "
                          "its frames into a folder") from None
     video = cv2.VideoCapture(str(path))
-    number = 0
-    while video.grab():
-        if number % every == 0:
-            readable, pixels = video.retrieve()
-            frame = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)) if readable else None
-            yield f"{number:06d}", frame
+    declared = int(max(0, min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))  # 0: not said
+    number = 0  # of the next frame
+    read = 0
+    lost = 0  # frames in a row
+    while lost < MOST_LOST:
+        if video.grab():
+            read += 1
+            lost = 0
+            if number % every == 0:
+                readable, pixels = video.retrieve()
+                frame = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)) if readable else None
+                yield f"{number:06d}", frame
+        elif number >= declared:
+            break
+        else:
+            lost += 1
         number += 1
     video.release()
-    if number == 0:
-        yield "no frame", None
+    if read < declared or read == 0:
+        yield f"only {read} of {declared} frames", None
 
 
 # ----------------------------------------------------------------------------------------------------- hands
@@ -201,7 +245,9 @@ def mediapipe_detector(least: float = 0.5) -> Callable[[Image.Image], list[dict]
 def read_detections(path: Path | str) -> dict[str, list[dict]]:
     """The hands that any detector wrote into a file, as {frame: [hand, ...]}.
 
-    A frame is called VIDEO/NAME below the folder of the videos; NAME is as read_frames gives it.
+    A frame is called VIDEO/NAME below the folder of the videos; NAME is as read_frames gives it. Names have
+    composed letters (frame_key). The header of a .csv is read without case and blanks; a line on stderr names
+    columns that are not known.
 
       .npz   image (M,), side (M,) "right" or "left", keypoints (M,21,2) pixels, score (M,) or (M,21)
       .csv   the header image,side,score,x0,y0,...,x20,y20; a point is not seen where a cell is NaN or empty
@@ -225,13 +271,18 @@ def read_detections(path: Path | str) -> dict[str, list[dict]]:
     scores = np.where(missing, 0, scores)
     hands = {}
     for entry, image in enumerate(images):
-        side = sides[entry].lower()
+        side = sides[entry].strip().lower()
         finite = (np.abs(keypoints[entry]) < 1e6).all() and np.isfinite(scores[entry]).all()
         if side not in ("left", "right") or not finite:
             raise ValueError(f"{path}: entry {entry} needs side right or left, and finite numbers")
         hand = {"side": side, "keypoints": keypoints[entry], "score": scores[entry]}
-        hands.setdefault(image, []).append(hand)
+        hands.setdefault(frame_key(image), []).append(hand)
     return hands
+
+
+def frame_key(name: str) -> str:
+    """A frame's name without ./ and blanks around it, with composed letters (NFC; macOS parts them)."""
+    return unicodedata.normalize("NFC", name.strip().replace(os.sep, "/").removeprefix("./"))
 
 
 def _read_npz(path):
@@ -249,7 +300,14 @@ def _read_csv(path):
         cells += [f"x{point}", f"y{point}"]
     images, sides, numbers = [], [], []
     with open(path, newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        header = [name.strip().lower() for name in reader.fieldnames or ()]
+        needed = {"image", "side", *cells}
+        unknown = sorted(set(header) - needed)
+        if unknown and needed <= set(header):
+            print(f"warning: {path}: not read: column {', '.join(unknown)}", file=sys.stderr)
+        reader.fieldnames = header
+        for row in reader:
             images.append(row["image"])
             sides.append(row["side"])
             numbers.append(np.array([row[cell] or "nan" for cell in cells], np.float32))

@@ -194,7 +194,7 @@ def test_photographs_are_turned_upright_and_large_jpegs_shrink_while_decoding(tm
 
 
 def test_images_are_listed_in_the_order_of_paths(tmp_path):
-    """Folders before files that continue their name, as paths compare; linked folders are not entered."""
+    """Folders before files that continue their name, as paths compare; a link to one of them adds nothing."""
     for name in ("a/2.png", "a/10.JPG", "a-b/1.png", "a.png", "b/c/1.webp", "b.d/1.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

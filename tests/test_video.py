@@ -91,6 +91,9 @@ def test_a_video_file_gives_its_frames_by_number(tmp_path, monkeypatch):
         def __init__(self, path):
             self.number = -1
 
+        def get(self, what):
+            return 5
+
         def grab(self):
             self.number += 1
             return self.number < 5
@@ -103,6 +106,7 @@ def test_a_video_file_gives_its_frames_by_number(tmp_path, monkeypatch):
 
     cv2 = ModuleType("cv2")
     cv2.VideoCapture = Capture
+    cv2.CAP_PROP_FRAME_COUNT = 7
     cv2.COLOR_BGR2RGB = "bgr to rgb"
     cv2.cvtColor = lambda pixels, code: pixels[..., ::-1]
     monkeypatch.setitem(sys.modules, "cv2", cv2)
