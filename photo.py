@@ -2,7 +2,8 @@
 
 Nothing here knows about hands. Colours of lights and surfaces are linear RGB, those of pictures sRGB 0..1.
 Pictures and lists of pixels are float32 and have their channels first, which numpy handles several times
-faster. The rasteriser is an argument: `draw.rasterise`, or any other that returns the same. The recipe is ours.
+faster. The rasteriser is an argument: `draw.rasterise`, or any other that returns the same. The recipe is
+ours.
 
 Example::
 
@@ -421,8 +422,8 @@ def photograph(rng: np.random.Generator, camera: Camera, light: Light, backgroun
                layer: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """The layer over its background, as a camera with faults sees it: exposure, blur, noise.
 
-    background: of `random_background`; layer (4, size, size): of `illuminate`; motion (2,): x, y along which a
-    picture is blurred now and then. Returns (size, size, 3) uint8.
+    background: of `random_background`; layer (4, size, size): of `illuminate`; motion (2,): x, y along which
+    a picture is blurred now and then. Returns (size, size, 3) uint8.
     """
     size = layer.shape[1]
     row, column = (rng.uniform(0.35, 0.65, 2) * (background.shape[1] - size)).astype(int)
