@@ -697,7 +697,8 @@ def test_unknown_joints_cost_nothing_and_the_rest_is_averaged():
     wild = target | {"joints": torch.where(known[..., None] > 0, true, 1e3)}
     losses = []
     for batch in (target, wild):
-        by_source = defined_joints(output, batch, ARRAYS, ["freihand", "ho3d"])
+        sources = {"freihand": torch.tensor([True, False]), "ho3d": torch.tensor([False, True])}
+        by_source = defined_joints(output, batch, ARRAYS, sources)
         named = mesh_losses([output], [by_source], batch)
         losses.append({name: float(value) for name, value in named.items()})
     assert losses[0] == pytest.approx(losses[1])
