@@ -37,6 +37,7 @@ FIRST_LEAVES = 32  # leaves of the first product; each next one has four times a
 MOST_LEAVES = 512  # leaves of a product: its result stays in the cache
 SMALLEST = 1e-3  # a hand whose points lie closer than this has no shape
 ROUNDING = 1e-5  # of float32 products, relative to the squared lengths that go into them
+TWIN = 1e-6  # distance of two hands below which they are one picture
 BLANK = 255  # grey of the tile of a neighbour that does not exist
 
 
@@ -88,7 +89,7 @@ def _parts(array, rows=1 << 16):
 
 # ----------------------------------------------------------------------------------------------------- search
 def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, share=(0, 1), workers=0,
-         progress=False, device="cpu"):
+         progress=False, device="cpu", least_distance=0.0):
     """The nearest hands of other videos: a dict of arrays.
 
     idx (N,K) int32; dist (N,K) float32, the Euclidean distance of (normalise_pose(x) - mean) @ components.T;
@@ -97,7 +98,8 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
 
     source_ids (N,): neighbours come from the same source. share (i, n): answers only for the i-th n-th of the
     hands, which is how several processes divide the work; idx and dist of the others stay -1 and inf.
-    workers: threads, 0 for this process's cores. device: of the products; the answer is the same."""
+    workers: threads, 0 for this process's cores. device: of the products; the answer is the same.
+    least_distance: nearer hands are passed over, because they may be the same picture in another video."""
     keypoints = np.asarray(keypoints)
     videos = np.asarray(video_ids)
     sources = np.zeros(len(keypoints), int) if source_ids is None else np.asarray(source_ids)
@@ -109,23 +111,24 @@ def mine(keypoints, video_ids, neighbours=10, components=14, source_ids=None, sh
     for source in np.unique(sources[is_usable]):
         rows = np.flatnonzero(is_usable & (sources == source))
         found, distance[rows] = nearest_others(x[rows], videos[rows], neighbours, share, workers, progress,
-                                               device)
+                                               device, least_distance)
         idx[rows] = np.where(found >= 0, rows[found], -1)
     return {"idx": idx, "dist": distance, "mean": mean, "components": axes, "explained": explained}
 
 
-def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress=False, device="cpu"):
+def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress=False, device="cpu",
+                   least_distance=0.0):
     """For each of points (N,C) the nearest K = `neighbours` points of another group (N,); exact.
 
     Returns indices (N,K), -1 where there is none, and distances (N,K) float32, inf there; nearest first,
-    equal distances by index. share, workers, progress, device: as in mine.
+    equal distances by index. share, workers, progress, device, least_distance: as in mine.
 
     The points are cut into leaves of points that lie close; consecutive leaves make a cell. Points that lie
     close search together: matrix products with the leaves around, nearest first, until the next leaf is
     farther than every point's worst neighbour. The boxes of the cells tell which leaves can be near at all.
     Products are float32 with a margin for their rounding. Whatever passes is measured again in float64 (ours;
     a k-d tree would first return a video's own frames, which are thousands)."""
-    search = _Search(points, groups, neighbours, torch.device(device))
+    search = _Search(points, groups, neighbours, torch.device(device), least_distance)
     cells = len(search.cell_low)
     todo = range(cells * share[0] // share[1], cells * (share[0] + 1) // share[1])
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
@@ -197,7 +200,8 @@ class _Search:
     """What the threads share: points sorted by leaves, boxes of leaves and of cells, and the answers. Each
     thread fills the answers of its own cells."""
 
-    def __init__(self, points, groups, neighbours, device):
+    def __init__(self, points, groups, neighbours, device, least_distance):
+        self.least = least_distance**2
         self.order = _sort_into_leaves(points)
         self.points = points[self.order]  # (N, C)
         self.groups = groups[self.order]  # (N,)
@@ -275,7 +279,8 @@ class _Search:
         other = other[in_other_group]
         if len(q):
             exact = ((self.points[queries[q]] - self.points[other]) ** 2).sum(1)
-            nearest.add(q, other, exact, self.order)
+            kept = exact >= self.least
+            nearest.add(q[kept], other[kept], exact[kept], self.order)
 
     def _rank_limit(self, square, queries, leaves):
         """(Q,) the K-th smallest of each row of square (Q,R) among points of other groups; inf where there
@@ -283,6 +288,8 @@ class _Search:
         rows = np.minimum(_consecutive(leaves, LEAF, np.inf), len(self.points) - 1)  # (R,)
         same = self.groups[queries][:, None] == self.groups[rows]
         square = square.masked_fill(torch.from_numpy(same).to(square.device), torch.inf)
+        if self.least:
+            square = square.masked_fill(square < self.least + self.margin, torch.inf)
         rank = min(self.found.shape[1], len(rows))
         return square.kthvalue(rank, dim=1).values.cpu().double().numpy()
 
@@ -432,6 +439,10 @@ def _report(indices, points, found, reasons, column, args):
         hands = sum(of_index[reason] for of_index in reasons)
         if hands:
             print(f"left out: {hands} hands {reason}")
+    twins = int((found["dist"][:, 0] < TWIN).sum())
+    if twins:
+        print(f"warning: {twins} hands have a neighbour with the very same points: is a picture in two videos? "
+              "--least-distance .01 passes such neighbours over")
     alone = int((is_used & ~is_paired).sum())
     if alone:
         print(f"{alone} hands have no neighbour: all comparable hands are of their own video")
@@ -459,6 +470,9 @@ def _flags():
                      help="file to write, pairs.npz; pairs.png and distances.png are written beside it")
     cli.add_argument("--neighbours", type=int, default=10,
                      help="neighbours of each hand (default 10; training uses the first)")
+    cli.add_argument("--least-distance", type=float, default=0.0,
+                     help="neighbours that are nearer are passed over (default 0; .01 where pictures come "
+                          "twice, in two videos)")
     cli.add_argument("--components", type=int, default=14,
                      help="components of the PCA, 1 to 42 (default 14, as in the public code)")
     cli.add_argument("--least-score", type=float, default=0.5,
@@ -477,7 +491,7 @@ def _flags():
 
 def main(argv=None):
     args = _flags().parse_args(argv)
-    check_ranges(args, {"neighbours": (1, 1000), "components": (1, 42), "least_score": (0, 1),
+    check_ranges(args, {"neighbours": (1, 1000), "components": (1, 42), "least_score": (0, 1), "least_distance": (0, 1e3),
                         "workers": (0, 1024), "seed": (0, 2**31)})
     if args.out.suffix != ".npz":
         raise ValueError(f"--out {args.out}: must end in .npz")
@@ -493,7 +507,8 @@ def main(argv=None):
     # the same number in two indices is not the same video
     videos = videos.astype(np.int64) * len(indices) + source
     found = mine(points, videos, args.neighbours, args.components, None if args.mix else source,
-                 (runtime.rank, runtime.world), args.workers, runtime.is_main, runtime.device)
+                 (runtime.rank, runtime.world), args.workers, runtime.is_main, runtime.device,
+                 args.least_distance)
     if runtime.world > 1:  # what a process has not answered is -1 and inf
         for name, one_of_all in (("idx", dist.ReduceOp.MAX), ("dist", dist.ReduceOp.MIN)):
             answers = torch.from_numpy(found[name]).to(runtime.device)

@@ -117,6 +117,18 @@ def test_unusable_hands_have_no_neighbours_and_equal_ones_come_by_number():
     assert np.array_equal(np.maximum(halves[0]["idx"], halves[1]["idx"]), found["idx"])
 
 
+def test_the_same_picture_in_two_videos_can_be_passed_over():
+    """Every hand twice. With a least distance its neighbours are brute force's without its copy."""
+    keypoints = np.concatenate([poses(700), poses(700)])
+    video = np.arange(1400) // 20  # a copy is in another video
+    assert (mine(keypoints, video, 3)["dist"][:, 0] == 0).all()
+    found = mine(keypoints, video, 3, least_distance=0.05)
+    x = (normalise_pose(keypoints) - found["mean"]) @ found["components"].T
+    distance = cdist(x, x)
+    distance[(video[:, None] == video) | (distance < 0.05)] = np.inf
+    assert np.abs(np.sort(distance, 1)[:, :3] - found["dist"]).max() < 1e-6
+
+
 def test_components_are_those_of_the_svd():
     x = normalise_pose(poses(400))
     _, axes, explained = mine_pairs.principal(poses(400), 14)
