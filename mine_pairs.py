@@ -441,8 +441,8 @@ def _report(indices, points, found, reasons, column, args):
             print(f"left out: {hands} hands {reason}")
     twins = int((found["dist"][:, 0] < TWIN).sum())
     if twins:
-        print(f"warning: {twins} hands have a neighbour with the very same points: is a picture in two videos? "
-              "--least-distance .01 passes such neighbours over")
+        print(f"warning: {twins} hands have a neighbour with the very same points. Is a picture in two "
+              "videos? --least-distance .01 passes such neighbours over")
     alone = int((is_used & ~is_paired).sum())
     if alone:
         print(f"{alone} hands have no neighbour: all comparable hands are of their own video")
@@ -491,8 +491,8 @@ def _flags():
 
 def main(argv=None):
     args = _flags().parse_args(argv)
-    check_ranges(args, {"neighbours": (1, 1000), "components": (1, 42), "least_score": (0, 1), "least_distance": (0, 1e3),
-                        "workers": (0, 1024), "seed": (0, 2**31)})
+    check_ranges(args, {"neighbours": (1, 1000), "components": (1, 42), "least_score": (0, 1),
+                        "least_distance": (0, 1e3), "workers": (0, 1024), "seed": (0, 2**31)})
     if args.out.suffix != ".npz":
         raise ValueError(f"--out {args.out}: must end in .npz")
     if args.out.exists():

@@ -421,7 +421,7 @@ class MeshHead(nn.Module):
     hand: callable (rotmats (B,16,3,3), betas (B,10)) -> vertices (B,778,3), joints (B,21,3) in metres, with
     `template` (778,3). channels: of the encoder's map. summary: width of its class token or pooled features,
     which every iteration sees too (ours: pre-training puts the pose there; 0 leaves it out). strides: True
-    for a map of stride 32 (ResNet), which is upsampled once more. hidden: width of the regressors' two layers.
+    for a map of stride 32 (ResNet), which is upsampled once more. hidden: width of the regressors' layers.
 
     forward(map (B,C,h,w), summary (B,D)) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
     ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features were read,

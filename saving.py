@@ -416,7 +416,8 @@ class Log:
             self._note(row)
 
     def _note(self, row):
-        """Adds a line's numbers to the curves. Of a long one every second point goes: charts stay as cheap."""
+        """Adds a line's numbers to the curves. Of a long one every second point goes, so that charts stay
+        cheap."""
         for name, value in row.items():
             if isinstance(value, (int, float)):
                 points = self.curves.setdefault(name, [])
