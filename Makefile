@@ -37,7 +37,7 @@ lint: $(VENV)/installed
 	$(RUN) -m pip install --quiet ruff
 	$(RUN) -m ruff check .
 
-# Speed, side by side with what people would use instead (docs/benchmarks.md).
+# Speed, side by side with what people would use instead (docs/benchmarks.md). Rivals bring no other torch.
 bench: $(VENV)/installed
 	-$(RUN) -m pip install --quiet "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')" \
 	    -r requirements-bench.txt

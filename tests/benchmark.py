@@ -496,6 +496,8 @@ def main():
         cli.error(f"no such section: {', '.join(sorted(unknown))}")
     SCRATCH.mkdir()
     TABLE.out = OPTIONS.out
+    if TABLE.out:
+        TABLE.out.parent.mkdir(parents=True, exist_ok=True)
     TABLE.head()
     try:
         for name in OPTIONS.sections or SECTIONS:

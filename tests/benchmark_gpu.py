@@ -152,7 +152,8 @@ def gpu_syncs():
     """Where the steps wait for the GPU, as torch.cuda's debug mode warns."""
     data = draw_hands(2048, 224)[0]
     common = ["--data", data, "--arch", "vit_micro", "--image-size", 32, "--batch-size", small(64, 4),
-              "--steps", small(16, 6), "--log-every", 100, "--device", gpu_device().type]
+              "--steps", small(16, 6), "--log-every", 100, "--workers", 0,
+              "--device", gpu_device().type]
     more = {"pretrain_mim.py": [], "finetune_mesh.py": ["--val", data],
             "pretrain_contrastive.py": ["--labelled", "--pairs", SCRATCH / "gpu_pairs.npz"]}
     runs = [[script, "--out", SCRATCH / f"syncs_{script}", *common, *flags] for script, flags in more.items()]
