@@ -901,11 +901,14 @@ class UnreadImages:
         self.rows = set()
 
     def watch(self, batches):
-        """Yields the batches, whose `failed` it notes."""
-        for batch in batches:
-            failed = batch["failed"]
-            self.rows |= set(failed[failed >= 0].tolist())
-            yield batch
+        """An iterator over the batches, whose `failed` it notes. Processes of a loader start here, at once: in
+        the thread that may later ask for the batches they could not end well."""
+        return map(self._noted, batches)
+
+    def _noted(self, batch):
+        failed = batch["failed"]
+        self.rows |= set(failed[failed >= 0].tolist())
+        return batch
 
     def __str__(self):
         names = "; ".join(self.dataset.image_name(row) for row in sorted(self.rows)[:10])

@@ -462,7 +462,8 @@ def main(argv=None):
         args.size = 224 if freihand else 128
     if args.workers is None:
         images = args.hands * (VERSIONS if freihand else 1) * (args.size / 128) ** 2
-        args.workers = min(8, os.cpu_count() or 1, 1 + int(max(images, 0) / WORTH_A_WORKER))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = min(8, cores, 1 + int(max(images, 0) / WORTH_A_WORKER))
     check_ranges(args, {"hands": (2 if freihand else 1, 10**8), "videos": (1, max(args.hands, 1)),
                         "size": (32, 1024), "tilt": (0, 180), "anywhere": (0, 1), "seed": (0, 2**63),
                         "workers": (1, 512)})

@@ -249,7 +249,8 @@ def per_sample_errors(pred_joints, pred_vertices, gt_joints, gt_vertices, protoc
             part |= _vertex_errors(pred_vertices, gt_vertices, pred_joints[:, :1], gt_joints[:, :1], protocol)
         return part
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # numpy releases the interpreter's lock
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, 16)) as pool:  # numpy releases the interpreter's lock
         parts = list(pool.map(errors_of, range(0, len(row), CHUNK)))
     errors = {"row": row}
     for key in parts[0]:

@@ -57,6 +57,8 @@ def run(main: Callable):
 
 def _status(main):
     """The exit status of main(), whose mistakes are printed."""
+    if hasattr(sys.stdout, "reconfigure"):  # a test's StringIO has none
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot print
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -143,12 +143,15 @@ def random_color(batch, generator, gain=0.4, brightness=0.2, contrast=0.3, satur
 
 def apply_color(images, factors):
     """Images (B,3,H,W) in [0,1] with the factors of random_color (B,6); the result stays in [0,1]."""
-    factors = factors[:, :, None, None]
-    images = images * (factors[:, :3] * factors[:, 3:4])
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * factors[:, 4:5] + mean
-    grey = images.mean(1, keepdim=True)
-    return ((images - grey) * factors[:, 5:6] + grey).clamp(0, 1)
+    gains = factors[:, :3] * factors[:, 3:4]  # (B, 3)
+    contrast, saturation = factors[:, 4], factors[:, 5]  # (B,)
+    mean = (images.mean((2, 3)) * gains).mean(1)  # (B,), that the contrast leaves
+    # Gains, x - mean times the contrast, x - grey times the saturation: one matrix for the colours of a view.
+    keep = torch.diag_embed(saturation[:, None].expand(-1, 3))
+    mixed = keep + (1 - saturation)[:, None, None] / 3  # (B, 3, 3)
+    matrix = mixed * (contrast[:, None] * gains)[:, None]
+    added = ((1 - contrast) * mean)[:, None, None]
+    return torch.baddbmm(added, matrix, images.flatten(2)).clamp_(0, 1).view_as(images)
 
 
 def random_hsv(batch, generator):
@@ -184,8 +187,15 @@ def random_light(batch, generator, spread):
 
 
 def apply_light(images, light):
-    """Images (B,3,H,W) in [0,1] times the grid of random_light, interpolated."""
-    return (images * F.interpolate(light, images.shape[-2:], mode="bicubic", align_corners=False)).clamp(0, 1)
+    """Images (B,3,H,W) in [0,1] times the grid of random_light, interpolated (bicubic)."""
+    down, across = (_bicubic(4, length, images) for length in images.shape[-2:])
+    return (images * (down @ light.to(images.dtype) @ across.T)).clamp_(0, 1)
+
+
+def _bicubic(few, many, like):
+    """Matrix (many,few) that interpolates `few` numbers on a line, as F.interpolate does."""
+    steps = torch.eye(few, device=like.device, dtype=like.dtype)[:, None, :, None]
+    return F.interpolate(steps, (many, 1), mode="bicubic", align_corners=False)[:, 0, :, 0].T
 
 
 def random_blur(batch, generator, sigma, share):
@@ -203,14 +213,13 @@ def blur(images, sigma, rows, widest):
         return images
     radius = math.ceil(3 * widest)
     offsets = torch.arange(-radius, radius + 1, device=images.device)
-    taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2)  # (R, 2 radius + 1)
-    taps = (taps / taps.sum(1, keepdim=True))[:, :, None, None, None]
-    blurred = images[rows]
-    for padding, axis in (((radius, radius, 0, 0), 3), ((0, 0, radius, radius), 2)):
-        padded = F.pad(blurred, padding, mode="reflect")
-        shifted = (padded.narrow(axis, i, images.shape[axis]) for i in range(len(offsets)))
-        blurred = sum(taps[:, i] * image for i, image in enumerate(shifted))
-    return images.index_copy(0, rows, blurred)
+    taps = torch.exp(-0.5 * (offsets / sigma[rows, None]) ** 2).to(images.dtype)  # (R, 2 radius + 1)
+    taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(3, 0)[:, None]  # (3R, 1, 2 radius + 1)
+    planes = images[rows].flatten(0, 1)[None]  # (1, 3R, H, W): each has a kernel of its own
+    across, down = taps[:, :, None], taps[..., None]
+    for padding, kernels in (((radius, radius, 0, 0), across), ((0, 0, radius, radius), down)):
+        planes = F.conv2d(F.pad(planes, padding, mode="reflect"), kernels, groups=len(kernels))
+    return images.index_copy(0, rows, planes[0].unflatten(0, (-1, 3)))
 
 
 def rows_to_blur(sigma):
@@ -254,7 +263,7 @@ def normalise(images):
     """RGB (...,3,H,W) in [0,1] -> what the encoders see: minus ImageNet's mean, over its standard
     deviation."""
     mean, std = (_channels(values, images.device, images.dtype) for values in (MEAN, STD))
-    return (images - mean) / std
+    return torch.addcmul(-mean / std, images, 1 / std)
 
 
 @lru_cache

@@ -352,7 +352,6 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 # -------------------------------------------------------------------------------------------------- terminals
-@pytest.mark.skipif("backslashreplace" not in (ROOT / "runtime.py").read_text(), reason="runtime.run does it")
 def test_names_that_a_terminal_cannot_print_are_printed_with_escapes(tmp_path):
     root = tmp_path / "фото"
     picture(root / "рука.jpg")
