@@ -334,8 +334,7 @@ def flags():
     group.add_argument("--dropout", type=float, default=0.1,
                        help="dropout of the head's regressors (default .1; PyMAF: .5, from scratch)")
     group.add_argument("--head-width", type=int, default=256,
-                       help="channels of the head's maps, a quarter of its regressors' (default 256, PyMAF; "
-                            "64 is enough at toy sizes)")
+                       help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
                        help="estimates of the head, each corrects the last one (default 3, PyMAF)")
     group = cli.add_argument_group("optimisation")
@@ -410,8 +409,7 @@ def main(argv=None):
     encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
                              saved=state["encoder"] if state else None)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
-                    iterations=args.iterations, width=args.head_width, dropout=args.dropout,
-                    hidden=4 * args.head_width)
+                    iterations=args.iterations, width=args.head_width, dropout=args.dropout)
     head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()

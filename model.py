@@ -421,19 +421,19 @@ class MeshHead(nn.Module):
     hand: callable (rotmats (B,16,3,3), betas (B,10)) -> vertices (B,778,3), joints (B,21,3) in metres, with
     `template` (778,3). channels: of the encoder's map. summary: width of its class token or pooled features,
     which every iteration sees too (ours: pre-training puts the pose there; 0 leaves it out). strides: True
-    for a map of stride 32 (ResNet), which is upsampled once more. hidden: width of the regressors' layers.
+    for a map of stride 32 (ResNet), which is upsampled once more.
 
     forward(map (B,C,h,w), summary (B,D)) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
     ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features were read,
     in [-1,1] of the view."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
-                 grid=21, dropout=0.1, scale_bound=2.0, hidden=1024):
+                 grid=21, dropout=0.1, scale_bound=2.0):
         super().__init__()
         self.hand = hand
         self.config = {"channels": channels, "summary": summary, "strides": strides, "iterations": iterations,
                        "width": width, "mesh_points": mesh_points, "grid": grid, "dropout": dropout,
-                       "scale_bound": scale_bound, "hidden": hidden}
+                       "scale_bound": scale_bound}
         self.scale_bound = scale_bound
         if strides:
             first = _deconv(channels, width)
@@ -443,7 +443,7 @@ class MeshHead(nn.Module):
         samples = [grid * grid] + [mesh_points] * (iterations - 1)
         self.reduce = nn.ModuleList(PointReducer(width) for _ in samples)
         self.norm = nn.LayerNorm(summary) if summary else None
-        self.regress = nn.ModuleList(Regressor(5 * points + summary, hidden, dropout) for points in samples)
+        self.regress = nn.ModuleList(Regressor(5 * points + summary, dropout) for points in samples)
         self.register_buffer("mesh_points", farthest_points(hand.template, mesh_points), persistent=False)
         line = torch.arange(grid) * 2 / (grid - 1) - 1
         grid_points = torch.cartesian_prod(line, line).flip(1)  # (441, 2) x, y
@@ -513,11 +513,11 @@ class Regressor(nn.Module):
     """Features and state -> correction of the state (B,109). Ours: GELU between the layers, where PyMAF has
     nothing."""
 
-    def __init__(self, features, hidden, dropout):
+    def __init__(self, features, dropout):
         super().__init__()
-        self.fc1 = nn.Linear(features + 109, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.heads = nn.ModuleList(nn.Linear(hidden, n) for n in (96, 10, 3))
+        self.fc1 = nn.Linear(features + 109, 1024)
+        self.fc2 = nn.Linear(1024, 1024)
+        self.heads = nn.ModuleList(nn.Linear(1024, n) for n in (96, 10, 3))
         self.dropout = nn.Dropout(dropout)
         for head in self.heads:
             nn.init.xavier_uniform_(head.weight, gain=0.01)
