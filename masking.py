@@ -130,6 +130,7 @@ def hog_targets(views, patch):
     return whole.flatten(1).unflatten(0, two_views), patches.unflatten(0, two_views)
 
 
+@torch.no_grad()
 def hog(images, cells):
     """Histograms of oriented gradients (Dalal and Triggs 2005): images (B,3,S,S) -> (B,8,cells,cells).
 
@@ -142,11 +143,11 @@ def hog(images, cells):
     down = images[:, :, 2:, 1:-1] - images[:, :, :-2, 1:-1]
     strength, steepest = (across ** 2 + down ** 2).max(1, keepdim=True)  # of the three colours
     angle = torch.atan2(down.gather(1, steepest), across.gather(1, steepest))
-    direction = angle / torch.pi * HOG_DIRECTIONS  # (B, 1, S, S)
+    direction = angle / torch.pi * HOG_DIRECTIONS % HOG_DIRECTIONS  # (B, 1, S, S), 0 .. 8
     bins = torch.arange(HOG_DIRECTIONS, device=images.device)[:, None, None]
-    half = HOG_DIRECTIONS / 2
-    apart = ((direction - bins + half) % HOG_DIRECTIONS - half).abs()  # (B, 8, S, S): edges lie between bins
-    edges = strength.sqrt() * (1 - apart).clamp(min=0)
+    apart = (direction - bins).abs_()  # (B, 8, S, S): edges lie between bins
+    apart[:, :1] = torch.minimum(apart[:, :1], HOG_DIRECTIONS - direction)  # the last bin is beside the first
+    edges = apart.neg_().add_(1).clamp_(min=0).mul_(strength.sqrt())
     edges = F.adaptive_avg_pool2d(edges, cells)
     around = F.avg_pool2d((edges ** 2).sum(1, keepdim=True), 3, 1, 1, count_include_pad=False).sqrt()
     return edges / (around + 0.1) / 0.16
