@@ -1,11 +1,12 @@
-# make demo | test | quick | smoke | lint | bench | clean      PYTHON= another interpreter, TORCH= another torch build
+# make demo | test | quick | smoke | lint | bench | faults | clean
+# PYTHON= another interpreter, TORCH= another torch build
 PYTHON ?= python3
 # The release the pages' figures were made with; where it has no wheel, requirements.txt decides.
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 
-.PHONY: demo test quick smoke lint bench clean
+.PHONY: demo test quick smoke lint bench faults clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,10 @@ bench: $(VENV)/installed
 	-$(RUN) -m pip install --quiet "torch==$$($(RUN) -c 'import torch; print(torch.__version__)')" \
 	    -r requirements-bench.txt
 	$(RUN) tests/benchmark.py --out out/benchmarks.json
+
+# Kills, full disks, damaged files and odd numbers, on purpose: half an hour on two cores (CONTRIBUTING.md).
+faults: $(VENV)/installed
+	$(RUN) tests/faults.py
 
 clean:
 	rm -rf $(VENV) out
