@@ -220,7 +220,7 @@ class HandIndex:
                 found = os.path.getsize(pack)
                 if found != size:
                     raise ValueError(f"{pack.name} has {found} bytes instead of {size}")
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        except Exception as error:  # a damaged file can fail in any way
             raise ValueError(f"{header}: broken index ({error}); prepare it again") from None
 
     def __reduce__(self):
@@ -901,8 +901,8 @@ class UnreadImages:
         self.rows = set()
 
     def watch(self, batches):
-        """An iterator over the batches, whose `failed` it notes. Processes of a loader start here, at once: in
-        the thread that may later ask for the batches they could not end well."""
+        """An iterator over the batches, whose `failed` it notes. Processes of a loader start here, at once.
+        Started in a thread that asks for the batches, they could not end well."""
         return map(self._noted, batches)
 
     def _noted(self, batch):

@@ -534,8 +534,10 @@ def save_image(path: Path | str, array: np.ndarray):
     """Writes (H, W, 3) uint8 to path; the ending decides the format. Missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # PNG's default level takes three times as long, and its files are hardly smaller.
-    Image.fromarray(np.ascontiguousarray(array)).save(path, compress_level=1)
+    try:  # PNG's default level takes three times as long, and its files are hardly smaller
+        Image.fromarray(np.ascontiguousarray(array)).save(path, compress_level=1)
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from None
 
 
 def save_curves(folder: Path | str, curves: dict[str, list], pictures: dict[str, tuple]):

@@ -188,6 +188,10 @@ def compare(entries, out):
         table = read_json(path)
         if not isinstance(table, dict) or not {"pa_mpjpe_mm", "count"} <= set(table):
             raise ValueError(f"{path}: no metrics.json of evaluate.py (pa_mpjpe_mm or count is missing)")
+        for key, value in table.items():
+            is_compared = key in (*HEADLINE, "count") or key.startswith("mean_hand_")
+            if is_compared and type(value) not in (int, float):
+                raise ValueError(f"{path}: {key} is no number")
         groups.setdefault(name, []).append(table)
         mean_keys = [key for key in table if key.startswith("mean_hand_")]
         hand = {key.removeprefix("mean_hand_"): table[key] for key in mean_keys}

@@ -237,7 +237,8 @@ def _orientations(index, rows):
     pose = index.columns["pose"][index.pose_ids()[rows]]  # (R, 48)
     is_left = np.array([index.side(row) for row in rows]) == 1
     pose = np.where(is_left[:, None], mirror("pose", pose), pose)[:, :3]
-    return rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)]))
+    rotmats = rotmat_from_axis_angle(torch.from_numpy(pose[np.isfinite(pose).all(1)]))
+    return rotmats[rotmats.isfinite().all(2).all(1)]
 
 
 def _camera_scales(index, rows, box_scale):
@@ -452,6 +453,13 @@ def main(argv=None):
     announce(runtime, out, model, len(rows), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
 
+    def export(step):
+        """The averaged encoder after `step` updates."""
+        save_checkpoint(out / "encoder.pt", "encoder", step=step, arch=encoder.arch, config=encoder.config,
+                        state_dict=ema.encoder.state_dict())
+
+    if state and runtime.is_main:
+        export(start)  # a kill may have come between last.pt and it
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
@@ -492,13 +500,11 @@ def main(argv=None):
                 picture = estimate_picture(shown_views, shown_joints2d, estimate, hand_arrays["f"])
                 save_image(out / "samples" / f"step_{step + 1:07d}.png", picture)
         if saves.due(step):
-            architecture = {"arch": encoder.arch, "config": encoder.config}
             save_checkpoint(out / "last.pt", "mesh", step=step + 1, hand=hand_fingerprint(hand_arrays),
-                            encoder=architecture, head=head.config, box_scale=args.box_scale,
-                            model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict())
-            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
-                            state_dict=ema.encoder.state_dict())
+                            encoder={"arch": encoder.arch, "config": encoder.config}, head=head.config,
+                            box_scale=args.box_scale, model=model.state_dict(), ema=ema.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            export(step + 1)
             save_curves(out / "samples", log.curves, CHARTS)
     log.close()
     unread.rows = runtime.union(unread.rows)

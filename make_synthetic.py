@@ -130,6 +130,8 @@ def random_labels(rng, hand, arrays, frames, size, tilt, anywhere):
     with torch.no_grad():
         vertices = hand(rotmat_from_axis_angle(angles), torch.from_numpy(betas))[0]
         joints = joints_from_vertices(vertices, arrays).numpy()  # (n, 21, 3)
+    if not np.ptp(joints, axis=1).max() < 1:
+        raise ValueError("the hand model makes hands of over a metre: is the file of --mano damaged?")
     offset, K = place_before_camera(rng, joints, size)
     joints = joints + offset
     joints2d = joints[..., :2] / joints[..., 2:] * K[0, 0] + K[:2, 2]

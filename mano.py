@@ -147,10 +147,8 @@ def labelled_joints(vertices: torch.Tensor, joints: torch.Tensor, arrays: Arrays
     if source not in ("regressed", "kinematic") or len(tips) != 5:
         raise ValueError(f"joints {definition!r}: unknown definition, use {', '.join(_LABEL_DEFINITIONS)}")
 
-    if source == "regressed":
-        joints = _regressed(vertices, arrays)
-    else:
-        joints = _take(joints, FREIHAND_TO_MANO[:16])
+    chain = _take(joints, FREIHAND_TO_MANO[:16])
+    joints = _regressed(vertices, arrays) if source == "regressed" else chain
     tips = [int(tip) for tip in tips]
     joints = _take(torch.cat([joints, _take(vertices, tips)], dim=1), MANO_TO_FREIHAND)
     if definition == "manopth" and left is not None:

@@ -519,8 +519,9 @@ def main(argv=None):
     if runtime.is_main:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         fingerprint = index_fingerprint([index.columns for index in indices], column)
-        save_arrays(args.out, **found, fingerprint=fingerprint, format=PAIRS_FORMAT)
         _report(indices, points, found, [reasons for _, reasons in poses], column, args)
+        # Last: where it is there, so are the pictures.
+        save_arrays(args.out, **found, fingerprint=fingerprint, format=PAIRS_FORMAT)
     finish()
 
 

@@ -281,8 +281,11 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     state = _read_weights(path)
     weights = _trunk_weights(state)
     arch, config = _architecture(path, state, weights)
-    config["image_size"] = image_size or config["image_size"]
-    encoder = build_encoder(arch, drop_path=drop_path, **config)
+    try:
+        config["image_size"] = image_size or config["image_size"]
+        encoder = build_encoder(arch, drop_path=drop_path, **config)
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path}: its encoder cannot be rebuilt ({_reason(error)})") from None
     if arch != "resnet50":
         weights["pos_embed"] = resize_positions(weights["pos_embed"].float(), encoder.pos_embed.shape[1] - 1)
     wanted = encoder.state_dict()
@@ -585,8 +588,17 @@ class HandMesh(nn.Module):
 def load_mesh(state: dict, hand) -> HandMesh:
     """HandMesh in eval mode from a checkpoint of kind "mesh", with its averaged weights. hand: as
     MeshHead's."""
-    encoder = build_encoder(state["encoder"]["arch"], **state["encoder"]["config"])
-    head = {"scale_bound": 0} | state["head"]  # an older network has no bound
-    net = HandMesh(encoder, MeshHead(hand, **head))
-    net.load_state_dict(state["ema"])
+    try:
+        encoder = build_encoder(state["encoder"]["arch"], **state["encoder"]["config"])
+        head = {"scale_bound": 0} | state["head"]  # an older network has no bound
+        net = HandMesh(encoder, MeshHead(hand, **head))
+        net.load_state_dict(state["ema"])
+    except Exception as error:  # a damaged file can fail in any way
+        reason = _reason(error)
+        raise ValueError(f"--checkpoint: its network cannot be rebuilt ({reason}); is it damaged?") from None
     return net.eval()
+
+
+def _reason(error):
+    """The first line of an error's text, or its kind."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -361,19 +361,28 @@ def cut_video(name, frames, out, number):
 
 # --------------------------------------------------------------------------------------------- packed indices
 def from_index(root, args):
-    """The hands of an index, with their images and masks in packs in OUT."""
+    """The hands of an index, whose images and masks go to packs in OUT."""
     index = HandIndex(root)
     if "packs" in index.meta:
         raise ValueError(f"{root} is packed already: copy its folder")
-    columns, meta, missing = packed(index.columns, index.meta, index.root, args.out)
-    return columns, meta, args.out, {"image or mask missing, of a hand that is kept": missing}
+    return index.columns, index.meta, index.root, {}
 
 
-def packed(columns, meta, root, out):
-    """Columns and meta of an index whose packs are now in `out`, and the names of files that were missing."""
-    with staged_folder(out) as folder:
-        places, sizes, missing = pack_files(columns, root, folder)
-    return columns | places, meta | {"packs": sizes}, missing
+def make_index(args, out):
+    """Writes the index into `out`, with its packs and pictures; returns columns and what was left out."""
+    columns, meta, images, dropped = MAKERS[args.kind](args.root, args)
+    root = "." if images == args.out else images.resolve()
+    if args.pack or args.kind == "pack":
+        places, sizes, missing = pack_files(columns, images, out)
+        columns = columns | places
+        meta = meta | {"packs": sizes}
+        root = "."
+        dropped["image or mask missing, of a hand that is kept"] = missing
+    write_index(out, columns, meta, root)
+    if args.pack:
+        shutil.rmtree(out / "images")  # the crops, which only this command wrote
+    contact_sheet(HandIndex(out), out / "samples.png")
+    return columns, dropped
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -490,16 +499,12 @@ def main(argv=None):
     cli = flags()
     args = cli.parse_args(argv)
     check_flags(cli, args)
-    columns, meta, images, dropped = MAKERS[args.kind](args.root, args)
-    if args.pack:
-        columns, meta, missing = packed(columns, meta, args.out, args.out)
-        dropped["crop missing, of a hand that is kept"] = missing
-    write_index(args.out, columns, meta, root="." if images == args.out else images.resolve())
-    if args.pack:
-        shutil.rmtree(args.out / "images")  # the crops, which only this command wrote
-    index = HandIndex(args.out)
-    contact_sheet(index, args.out / "samples.png")
-    report(index, columns, dropped)
+    if args.kind in ("video", "hand100m"):  # whose crops grow in OUT, so that a killed call goes on
+        columns, dropped = make_index(args, args.out)
+    else:
+        with staged_folder(args.out) as folder:
+            columns, dropped = make_index(args, folder)
+    report(HandIndex(args.out), columns, dropped)
 
 
 if __name__ == "__main__":

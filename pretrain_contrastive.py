@@ -520,17 +520,22 @@ def main(argv=None):
     losses_per_update = args.accumulate * (1 if args.gather else runtime.world)  # each over its own pairs
     peak_lr = args.lr * math.sqrt(args.batch_size / losses_per_update)
 
+    def export(step):
+        """The encoder after `step` updates."""
+        save_checkpoint(out / "encoder.pt", kind="encoder", step=step, arch=encoder.arch,
+                        config=encoder.config, state_dict=encoder.state_dict())
+
     def save(step, h):
         """last.pt, encoder.pt and charts of the log after `step` updates."""
-        architecture = {"arch": encoder.arch, "config": encoder.config}
-        save_checkpoint(out / "last.pt", kind="contrastive", step=step, encoder=architecture,
-                        model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict())
-        save_checkpoint(out / "encoder.pt", kind="encoder", step=step, **architecture,
-                        state_dict=encoder.state_dict())
+        save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
+                        encoder={"arch": encoder.arch, "config": encoder.config},
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        export(step)
         save_curves(out / "samples", log.curves, CHARTS)
         save_image(out / "samples" / "similarity.png", draw_similarity(h))
 
+    if state and runtime.is_main:
+        export(start)  # a kill may have come between last.pt and it
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, runtime.device, cache)):

@@ -556,6 +556,13 @@ def main(argv=None):
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
 
+    def export(step):
+        """The teacher's encoder after `step` updates."""
+        save_checkpoint(out / "encoder.pt", "encoder", step=step, arch=encoder.arch, config=encoder.config,
+                        state_dict=teacher.encoder.state_dict())
+
+    if state and runtime.is_main:
+        export(start)  # a kill may have come between last.pt and it
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
@@ -624,13 +631,12 @@ def main(argv=None):
             shown = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
         if is_saved:
-            architecture = {"arch": encoder.arch, "config": encoder.config}
-            save_checkpoint(out / "last.pt", "mim", step=step + 1, encoder=architecture,
-                            student=student.state_dict(), teacher=teacher.state_dict(),
-                            centers=centers.state_dict(), optimizer=optimizer.state_dict(),
-                            scaler=scaler.state_dict(), alarm=alarm.state_dict())
-            save_checkpoint(out / "encoder.pt", "encoder", step=step + 1, **architecture,
-                            state_dict=teacher.encoder.state_dict())
+            save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
+                            encoder={"arch": encoder.arch, "config": encoder.config},
+                            teacher=teacher.state_dict(), centers=centers.state_dict(),
+                            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                            alarm=alarm.state_dict())
+            export(step + 1)
             save_curves(out / "samples", log.curves, CHARTS)
     log.close()
     unread.rows = runtime.union(unread.rows)

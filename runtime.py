@@ -297,7 +297,11 @@ def setup(args, alone: bool = False) -> Runtime:
     if world > 1 and not dist.is_initialized():
         # one may wait for another's last video
         patience = timedelta(minutes=30) if name == "cuda" else timedelta(days=7)
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=patience)
+        # torchrun keeps one store for all its restarts, where addresses of dead processes would be read
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=patience)
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     runtime = Runtime(device, dtype, rank, world, local_rank, getattr(args, "workers", -1))
     if runtime.workers < 0:

@@ -266,6 +266,12 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield folder
+        if os.name == "posix" and not (out.exists() and any(out.iterdir())):
+            mask = os.umask(0)
+            os.umask(mask)
+            folder.chmod(0o777 & ~mask)
+            os.replace(folder, out)  # at once: a kill leaves all or nothing
+            return
         out.mkdir(exist_ok=True)
         for file in sorted(folder.iterdir()):
             os.replace(file, out / file.name)
@@ -325,6 +331,8 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
         raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}")
+    if not isinstance(state.get("step"), int) or state["step"] < 0:
+        raise ValueError(f"{path}: damaged (step {state.get('step')!r})")
     number = state.get("format", 1)
     if number != FORMATS[found]:
         raise ValueError(f"{path}: format {number} of {found!r}, this version reads {FORMATS[found]}; "
@@ -338,8 +346,13 @@ def restore(state: dict | None, **parts) -> int:
     if state is None:
         return 0
     for name, part in parts.items():
-        if name != "scaler" or state[name]:  # it is empty unless the run had --precision fp16
-            part.load_state_dict(state[name])
+        try:
+            if name != "scaler" or state[name]:  # it is empty unless the run had --precision fp16
+                part.load_state_dict(state[name])
+        except Exception as error:  # a damaged file can fail in any way
+            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise ValueError(f"--resume: the checkpoint's {name!r} does not fit ({reason}); is last.pt "
+                             "damaged?") from None
     return state["step"]
 
 
@@ -411,8 +424,11 @@ class Log:
 
     def write(self, row):
         if self.runtime.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written ({error.strerror})") from None
             self._note(row)
 
     def _note(self, row):

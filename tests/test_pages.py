@@ -28,7 +28,7 @@ RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
 # What is changed in a call, and nothing else: values of flags (None: the flag goes), and flags at its end,
 # which overrule earlier ones.
 IN_PLACE = {"--epochs": None, "--steps": None, "--arch": "vit_micro", "--videos": "9"}
-OTHERS_FLAGS = {"--help", "--nproc", "--standalone"}  # argparse's and torchrun's
+OTHERS_FLAGS = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--standalone", "--shm-size"}
 TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
 AT_THE_END = {
     "make_synthetic.py": ["--hands", "26", "--size", "64", "--workers", "1"],
@@ -134,7 +134,8 @@ def test_links_lead_somewhere():
 
 
 def test_flags_files_and_make_targets_exist():
-    sources = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    programs = [*ROOT.glob("*.py"), ROOT / "tests" / "benchmark.py", ROOT / "tests" / "faults.py"]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in programs}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = PAGES | {name: (ROOT / "recipes" / name).read_text(encoding="utf-8") for name in RECIPES}
     for name, text in texts.items():
