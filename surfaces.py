@@ -118,9 +118,11 @@ def _wrist_opening(faces):
     edges = np.stack([faces, np.roll(faces, -1, axis=1)], -1).reshape(-1, 2).tolist()
     reversed_edges = {(b, a) for a, b in edges}
     following = {a: b for a, b in edges if (a, b) not in reversed_edges}  # edges that only one face has
-    opening = [min(following)]
-    while following[opening[-1]] != opening[0]:
-        opening.append(following[opening[-1]])
+    opening = [min(following, default=0)]
+    while following.get(opening[-1]) != opening[0]:
+        opening.append(following.get(opening[-1]))
+        if opening[-1] is None or len(opening) > len(following):
+            raise ValueError("the faces of the hand model do not leave one opening: is --mano damaged?")
     return np.array(opening)
 
 
