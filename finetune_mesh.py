@@ -37,7 +37,7 @@ from mano import (
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, generator,
+    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish, generator,
     param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
@@ -424,7 +424,7 @@ def main(argv=None):
 
     order = make_sampler(rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps,
                          runtime.rank, runtime.world)
-    cache = cache_canvases(dataset, args.cache, device, runtime.workers and runtime.cores, runtime.rank,
+    cache = cache_canvases(dataset, args.cache, device, runtime.workers and cores(), runtime.rank,
                            runtime.world, runtime.local_rank)
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
@@ -439,7 +439,7 @@ def main(argv=None):
     names = [joint_definition(index) for index in indices]
     definitions = {name: torch.tensor([each == name for each in names], device=device) for name in names}
     lr_base = args.lr * args.batch_size / 256
-    parts = list(batch_parts(args.batch_size // runtime.world, args.accumulate))
+    parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
     finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas_size(size), size)
     theta_of = partial(draw_theta, box_scale=args.box_scale, rotation=args.rotation, zoom=args.zoom,
                        shift=args.shift)

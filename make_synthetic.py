@@ -12,7 +12,6 @@ recipe is ours. `surfaces.py` (hand, arm, objects) and `photo.py` (light, camera
 
 import json
 import multiprocessing
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ import surfaces
 from data import mirror, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
-from runtime import check_ranges, parser, run
+from runtime import check_ranges, cores, parser, run
 from synthetic_hand import synthetic_mano
 
 MIDDLE = 9  # joint whose place FreiHAND's labels hold
@@ -464,8 +463,7 @@ def main(argv=None):
         args.size = 224 if freihand else 128
     if args.workers is None:
         images = args.hands * (VERSIONS if freihand else 1) * (args.size / 128) ** 2
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = min(8, cores, 1 + int(max(images, 0) / WORTH_A_WORKER))
+        args.workers = min(8, cores(), 1 + int(max(images, 0) / WORTH_A_WORKER))
     check_ranges(args, {"hands": (2 if freihand else 1, 10**8), "videos": (1, max(args.hands, 1)),
                         "size": (32, 1024), "tilt": (0, 180), "anywhere": (0, 1), "seed": (0, 2**63),
                         "workers": (1, 512)})

@@ -14,7 +14,6 @@ beside it pairs.png (random hands with their neighbours) and distances.png.
 """
 
 import argparse
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from data import PAIRS_FORMAT, HandDataset, HandIndex, index_fingerprint, mirror
 from draw import curve, draw_joints, grid, histogram, save_image
 from metrics import procrustes
-from runtime import check_ranges, finish, parser, run, setup
+from runtime import check_ranges, cores, finish, parser, run, setup
 from saving import save_arrays
 
 LEAF = 32  # points of a leaf
@@ -132,7 +131,7 @@ def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress
     cells = len(search.cell_low)
     todo = range(cells * share[0] // share[1], cells * (share[0] + 1) // share[1])
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ThreadPoolExecutor(workers or _cores(), **one_thread) as pool:
+    with ThreadPoolExecutor(workers or cores(), **one_thread) as pool:
         done = pool.map(search.fill_cell, todo)
         list(tqdm(done, total=len(todo), unit="cell", disable=not progress, desc="neighbours"))
     idx = np.empty_like(search.found)
@@ -140,12 +139,6 @@ def nearest_others(points, groups, neighbours, share=(0, 1), workers=0, progress
     idx[search.order] = search.found
     distance[search.order] = np.sqrt(search.square)
     return idx, distance
-
-
-def _cores():
-    """Cores of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _sort_into_leaves(points):

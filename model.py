@@ -335,8 +335,7 @@ def _read_weights(path):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such weight file") from None
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: no weight file of plain tensors ({reason[:120]})") from None
+        raise ValueError(f"{path}: no weight file of plain tensors ({_reason(error)})") from None
 
 
 def _trunk_weights(state):

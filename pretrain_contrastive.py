@@ -30,8 +30,8 @@ from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, ch
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cosine, feed, finish, param_groups, parser, run,
-    set_lr, setup, total_steps, update,
+    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, feed, finish, param_groups, parser,
+    run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
@@ -484,7 +484,7 @@ def main(argv=None):
                          runtime.rank, runtime.world)
     neighbours = idx if args.method == "simhand" else None
     sampler = PairSampler(order, anchors, neighbours, args.neighbour, args.seed)
-    cache = cache_canvases(dataset, args.cache, runtime.device, runtime.workers and runtime.cores,
+    cache = cache_canvases(dataset, args.cache, runtime.device, runtime.workers and cores(),
                            runtime.rank, runtime.world, runtime.local_rank)
     loader = make_loader(dataset, sampler, workers=runtime.workers, pin=runtime.device.type == "cuda")
     unread = UnreadImages(dataset)
@@ -497,7 +497,7 @@ def main(argv=None):
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity",))
     B = args.batch_size // runtime.world  # pairs of this process
-    parts = list(batch_parts(B, args.accumulate))
+    parts = batch_parts(B, args.accumulate)
     is_known = is_known.to(runtime.device)
     # The widest usual window. Around a hand that fills more than that, views are a little coarser.
     finer = choose_finer(CROP / CONTEXT * args.zoom[1], dataset.canvas, args.image_size)
@@ -509,8 +509,8 @@ def main(argv=None):
 
     def draw(step):
         """What is random in a step, of this process's pairs, for views a and b: (2, B, ...)."""
-        def rows(stream, draw):
-            return runtime.draw(two_views(draw), args.batch_size, args.seed, step, stream, dim=1)
+        def rows(stream, draw_one):
+            return runtime.draw(two_views(draw_one), args.batch_size, args.seed, step, stream, dim=1)
 
         drawn = {name: rows(*each) for name, each in looks.items()}
         if "sigma" in drawn:

@@ -34,8 +34,8 @@ from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_ta
                      mask_sampler, normalise_patches, random_mask, to_patches)
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cosine, ema_update, feed, finish, param_groups,
-    parser, run, set_lr, setup, total_steps, update,
+    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish,
+    param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
@@ -527,7 +527,7 @@ def main(argv=None):
     parameters = list(student.parameters())
     order = make_sampler(dataset.rows, dataset.starts, args.mix, args.batch_size, args.seed, start, steps,
                          runtime.rank, runtime.world)
-    cache = cache_canvases(dataset, args.cache, device, runtime.workers and runtime.cores, runtime.rank,
+    cache = cache_canvases(dataset, args.cache, device, runtime.workers and cores(), runtime.rank,
                            runtime.world, runtime.local_rank)
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
@@ -538,12 +538,12 @@ def main(argv=None):
     draw_light, draw_color, draw_sigma = strong_color(args.color, size)
     draw_mask = mask_sampler(block_mask if args.mask == "block" else random_mask, side, args.mask_ratio,
                              args.mask_share)
-    parts = list(batch_parts(args.batch_size // runtime.world, args.accumulate))
+    parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
 
     def draw(step):
         """What is random in a step, of this process's hands, for views u and v: (2, B, ...)."""
-        def rows(stream, draw):
-            return runtime.draw(two_views(draw), args.batch_size, args.seed, step, stream, dim=1)
+        def rows(stream, draw_one):
+            return runtime.draw(two_views(draw_one), args.batch_size, args.seed, step, stream, dim=1)
 
         sigma = rows(BLUR, draw_sigma)
         looks = {"light": rows(LIGHT, draw_light), "color": rows(COLOR, draw_color), "sigma": sigma,

@@ -175,12 +175,6 @@ class Runtime:
         """True in the process that prints and writes."""
         return self.rank == 0
 
-    @property
-    def cores(self):
-        """Cores of the machine for this process."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
     def autocast(self):
         """Context in which the encoder runs at the chosen precision."""
         if self.dtype == torch.float32:
@@ -266,6 +260,12 @@ class _Gather(torch.autograd.Function):
         return gradient[:, ctx.rows], None, None
 
 
+def cores() -> int:
+    """Cores that this process may use, of those that are lent to it and its fellows on the machine."""
+    lent = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, lent // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def setup(args, alone: bool = False) -> Runtime:
     """The Runtime that the flags and torchrun's environment ask for; ValueError where the machine does not
     have it. alone: the command has no work for a second process."""
@@ -305,7 +305,7 @@ def setup(args, alone: bool = False) -> Runtime:
     device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
     runtime = Runtime(device, dtype, rank, world, local_rank, getattr(args, "workers", -1))
     if runtime.workers < 0:
-        runtime.workers = min(16, max(1, runtime.cores - 1)) if name == "cuda" else 1
+        runtime.workers = min(16, max(1, cores() - 1)) if name == "cuda" else 1
     return runtime
 
 
@@ -408,11 +408,10 @@ def adamw(groups: list, device: torch.device):
     return torch.optim.AdamW(groups, fused=fused)
 
 
-def batch_parts(size: int, accumulate: int) -> Iterator[tuple]:
-    """Yields (rows, last) for each of the parts that a batch of `size` is split into; rows is a slice."""
+def batch_parts(size: int, accumulate: int) -> list[tuple]:
+    """(rows, is_last) of each of the parts that a batch of `size` is split into; rows is a slice."""
     length = size // accumulate
-    for i in range(accumulate):
-        yield slice(i * length, (i + 1) * length), i + 1 == accumulate
+    return [(slice(i * length, (i + 1) * length), i + 1 == accumulate) for i in range(accumulate)]
 
 
 def update(optimizer, scaler, parameters, clip: float = math.inf, adapt: Callable | None = None):

@@ -326,8 +326,7 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: no checkpoint of plain tensors and values ({reason[:120]})") from None
+        raise ValueError(f"{path}: no checkpoint of plain tensors and values ({_reason(error)})") from None
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
         raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}")
@@ -340,6 +339,11 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
     return state
 
 
+def _reason(error):
+    """The first line of an error's text, or its kind."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
 def restore(state: dict | None, **parts) -> int:
     """Loads the named parts (modules, optimiser, scaler) from a checkpoint; returns the step to go on with, 0
     without one."""
@@ -350,9 +354,8 @@ def restore(state: dict | None, **parts) -> int:
             if name != "scaler" or state[name]:  # it is empty unless the run had --precision fp16
                 part.load_state_dict(state[name])
         except Exception as error:  # a damaged file can fail in any way
-            reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-            raise ValueError(f"--resume: the checkpoint's {name!r} does not fit ({reason}); is last.pt "
-                             "damaged?") from None
+            raise ValueError(f"--resume: the checkpoint's {name!r} does not fit ({_reason(error)}); is "
+                             "last.pt damaged?") from None
     return state["step"]
 
 

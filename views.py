@@ -145,8 +145,8 @@ def apply_color(images, factors):
     """Images (B,3,H,W) in [0,1] with the factors of random_color (B,6); the result stays in [0,1]."""
     gains = factors[:, :3] * factors[:, 3:4]  # (B, 3)
     contrast, saturation = factors[:, 4], factors[:, 5]  # (B,)
-    mean = (images.mean((2, 3)) * gains).mean(1)  # (B,), that the contrast leaves
-    # Gains, x - mean times the contrast, x - grey times the saturation: one matrix for the colours of a view.
+    mean = (images.mean((2, 3)) * gains).mean(1)  # (B,), of the picture after its gains
+    # All three steps are linear: the gains, the contrast about the mean, the saturation about the grey level.
     keep = torch.diag_embed(saturation[:, None].expand(-1, 3))
     mixed = keep + (1 - saturation)[:, None, None] / 3  # (B, 3, 3)
     matrix = mixed * (contrast[:, None] * gains)[:, None]
