@@ -424,7 +424,10 @@ def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     assert "M parameters; 24 hands, 3 steps of 8 = 1 epochs; cpu, float32; writes" in done.stdout
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    names = {"patch", "pixel", "hog", "patch_hog", "align", "patch_teacher_entropy", "patch_entropy_of_mean",
+    losses = {name.removesuffix("_gradient") for name in rows[0] if name.endswith("_gradient")}
+    assert losses == {"patch", "pixel", "align"}  # the abstract's three
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][name] for name in losses), rel=1e-5)
+    names = {"patch", "pixel", "align", "patch_teacher_entropy", "patch_entropy_of_mean",
              "patch_center_norm", "keypoint_spread", "keypoint_batch_spread", "equivariance_error",
              "student_error",
              "masked_views", "masked_patches", "lr", "loss", "images_per_second", "align_gradient",
@@ -452,7 +455,7 @@ def test_every_switch_trains(hands, tmp_path, switches):
 def test_two_processes_compute_what_one_does(hands, tmp_path):
     """Twelve steps with every loss there is: each line of the log, diagnostics included, and the weights. Two
     processes keep the canvases in memory, which changes nothing."""
-    more = ["--steps", 12, "--contrast", 0.3]
+    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1]
     for processes, cache in ((1, "none"), (2, "device")):
         mim(hands, tmp_path / f"p{processes}", *more, "--cache", cache, processes=processes)
     for one, two in zip(*(log(tmp_path / f"p{n}") for n in (1, 2)), strict=True):
@@ -466,7 +469,7 @@ def test_two_processes_compute_what_one_does(hands, tmp_path):
 def test_parts_in_two_processes_compute_the_whole_update(hands, tmp_path):
     """Where no loss looks across the batch, the parts of an update add up to the whole, in one process and in
     two."""
-    flags = ["--steps", 4, "--align", 0]
+    flags = ["--steps", 4, "--align", 0, "--hog", 1]
     for parts, processes in ((1, 1), (2, 1), (2, 2)):
         run = tmp_path / f"a{parts}{processes}"
         mim(hands, run, *flags, "--accumulate", parts, processes=processes)
