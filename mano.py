@@ -512,20 +512,49 @@ class _Inert:
         self.state = state
 
 
-# All seven names in the official files. A file can call no object of numpy, scipy, chumpy or Python.
+# What the official files name, and what a dictionary names that Python 3 saved again: with any numpy and scipy,
+# with or without chumpy, in any protocol. A file can call no object of numpy, scipy, chumpy or Python.
 _ALLOWED_NAMES = (
-    "numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype", "scipy.sparse.csc csc_matrix",
-    "chumpy.reordering Select", "chumpy.ch Ch", "__builtin__ set")
+    "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct",
+    "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray", "numpy dtype",
+    "scipy.sparse.csc csc_matrix", "scipy.sparse._csc csc_matrix",
+    "chumpy.reordering Select", "chumpy.ch Ch",
+    "__builtin__ set", "builtins set", "__builtin__ object", "builtins object")
 _INERT_CLASSES = {name: type(name.split()[1], (_Inert,), {}) for name in _ALLOWED_NAMES}
+
+
+def _encode(text, encoding):
+    """In place of _codecs.encode, which protocols 0 to 2 call to hold bytes."""
+    return str.encode(text, "latin1")
+
+
+def _inert_object(kind, base, state):
+    """In place of copyreg._reconstructor, with which protocols 0 and 1 make objects."""
+    if kind not in _INERT_CLASSES.values():
+        raise ValueError("an object of no class")
+    return kind()
+
+
+_STAND_INS = _INERT_CLASSES | {
+    "_codecs encode": _encode, "copy_reg _reconstructor": _inert_object, "copyreg _reconstructor": _inert_object}
 
 
 class _Unpickler(pickle._Unpickler):
     """pickle's Python version: its memo is a dict. The C version allocates what a hostile file asks for."""
 
     def find_class(self, module, name):
-        if f"{module} {name}" not in _INERT_CLASSES:
+        if f"{module} {name}" not in _STAND_INS:
             raise ValueError(f"it names {module}.{name}, which no MANO file does; nothing in it was run")
-        return _INERT_CLASSES[f"{module} {name}"]
+        return _STAND_INS[f"{module} {name}"]
+
+
+def _numbers(raw, dtype, shape, order):
+    """The ndarray of some bytes, as the inert dtype describes them."""
+    code = dtype.args[0]
+    if not re.fullmatch("[fiu][1248]", code):
+        raise ValueError(f"an array of type {code!r}")
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    return np.frombuffer(raw, np.dtype(code).newbyteorder(dtype.state[1])).reshape(shape, order=order)
 
 
 def _array_from(item):
@@ -535,12 +564,9 @@ def _array_from(item):
     kind = type(item).__name__
     if kind == "_reconstruct":
         _, shape, dtype, fortran, raw = item.state
-        code = dtype.args[0]
-        if not re.fullmatch("[fiu][1248]", code):
-            raise ValueError(f"an array of type {code!r}")
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        flat = np.frombuffer(raw, np.dtype(code).newbyteorder(dtype.state[1]))
-        return flat.reshape(shape, order="F" if fortran else "C")
+        return _numbers(raw, dtype, shape, "F" if fortran else "C")
+    if kind == "_frombuffer":  # protocol 5
+        return _numbers(*item.args)
     if kind == "csc_matrix":
         data = _array_from(item.state["data"])
         rows = _array_from(item.state["indices"])
@@ -594,8 +620,9 @@ def _read_bytes(path):
 
 
 def read_mano(path: Path | str) -> Arrays:
-    """The official MANO_RIGHT.pkl or MANO_LEFT.pkl (v1.2), or an .npz with the same keys -> dict of arrays.
+    """The official MANO_RIGHT.pkl or MANO_LEFT.pkl (v1.2), or a file with the same keys -> dict of arrays.
 
+    Such a file is an .npz, or a pickle that Python 3 saved again, with chumpy's objects or without.
     Keys and shapes: ARRAY_SHAPES. Metres and radians in float64; the faces `f` and `kintree_table` in int64,
     where the root's parent is -1. Needs neither chumpy nor scipy. It runs nothing that the file asks for.
     `np.savez(path, **arrays)` then makes a plain file. A pickle whose checksum is not official (v1.2)

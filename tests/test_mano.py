@@ -1,12 +1,18 @@
 """The hand model: against smplx's skinning, scipy's rotations, and files written in the official format."""
+import codecs
+import copyreg
 import os
 import pickle
 import pickletools
+import re
+import types
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fixtures import OfficialPickler, random_mano, write_official_pickle
+from scipy.sparse import csc_matrix
 from scipy.spatial.transform import Rotation
 from smplx.lbs import lbs
 from sync_counter import DeviceTraffic
@@ -392,6 +398,60 @@ def test_reads_the_official_format(tmp_path, permuted, capsys):
     assert "not the official" in capsys.readouterr().err
 
 
+class Ch:
+    """Stands in for chumpy's classes, with the names that a pickle of them holds."""
+
+    def __init__(self, **state):
+        vars(self).update(state)
+
+
+class Select(Ch):
+    pass
+
+
+class ResavedPickler(pickle._Pickler):
+    """Names everything as Python 3 does with numpy 1 or 2 and the scipy of that time."""
+
+    def __init__(self, file, protocol, numpy):
+        super().__init__(file, protocol)
+        self.names = {Ch: ("chumpy.ch", "Ch"), Select: ("chumpy.reordering", "Select"),
+                      csc_matrix: (f"scipy.sparse.{'csc' if numpy == 1 else '_csc'}", "csc_matrix")}
+        self.core = "numpy.core" if numpy == 1 else "numpy._core"
+
+    def save_global(self, item, name=None):
+        module = re.sub(r"^numpy\._?core", self.core, item.__module__ or "numpy")
+        module, name = self.names.get(item, (module, item.__qualname__))
+        if self.proto < 3:
+            module = {"builtins": "__builtin__", "copyreg": "copy_reg"}.get(module, module)
+        if self.proto >= 4:
+            self.save(module)
+            self.save(name)
+            self.write(pickle.STACK_GLOBAL)
+        else:
+            self.write(f"c{module}\n{name}\n".encode())
+        self.memoize(item)
+
+    dispatch = {**pickle._Pickler.dispatch, type: save_global, types.FunctionType: save_global,
+                types.BuiltinFunctionType: save_global}
+
+
+@pytest.mark.parametrize("chumpy", [False, True])
+@pytest.mark.parametrize("numpy", [1, 2])
+@pytest.mark.parametrize("protocol", range(6))
+def test_reads_what_python_3_saved_again(tmp_path, protocol, numpy, chumpy):
+    expected = random_mano()
+    kintree = np.asfortranarray(expected["kintree_table"] % 2**32)
+    content = dict(expected, kintree_table=kintree, J_regressor=csc_matrix(expected["J_regressor"]))
+    if chumpy:
+        x = np.concatenate([expected["shapedirs"], np.ones((778, 3, 10))], axis=2)
+        idxs = np.arange(x.size).reshape(x.shape)[..., :10].ravel()
+        content["shapedirs"] = Select(a=Ch(x=x, _dirty_vars={"x"}), idxs=idxs, preferred_shape=(778, 3, 10))
+    with open(tmp_path / "again.pkl", "wb") as file:
+        ResavedPickler(file, protocol, numpy).dump(content)
+    arrays = read_mano(tmp_path / "again.pkl")
+    assert all(np.array_equal(arrays[name], value) for name, value in expected.items())
+
+
 def test_reads_npz(tmp_path, capsys):
     np.savez(tmp_path / "right.npz", **random_mano())
     arrays = read_mano(tmp_path / "right.npz")
@@ -422,7 +482,7 @@ class Calls:
         return self.call
 
 
-@pytest.mark.parametrize("pickler", [OfficialPickler, pickle.Pickler])
+@pytest.mark.parametrize("pickler", [OfficialPickler, pickle.Pickler, partial(pickle.Pickler, protocol=0)])
 @pytest.mark.parametrize("function, argument, name", [
     (os.system, "touch {}", "system"), (eval, "open({!r}, 'w')", "eval"), (np.loadtxt, "{}", "loadtxt"),
     (getattr, "{}", "getattr")])
@@ -443,6 +503,7 @@ def test_a_harmless_eighth_global_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("item", [
+    Calls(copyreg._reconstructor, Calls(set), object, None), Calls(codecs.encode, 7, "latin1"),
     Calls(np.ndarray, (10**15,)), Calls(np.dtype, "O"), Calls(set, [1, 2]), np.array(["text"]),
     np.array([{}, None], dtype=object), np.full((778, 3), np.nan), np.zeros((778, 4)), np.zeros(3, complex),
     np.array(0.0), 7, None])
