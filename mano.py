@@ -512,8 +512,8 @@ class _Inert:
         self.state = state
 
 
-# What the official files name, and what a dictionary names that Python 3 saved again: with any numpy and scipy,
-# with or without chumpy, in any protocol. A file can call no object of numpy, scipy, chumpy or Python.
+# What the official files name, and what a dictionary names that Python 3 saved again: with any numpy and
+# scipy, with or without chumpy, in any protocol. A file can call no object of numpy, scipy, chumpy or Python.
 _ALLOWED_NAMES = (
     "numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct",
     "numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer", "numpy ndarray", "numpy dtype",
@@ -536,7 +536,8 @@ def _inert_object(kind, base, state):
 
 
 _STAND_INS = _INERT_CLASSES | {
-    "_codecs encode": _encode, "copy_reg _reconstructor": _inert_object, "copyreg _reconstructor": _inert_object}
+    "_codecs encode": _encode,
+    "copy_reg _reconstructor": _inert_object, "copyreg _reconstructor": _inert_object}
 
 
 class _Unpickler(pickle._Unpickler):
