@@ -22,12 +22,14 @@ Example::
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
+import contextlib
 import hashlib
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import time
 import weakref
 from functools import partial
 from multiprocessing import reduction
@@ -145,6 +147,7 @@ class _CanvasPlan:
             return
         try:
             if self.kind == "file":
+                self._remove_stale()
                 part = self.path.with_name(f"{self.path.name}.{platform.node()}.{os.getpid()}.part")
                 descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 self.part = part
@@ -162,6 +165,13 @@ class _CanvasPlan:
             raise ValueError(f"--cache {self.kind}: the canvases of {self.folder} cannot be kept there "
                              f"({error.strerror}): use --cache {other}") from None
         self.shared = path, False
+
+    def _remove_stale(self):
+        """Removes files, maybe of many GB, that were begun here and not written to for an hour."""
+        for part in self.folder.glob("canvases_*.bin.*.part"):
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                if time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
 
     def open(self):
         """The CanvasFile; in the process that began it the one that it opened."""

@@ -21,7 +21,6 @@ NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z 
 
 import os
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from mano import (
 )
 from model import load_mesh
 from runtime import add_device_flags, parser, run, setup
-from saving import load_checkpoint
+from saving import load_checkpoint, staged_folder
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
@@ -207,16 +206,13 @@ def draw_hand(image, hand, faces):
 def write_hand(folder, name, hand, image, faces):
     """NAME.obj, NAME.npz and NAME.png in `folder`; the three appear together."""
     faces = _faces_of(faces, hand["side"])
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".part") as part:
-        part = Path(part)
+    with staged_folder(folder) as part:
         write_obj(part / f"{name}.obj", hand["vertices"], faces)
         np.savez(part / f"{name}.npz", **hand)
         mark = PngInfo()
         mark.add_text("Software", OVERLAY)
         drawn = Image.fromarray(draw_hand(image, hand, faces))
         drawn.save(part / f"{name}.png", pnginfo=mark)
-        for file in part.iterdir():
-            os.replace(file, folder / file.name)
 
 
 def write_obj(path, vertices, faces):

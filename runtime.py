@@ -41,7 +41,7 @@ BLOCK = 128  # rows of a batch that are drawn together, from one generator
 
 def run(main: Callable):
     """Calls main(); a mistake of the user (ValueError, OSError) or a diverged run becomes one line and exit
-    status 2.
+    status 2; the loss of another process one line and status 1.
 
     With DEBUG=1 in the environment the traceback is shown instead. Processes of torchrun leave at once: a
     thread of gloo that still frees tensors would abort them while Python takes itself down.
@@ -61,12 +61,17 @@ def _status(main):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot print
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DEBUG"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        is_alone = isinstance(error, RuntimeError)
+        if os.environ.get("DEBUG") or (is_alone and not _is_of_processes(error)):
             raise
         text = str(error).strip()
+        if is_alone:
+            text = "another process of this run has ended; --resume goes on from the last save"
         if isinstance(error, OSError) and error.strerror and not error.filename:
             text = f"a file could not be written or read: {error.strerror}"
+            if "temporary directory" in error.strerror:
+                text = f"{error.strerror}: is the disk full? TMPDIR=FOLDER names another place"
         if "Original Traceback" in text:  # raised in a process of the loader
             text = text.splitlines()[-1].partition(": ")[2]
         for bar in list(getattr(tqdm, "_instances", ())):  # the line begins where a bar would stand
@@ -74,12 +79,17 @@ def _status(main):
         rank = int(os.environ.get("RANK", 0))  # a wrong flag is wrong in all processes, a full disk in one
         process = f" (process {rank})" if rank else ""
         print(f"error{process}: {' '.join(text.split())}", file=sys.stderr)
-        return 2
+        return 1 if is_alone else 2
     except KeyboardInterrupt:
         return 130
     except SystemExit as stop:
         return stop.code or 0
     return 0
+
+
+def _is_of_processes(error):
+    """True for what torch.distributed raises where another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 # ------------------------------------------------------------------------------------------------------ flags

@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,7 +77,8 @@ def _flags(args):
 
 def _checkpoint_to_continue(out, kind, flags, inputs, resume):
     config = out / "config.json"
-    is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    begun = {"config.json.part"}  # all that a kill can leave before there is a config.json
+    is_taken = out.exists() and (not out.is_dir() or any(path.name not in begun for path in out.iterdir()))
     if not resume or (resume == "auto" and not is_taken):
         if is_taken:
             raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with "
@@ -133,7 +133,7 @@ def start_run(args, runtime, state: dict | None, inputs: dict) -> Path:
     What a continued run changes is a line of its log."""
     out = Path(args.out)
     if runtime.is_main:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         flags = _flags(args)
         config = out / "config.json"
         before = read_json(config) if state else flags
@@ -146,6 +146,7 @@ def start_run(args, runtime, state: dict | None, inputs: dict) -> Path:
                  "numpy": np.__version__, "python": platform.python_version(), "revision": _git_revision(),
                  "world_size": runtime.world, "machine": str(runtime.device), "inputs": inputs}
         write_atomically(config, lambda path: path.write_text(json.dumps(flags | facts, indent=1)))
+        (out / "samples").mkdir(exist_ok=True)
     return out
 
 
@@ -260,20 +261,19 @@ def _to_disk(path):
 
 @contextlib.contextmanager
 def staged_folder(out: Path | str) -> Iterator[Path]:
-    """A temporary folder beside `out`. Its files move into `out` where the block ends well; else they go."""
+    """A temporary folder in `out`, or beside it where `out` is new. Its files move into `out` where the block
+    ends well; else they go."""
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    is_new = not out.exists()
+    folder = out.with_name(f".{out.name}.part") if is_new else out / ".part"
+    shutil.rmtree(folder, ignore_errors=True)  # of a command that was killed
+    folder.mkdir(parents=True)
     try:
         yield folder
-        if os.name == "posix" and not (out.exists() and any(out.iterdir())):
-            mask = os.umask(0)
-            os.umask(mask)
-            folder.chmod(0o777 & ~mask)
+        if is_new:
             os.replace(folder, out)  # at once: a kill leaves all or nothing
             return
-        out.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "index.json"):  # it makes an index
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

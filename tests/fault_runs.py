@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # every optimiser does: a second and a half for each fork otherwise
 from fixtures import ENV, ROOT
+from PIL import Image
 
 from data import HandIndex, read_image
 from model import build_encoder
@@ -326,7 +328,7 @@ def disk(number, rng, folder, work):
         shutil.rmtree(folder / "out")
         return disk(number, rng, folder, work)
     problem = one_line(status, said)
-    if problem or "out" not in said:
+    if problem or not ("out" in said or "TMPDIR" in said):
         return f"full disk at event {event}, {size} bytes: {problem or said}"
     if broken(folder) or leftovers(folder):
         return f"half-written on a full disk: {broken(folder) + leftovers(folder)}"
@@ -349,8 +351,8 @@ def two_processes(folder, command, kill_after=None, rng=None):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
              "--max-restarts=3", "--monitor-interval=0.2"]
     with open(folder / "said", "w+") as said:
-        job = subprocess.Popen([*start, ROOT / command[0], *map(str, command[1:])], cwd=folder, env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=said)
+        job = subprocess.Popen([*start, ROOT / command[0], *map(str, command[1:])], cwd=folder,
+                               env=ENV | {"TMPDIR": str(folder)}, stdout=subprocess.DEVNULL, stderr=said)
         while job.poll() is None and not (folder / "out" / "config.json").exists():
             time.sleep(0.02)
         begin = time.monotonic()
@@ -399,6 +401,8 @@ def torchrun(number, rng, folder, work):
     wanted, seconds = reference(work / "reference" / f"two{number % 3}", partial(_two_alone, command))
     for _ in range(5):
         status, said, _, killed = two_processes(folder, command, rng.uniform(0, seconds), rng)
+        if killed and "Traceback" in said:
+            return f"a process without another one says more than a line: {said[-3000:]}"
         if killed:
             return _judge(folder, status, said, wanted)
         shutil.rmtree(folder / "out")  # it had ended
@@ -406,16 +410,25 @@ def torchrun(number, rng, folder, work):
 
 
 # ----------------------------------------------------------------------------------------------------- memory
-def memory(number, rng, folder, work, seconds=180):
-    """A stage runs for some time: MB per 1,000 steps that it grows by. A line through the memory at every
-    hundredth step of the second half. Returns what is wrong, or an empty text."""
-    script = STAGES[number]
+def memory(number, rng, folder, work):
+    """How the three stages grow; what a photograph costs. Prints both; returns what is wrong, or an empty
+    text."""
+    if number < len(STAGES):
+        return _growth(STAGES[number], folder, work)
+    return _photograph(*[((4000, 3000), 700), ((8000, 6000), 1200)][number - len(STAGES)], folder, work)
+
+
+def _growth(script, folder, work, longest=20_000, seconds=240):
+    """MB per 1,000 steps that a stage grows by: a line through the memory at every hundredth step of the
+    second half."""
     command = stage(script, work / "base", "--workers", 0, "--batch-size", 2, "--log-every", 100,
                     "--save-every", 10**6, steps=10**6)
     pid, reader = start(folder, command)
     samples = {}
     end = time.monotonic() + seconds
-    while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while time.monotonic() < end and max(samples, default=0) < longest:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
         time.sleep(0.2)
         log = folder / "out" / "log.jsonl"
         for row in read_log(log)[-1:] if log.exists() else []:
@@ -430,3 +443,30 @@ def memory(number, rng, folder, work, seconds=180):
     slope = np.polyfit(steps / 1000, [samples[step] for step in steps], 1)[0]
     print(f"memory: {script}: {slope:+.3f} MB per 1,000 steps, over {steps[-1]:,} steps", flush=True)
     return f"{script} grows by {slope:.3f} MB per 1,000 steps" if slope > 0.5 else ""
+
+
+def _photograph(size, most, folder, work):
+    """predict.py in a process of its own, with one hand on a photograph of that many pixels: its MB and
+    seconds."""
+    mesh = stage("finetune_mesh.py", work / "base", "--workers", 0)
+    reference(work / "reference" / "20", partial(uninterrupted, mesh))
+    Image.effect_noise(size, 60).convert("RGB").save(folder / "photo.jpg")
+    (folder / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.jpg,900,900,1900,1900\n")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import predict
+predict.main(sys.argv[2:])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))"""
+    begin = time.monotonic()
+    checkpoint = work / "reference" / "20" / "out" / "last.pt"
+    done = subprocess.run([sys.executable, "-c", code, ROOT, "photo.jpg", "--boxes", "boxes.csv",
+                           "--checkpoint", checkpoint, "--out", "out"],
+                          cwd=folder, env=ENV, capture_output=True, text=True)
+    seconds = time.monotonic() - begin
+    if done.returncode:
+        return done.stderr[-2000:]
+    used = int(done.stdout.split()[-1]) / 1024
+    megapixels = size[0] * size[1] / 1e6
+    print(f"memory: predict.py, one hand on {megapixels:.0f} MP: {used:.0f} MB, {seconds:.1f} s", flush=True)
+    return f"{used:.0f} MB for {megapixels:.0f} MP" if used > most else ""

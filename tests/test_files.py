@@ -3,6 +3,7 @@ from strangers can cost. The order is that of the bug reports it grew from."""
 
 import multiprocessing
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import layouts
 import predict
 import results
 import video
+from cache import cache_canvases
 from data import (HandDataset, HandIndex, list_images, make_loader, match_boxes, read_boxes, read_image,
                   write_index)
 from synthetic_hand import synthetic_mano
@@ -349,6 +351,17 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
                           env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 700e3
+
+
+def test_canvases_that_a_killed_run_began_are_removed(hands, tmp_path):
+    """Unless they were written to within the hour, maybe by another machine."""
+    index = HandIndex(shutil.copytree(hands / "val", tmp_path / "val"))
+    dead, alive = (index.path / f"canvases_32_0.bin.node.{number}.part" for number in (1, 2))
+    for part in (dead, alive):
+        part.touch()
+    os.utime(dead, (0, 0))
+    cache_canvases(HandDataset([index], 32), "file")
+    assert alive.exists() and not dead.exists()
 
 
 # -------------------------------------------------------------------------------------------------- terminals

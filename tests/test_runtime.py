@@ -15,10 +15,11 @@ from fixtures import ENV, ROOT
 from torch import nn
 
 from runtime import (
-    Runtime, adamw, batch_parts, cosine, ema_update, feed, generator, param_groups, set_lr, update,
+    Runtime, adamw, batch_parts, cosine, ema_update, feed, generator, param_groups, run, set_lr, update,
 )
 from saving import (
-    FORMATS, Log, Saves, check_run, is_due, load_checkpoint, read_log, restore, save_checkpoint, start_run,
+    FORMATS, Log, Saves, check_run, is_due, load_checkpoint, read_log, restore, save_checkpoint,
+    staged_folder, start_run,
 )
 
 CPU = torch.device("cpu")
@@ -42,6 +43,27 @@ def test_a_process_of_torchrun_ends_with_the_status_of_its_command_whatever_its_
                               capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (status, "done\n"), done.stderr
         assert ("a wrong flag" in done.stderr) == bool(status)
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (RuntimeError("[gloo/transport/tcp/pair.cc:5]\nConnection closed by peer"), 1, "another process"),
+    (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2, "TMPDIR=FOLDER")])
+def test_what_is_no_ones_mistake_is_one_line_too(capsys, error, status, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == status and line.startswith("error: ") and words in line
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    def main():
+        raise RuntimeError("The size of tensor a must match")
+
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(main)
 
 
 # -------------------------------------------------------------------------------------- schedules and updates
@@ -185,6 +207,9 @@ def test_auto_starts_or_goes_on_and_torchrun_restarts_are_auto(tmp_path, monkeyp
         begin(arguments(out))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert begin(arguments(out))[1]["step"] == 7
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.json.part").touch()  # as early as a kill can come
+    assert begin(arguments(tmp_path / "killed", resume="auto"))[1] is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(ValueError, match="no run in"):
@@ -240,6 +265,26 @@ def test_a_full_disk_is_one_line_and_the_last_save_stays(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert load_checkpoint(tmp_path / "last.pt", "mim")["step"] == 3
+
+
+def test_a_folder_of_results_appears_at_once_and_what_a_kill_left_goes(tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    (tmp_path / ".results.part" / "deep").mkdir(parents=True)
+    with pytest.raises(KeyError), staged_folder(out) as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with staged_folder(out) as folder:
+        (folder / "index.json").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["results", "index.json"]
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: moved.append(b.name) or replace(a, b))
+    with staged_folder(out) as folder:
+        for name in ("index.json", "a.npy", "z.npy"):
+            (folder / name).write_text(name)
+    assert moved[-1] == "index.json" and (out / "index.json").read_text() == "index.json"
+    assert sorted(path.name for path in out.iterdir()) == ["a.npy", "index.json", "z.npy"]
 
 
 def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch):
