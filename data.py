@@ -36,6 +36,7 @@ hands open in milliseconds and the loader's processes share the pages.
   protocol    how the set is scored
   box         what the boxes were drawn around
   frames, sequences    the official list, for files of results
+  reboxed, unseen      rows of hands that are scored though their box had to be replaced, or is the whole image
   partial     true: unknown labels are NaN (a joint, or all numbers of an entry)
   packs       of a packed index: the sizes of its pack_NNNN.bin in bytes
 
@@ -738,8 +739,14 @@ class HandDataset(torch.utils.data.Dataset):
         return values | pictures
 
     def batch(self, items):
-        """The items of a list of B as one: a dict of tensors (B, ...)."""
-        return {name: torch.from_numpy(value) for name, value in self._load(items).items()}
+        """The items of a list of B as one: a dict of tensors (B, ...). An item that comes twice is read
+        once."""
+        place = {item: number for number, item in enumerate(dict.fromkeys(items))}
+        loaded = self._load(list(place))
+        if len(place) < len(items):
+            places = [place[item] for item in items]
+            loaded = {name: value[places] for name, value in loaded.items()}
+        return {name: torch.from_numpy(value) for name, value in loaded.items()}
 
     def _load(self, items):
         """The items of a list of B as one: a dict of arrays (B, ...)."""
@@ -996,14 +1003,17 @@ class PairSampler:
     neighbours.
 
     idx (N,K): the neighbours of every hand, nearest first, -1 where there are fewer; without it the hands
-    alone. neighbour: 1 the nearest, 2 the next (where there is none, the last), 0 any at random."""
+    alone. neighbour: 1 the nearest, 2 the next (where there is none, the last), 0 any at random. share: of
+    the hands, drawn at random, that get their neighbour. The others, and hands without one, get
+    themselves."""
 
-    def __init__(self, order, anchors, idx=None, neighbour=1, seed=0):
+    def __init__(self, order, anchors, idx=None, neighbour=1, seed=0, share=1.0):
         self.order = order
         self.anchors = anchors
         self.idx = idx
         self.neighbour = neighbour
         self.seed = seed
+        self.share = share
 
     def __len__(self):
         return len(self.order)
@@ -1018,13 +1028,38 @@ class PairSampler:
             if self.neighbour:
                 rank = np.minimum(self.neighbour, neighbours) - 1
             else:
-                chance = np.random.default_rng([self.seed, step]).random(self.order.batch)
-                rank = (chance[self.order.local_rows] * neighbours).astype(int)
-            yield rows.tolist() + self.idx[rows, rank].tolist()
+                rank = (self._chance(step) * neighbours).astype(int)
+            others = self.idx[rows, rank]
+            is_paired = (self._chance(step, 1) < self.share) & (neighbours > 0)
+            yield rows.tolist() + np.where(is_paired, others, rows).tolist()
+
+    def _chance(self, *key):
+        """Numbers in 0 .. 1 for this process's rows of a step."""
+        return np.random.default_rng([self.seed, *key]).random(self.order.batch)[self.order.local_rows]
 
 
-def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
-    """idx (N,K) of mine_pairs.py for these indices and points ("keypoints" or "joints2d").
+def pair_rows(failed, pairs):
+    """Rows (2,B) of a PairSampler's batch: who stands in the first view and who in the second of each of the
+    B pairs.
+
+    failed (B,) of hands that are paired with themselves, or (2B,) of hands and then their neighbours: -1
+    where the image could be read. Where it could not, the other one of the pair stands in both views."""
+    rows = torch.arange(len(failed), device=failed.device).unflatten(0, (-1, pairs)).expand(2, pairs)
+    return torch.where(failed[rows] < 0, rows, rows.flip(0))
+
+
+def has_points(index, column):
+    """(N,) True where all 21 points of a hand are there. column: "joints", "joints2d" or "keypoints"."""
+    if column not in index.columns:
+        return np.zeros(len(index), bool)
+    is_known = np.isfinite(index.columns[column]).all((1, 2))  # of the labels' rows
+    if column == "keypoints" and "keypoints_score" in index.columns:
+        is_known &= (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
+    return is_known[index.pose_ids()]
+
+
+def read_pairs(path: Path | str, indices: list[HandIndex], *points: str):
+    """idx (N,K) of mine_pairs.py for these indices and points: "keypoints", "joints2d", or either.
 
     ValueError where the file is damaged, of another format, or of other hands.
     """
@@ -1040,9 +1075,9 @@ def read_pairs(path: Path | str, indices: list[HandIndex], points: str):
         raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({reason})") from None
     if number != PAIRS_FORMAT:
         raise ValueError(f"--pairs {path}: format {number}, this version reads {PAIRS_FORMAT}: mine again")
-    if made_for != index_fingerprint([index.columns for index in indices], points):
+    if made_for not in [index_fingerprint([index.columns for index in indices], name) for name in points]:
         raise ValueError(f"--pairs {path}: mined from other indices, in another order, or from other points "
-                         f"than {points}; mine these with mine_pairs.py")
+                         f"than {' or '.join(points)}; mine these with mine_pairs.py")
     hands = sum(len(index) for index in indices)
     shaped = idx.ndim == 2 and idx.shape[0] == hands and idx.shape[1] > 0 and idx.dtype.kind == "i"
     in_range = shaped and idx.min() >= -1 and idx.max() < hands

@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cache import cache_canvases
-from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix,
-                  index_fingerprint, make_loader, make_sampler, read_pairs)
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix, has_points,
+                  index_fingerprint, make_loader, make_sampler, pair_rows, read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
 from model import ARCHS, ProjectionHead, choose_encoder
 from runtime import (
@@ -204,15 +204,6 @@ def lars(parameters, lr, weight_decay, eta=0.02):
 
 
 # ------------------------------------------------------------------------------------------------------ views
-def pair_rows(failed, pairs):
-    """Rows (2,B) of a batch: who stands in view a and who in view b of each of the B pairs.
-
-    failed (B,) of hands that are paired with themselves, or (2B,) of hands and then their neighbours: -1
-    where the image could be read. Where it could not, the other one of the pair stands in both views."""
-    rows = torch.arange(len(failed), device=failed.device).unflatten(0, (-1, pairs)).expand(2, pairs)
-    return torch.where(failed[rows] < 0, rows, rows.flip(0))
-
-
 def hand_circle(joints, is_known):
     """Circles around hands on the canvas, from joints (2,B,21,2): middle (2,B,2), radius (2,B).
 
@@ -430,23 +421,13 @@ def read_hands(args, column):
         mend = "" if args.labelled else ", or --labelled where there are labels"
         raise ValueError(f"{lacking[0].path} has no column {column}, which --weights needs; "
                          f"use --weights none{mend}")
-    is_known = np.concatenate([_has_points(index, column) for index in indices])
+    is_known = np.concatenate([has_points(index, column) for index in indices])
     idx = read_pairs(args.pairs, indices, column) if args.pairs else None
     is_drawn = idx[:, 0] >= 0 if args.pairs else is_known | (args.weights == "none")
     anchors = np.flatnonzero(is_drawn)
     if len(anchors) == 0:
         raise ValueError(f"--data: no hand has all its {column}, which --weights needs; use --weights none")
     return indices, torch.from_numpy(is_known), idx, anchors
-
-
-def _has_points(index, column):
-    """(N,) True where all 21 points of a hand are there."""
-    if column not in index.columns:
-        return np.zeros(len(index), bool)
-    is_known = np.isfinite(index.columns[column]).all((1, 2))  # of the labels' rows
-    if column == "keypoints" and "keypoints_score" in index.columns:
-        is_known &= (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
-    return is_known[index.pose_ids()]
 
 
 def main(argv=None):

@@ -11,6 +11,7 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
 
     the pose loss
     class token          -> K pseudo keypoints -> undone by theta  = the teacher's of the OTHER view  align
+                            (with --pairs view v shows a similar hand of another video: ours)
     the others
     masked patch tokens  -> prototypes                             = the teacher's of the SAME patch  patch
                          -> their pixels                                                              pixel
@@ -20,6 +21,7 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
 """
 
 import copy
+import hashlib
 import math
 
 import numpy as np
@@ -28,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cache import cache_canvases
-from data import (CONTEXT, HandDataset, HandIndex, UnreadImages, canvas_size, check_mix,
-                  index_fingerprint, make_loader, make_sampler)
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, canvas_size, check_mix,
+                  index_fingerprint, make_loader, make_sampler, pair_rows, read_pairs)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
@@ -224,19 +226,22 @@ def teacher_temperature(step, steps, first, last):
 
 
 def make_views(canvas, theta, size, finer, looks):
-    """Canvases (B,3,H,W) u8 seen through theta (2,B,2,3) -> views (2,B,3,size,size) as the encoder sees
-    them. finer: as warp's. looks: the factors of colour, as apply_strong_color's."""
-    return normalise(apply_strong_color(warp(canvas, theta, size, finer), **looks))
+    """Canvases (2,B,3,H,W) u8, or (B,3,H,W) for both views, seen through theta (2,B,2,3) -> views
+    (2,B,3,size,size) as the encoder sees them. finer: as warp's. looks: the factors of colour, as
+    apply_strong_color's."""
+    canvas = canvas.expand(2, *canvas.shape[-4:]).flatten(0, 1)
+    views = warp(canvas, theta.flatten(0, 1), size, finer).unflatten(0, (2, -1))
+    return normalise(apply_strong_color(views, **looks))
 
 
 def in_photograph(theta, valid, grid):
     """(2,B,N) True where at least half of a patch shows the photograph and not its padding.
 
-    theta (2,B,2,3); valid (B,4): the photograph's rectangle on the canvas. Looks at 4 x 4 points of each
+    theta (2,B,2,3); valid (2,B,4): the photograph's rectangle on the canvas. Looks at 4 x 4 points of each
     patch."""
     line = (torch.arange(4 * grid, device=theta.device) * 2 + 1) / (4 * grid) - 1
     points = apply_theta(theta, torch.cartesian_prod(line, line).flip(1))  # (2, B, 16 N, 2)
-    low, high = valid[:, None, :2], valid[:, None, 2:]
+    low, high = valid[..., None, :2], valid[..., None, 2:]
     real = ((points >= low) & (points <= high)).all(-1).float().unflatten(2, (4 * grid, 4 * grid))
     return F.avg_pool2d(real, 4).flatten(2) >= 0.5
 
@@ -401,6 +406,15 @@ def flags():
                        help="weight of InfoNCE on the keypoints of the batch's hands (ours; default 0)")
     group.add_argument("--keypoints", type=int, default=21,
                        help="number of pseudo keypoints, 16 to 64 are reasonable (default 21)")
+    group = cli.add_argument_group("similar hands")
+    group.add_argument("--pairs", metavar="FILE",
+                       help="pairs.npz of mine_pairs.py for the same --data: view v then shows a similar hand "
+                            "of another video, view u the hand itself (ours; default: two views of a hand)")
+    group.add_argument("--pair-share", type=float, default=0.5,
+                       help="share of the hands, drawn anew in each step, whose view v shows a similar one "
+                            "(default .5); hands without a neighbour are always their own")
+    group.add_argument("--neighbour", type=int, default=1,
+                       help="which mined neighbour it is: 1 the nearest (default), 0 any at random")
     group = cli.add_argument_group("masks")
     group.add_argument("--mask", choices=["block", "random"], default="block",
                        help="shape of the masks: rectangles (default, iBOT) or single patches")
@@ -445,7 +459,7 @@ def check_flags(args):
     weights = ("patch_loss", "pixel_loss", "hog", "align", "contrast")
     check_ranges(args, dict.fromkeys(weights, (0, 1e4)) | {
         "image_size": (16, 4096), "prototypes": (2, 1e6), "keypoints": (2, 1024),
-        "mask_ratio": (0, 1), "mask_share": (0, 1),
+        "mask_ratio": (0, 1), "mask_share": (0, 1), "pair_share": (1e-3, 1), "neighbour": (0, 1000),
         "rotation": (0, 180), "zoom": (0.1, CONTEXT / WINDOW), "shift": (0, 1), "color": (0, 2),
         "lr": (0, 1e3), "weight_decay": (0, 10), "warmup": (0, 1), "ema": (0, 1), "temperature": (1e-3, 10)})
     for name in ("mask_ratio", "zoom"):
@@ -456,6 +470,8 @@ def check_flags(args):
     for name in ("align", "contrast"):
         if getattr(args, name) and not on_keypoints:
             raise ValueError(f"--{name} needs --pose-loss keypoints")
+    if args.pairs and not (args.align or args.contrast or args.pose_loss == "class"):
+        raise ValueError("--pairs: no loss compares the two views; raise --align or --contrast, or leave it out")
     if args.contrast and args.batch_size // args.accumulate < 2:
         raise ValueError("--contrast compares the hands of a part of the batch: lower --accumulate or raise "
                          "--batch-size")
@@ -494,9 +510,12 @@ def main(argv=None):
     size = args.image_size
     indices = [HandIndex(path) for path in args.data]
     dataset = HandDataset(indices, canvas_size(size))
+    neighbours = read_pairs(args.pairs, indices, "keypoints", "joints2d") if args.pairs else None  # (N, K)
     steps = total_steps(args, len(dataset))
     torch.manual_seed(args.seed)
     inputs = {"data": index_fingerprint([index.columns for index in indices], "")}
+    if args.pairs:
+        inputs["pairs"] = hashlib.sha256(neighbours).hexdigest()[:16]
     state = check_run(args, runtime, "mim", inputs)
     encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None)
     if encoder.arch == "resnet50":
@@ -528,7 +547,8 @@ def main(argv=None):
                          runtime.rank, runtime.world)
     cache = cache_canvases(dataset, args.cache, device, runtime.workers and cores(), runtime.rank,
                            runtime.world, runtime.local_rank)
-    loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
+    sampler = PairSampler(order, dataset.rows, neighbours, args.neighbour, args.seed, args.pair_share)
+    loader = make_loader(dataset, sampler, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
     lr_base = args.lr * args.batch_size / 256
     frozen = min(FROZEN, int(0.02 * steps))
@@ -537,7 +557,8 @@ def main(argv=None):
     draw_light, draw_color, draw_sigma = strong_color(args.color, size)
     draw_mask = mask_sampler(block_mask if args.mask == "block" else random_mask, side, args.mask_ratio,
                              args.mask_share)
-    parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
+    B = args.batch_size // runtime.world  # hands of this process
+    parts = batch_parts(B, args.accumulate)
 
     def draw(step):
         """What is random in a step, of this process's hands, for views u and v: (2, B, ...)."""
@@ -551,6 +572,8 @@ def main(argv=None):
         masked = [mask[:, part].flatten().nonzero().squeeze(1) for part, _ in parts]  # (M,) of each part
         return {"theta": rows(THETA, draw_theta), "looks": looks, "mask": mask, "masked": masked}
 
+    if runtime.is_main and args.pairs:
+        print(f"{(neighbours[:, 0] >= 0).sum()} of {len(dataset)} hands have a neighbour")
     announce(runtime, out, student, len(dataset), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy"))
@@ -566,8 +589,9 @@ def main(argv=None):
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
         theta, mask = drawn["theta"], drawn["mask"]  # (2, B, 2, 3), (2, B, N)
-        views = make_views(batch["canvas"], theta, size, finer, drawn["looks"])  # (2, B, 3, S, S)
-        real = in_photograph(theta, batch["valid"], side)  # (2, B, N)
+        shown = pair_rows(batch["failed"], B)  # (2, B): the hand in view u; in view v itself or a similar one
+        views = make_views(batch["canvas"][shown], theta, size, finer, drawn["looks"])  # (2, B, 3, S, S)
+        real = in_photograph(theta, batch["valid"][shown], side)  # (2, B, N)
         real_masked = runtime.mean((real & mask).sum().float()).clamp(min=1) / args.accumulate
         temperature = teacher_temperature(step, steps, *args.temperature)
         values = {"masked_views": mask.any(2).float().mean(), "masked_patches": mask.float().mean()}
@@ -581,6 +605,9 @@ def main(argv=None):
                     learned = net(some_views, some_mask, masked, hide=True)
                 losses = {}
                 if keypoints:  # the pose loss: class token, undone onto the canvas; the OTHER view
+                    # A canvas lies around its hand's box, and mining keeps the turn in the image. So similar
+                    # hands lie upon each other as their canvases lie: joints .05 of the box apart (random
+                    # hands: .30; laid by wrist and size: .046).
                     both = torch.cat([learned["keypoints"], taught["keypoints"]], dim=2)  # (2, B, 2K, 2)
                     points, targets = runtime.gather(apply_theta(some_theta, both)).chunk(2, dim=2)
                     targets = targets.flip(0)
@@ -627,8 +654,8 @@ def main(argv=None):
             log.warn(step + 1, text)
         is_saved = saves.due(step)
         if is_saved or (runtime.is_main and step == 0):
-            shown = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", shown)
+            tiles = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", tiles)
         if is_saved:
             save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
                             encoder={"arch": encoder.arch, "config": encoder.config},

@@ -18,7 +18,9 @@ from scipy.spatial.distance import cdist
 
 import mine_pairs
 import pretrain_contrastive as pc
-from data import PAIRS_FORMAT, EpochSampler, HandDataset, HandIndex, PairSampler, write_index
+from data import (
+    PAIRS_FORMAT, EpochSampler, HandDataset, HandIndex, PairSampler, has_points, pair_rows, write_index,
+)
 from mine_pairs import mine, normalise_pose
 from model import build_encoder
 from runtime import Runtime, generator
@@ -396,8 +398,8 @@ def test_windows_turn_zoom_and_move_as_far_as_asked():
 def test_an_image_that_cannot_be_read_is_replaced_by_its_partner():
     failed = torch.full((8,), -1)
     failed[[1, 6]] = torch.tensor([70, 90])  # view a of pair 1, view b of pair 2
-    assert pc.pair_rows(failed, 4).tolist() == [[0, 5, 2, 3], [4, 5, 2, 7]]
-    assert pc.pair_rows(failed[:4], 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]  # a hand with itself
+    assert pair_rows(failed, 4).tolist() == [[0, 5, 2, 3], [4, 5, 2, 7]]
+    assert pair_rows(failed[:4], 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]  # a hand with itself
 
 
 def test_hue_is_that_of_colorsys():
@@ -434,6 +436,27 @@ def test_pairs_come_with_their_neighbours():
     halves = [list(PairSampler(EpochSampler(4, 8, 0, 0, 5, rank, 2), anchors, idx, 0)) for rank in (0, 1)]
     joined = [a[:4] + b[:4] + a[4:] + b[4:] for a, b in zip(*halves, strict=True)]
     assert joined == random.reshape(-1, 16).tolist()
+
+
+def test_a_share_of_the_hands_is_paired_and_the_others_are_their_own():
+    idx = np.array([[3, 4], [0, -1], [-1, -1], [0, 1], [1, 0]])
+
+    def pairs_of(share, start=0, rank=0, world=1):  # (steps, 2, B)
+        order = EpochSampler(5, 100, 0, start, 40, rank, world)
+        sampler = PairSampler(order, np.arange(5), idx, 0, seed=1, share=share)
+        return np.array(list(sampler)).reshape(40 - start, 2, -1)
+
+    every, some = pairs_of(1), pairs_of(0.3)
+    assert np.array_equal(every[:, 0], some[:, 0])
+    hand = every[:, 0]
+    assert (every[:, 1][hand == 2] == 2).all()  # it has no neighbour
+    is_paired = some[:, 1] != hand
+    assert np.array_equal(some[:, 1], np.where(is_paired, every[:, 1], hand))
+    assert is_paired[hand != 2].mean() == pytest.approx(0.3, abs=0.03)
+    assert (is_paired[0] != is_paired[1]).any()  # drawn anew in each step
+    assert np.array_equal(pairs_of(0.3, start=7), some[7:])
+    halves = [pairs_of(0.3, 0, rank, 2) for rank in (0, 1)]
+    assert np.array_equal(np.concatenate(halves, axis=2), some)
 
 
 # -------------------------------------------------------------------------------------------------- the loop
@@ -571,7 +594,7 @@ def test_hands_with_missing_keypoints_are_cut_around_their_box_and_not_weighed(h
 
     index.columns["joints2d"] = np.array(index.columns["joints2d"])
     index.columns["joints2d"][3, 7] = np.nan  # a label of a partial index
-    assert np.flatnonzero(~pc._has_points(index, "joints2d")).tolist() == [3]
+    assert np.flatnonzero(~has_points(index, "joints2d")).tolist() == [3]
 
 
 def test_the_head_computes_in_full_precision():

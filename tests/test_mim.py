@@ -18,6 +18,7 @@ from fixtures import ENV, ROOT, call, log
 
 import masking
 import pretrain_mim
+from data import HandDataset, HandIndex
 from masking import block_mask, random_mask
 from model import KeypointHead, PrototypeHead, build_encoder, load_encoder
 from runtime import cosine, ema_update, generator
@@ -337,6 +338,51 @@ def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     torch.testing.assert_close(share, real[mask] / (real & mask).sum())
 
 
+@pytest.fixture(scope="module")
+def pairs(hands, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs") / "pairs.npz"
+    call("mine_pairs.py", "--data", hands / "train", "--out", out, "--neighbours", 3, "--labelled")
+    return out
+
+
+def test_view_v_shows_the_similar_hand(hands, pairs, tmp_path, monkeypatch):
+    """With --pairs: the canvases of the two views are those of a hand and of its neighbour. The class token
+    is compared across the two; patches and pixels within each."""
+    idx = np.load(pairs)["idx"]
+    dataset = HandDataset([HandIndex(hands / "train")], 73)
+    canvases = dataset.batch(list(range(24)))["canvas"]
+
+    def shown(record):
+        found = record.of("make_views")[0][0][0]  # (2, 4, 3, 73, 73)
+        same = (found[:, :, None] == canvases).flatten(3).all(3)  # (2, 4, 24)
+        assert (same.sum(2) == 1).all()
+        return same.float().argmax(2).numpy()
+
+    record, (taught, learned) = one_step(hands, tmp_path / "all", monkeypatch, "--pairs", pairs,
+                                         "--pair-share", 1)
+    u, v = shown(record)
+    assert (idx[u, 0] >= 0).any() and (v == np.where(idx[u, 0] < 0, u, idx[u, 0])).all()
+    (points, targets), _, _ = record.of("align_loss")[0]
+    theta = record.of("make_views")[0][0][1]
+    torch.testing.assert_close(targets, apply_theta(theta, taught["keypoints"]).flip(0))
+    assert torch.equal(record.of("distill")[0][0][1], taught["patch"])
+    patches = masking.to_patches(learned["views"], 16)[learned["mask"]]
+    assert torch.equal(record.of("pixel_loss")[0][0][1], patches)
+    record, _ = one_step(hands, tmp_path / "none", monkeypatch)
+    assert (shown(record) == u).all()  # without pairs: the same hands, each with itself
+
+
+def test_an_item_that_comes_twice_is_read_once(hands, monkeypatch):
+    dataset = HandDataset([HandIndex(hands / "train")], 73, labels=("joints2d",))
+    read, real = [], HandDataset.read_canvas
+    monkeypatch.setattr(HandDataset, "read_canvas", lambda self, row: read.append(row) or real(self, row))
+    batch = dataset.batch([7, 3, 7, 7])
+    assert read == [7, 3]
+    for place, item in enumerate((7, 3, 7, 7)):
+        for name, value in dataset[item].items():
+            assert torch.equal(batch[name][place], torch.as_tensor(value)), name
+
+
 def test_class_tokens_are_distilled_from_the_other_view(hands, tmp_path, monkeypatch):
     record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--pose-loss", "class")
     (student, teacher, *_), _, _ = record.of("distill")[0]
@@ -452,10 +498,10 @@ def test_every_switch_trains(hands, tmp_path, switches):
     assert math.isfinite(last["loss"]) and first["loss"] != last["loss"]
 
 
-def test_two_processes_compute_what_one_does(hands, tmp_path):
-    """Twelve steps with every loss there is: each line of the log, diagnostics included, and the weights. Two
-    processes keep the canvases in memory, which changes nothing."""
-    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1]
+def test_two_processes_compute_what_one_does(hands, pairs, tmp_path):
+    """Twelve steps with every loss there is and with similar hands: each line of the log, diagnostics
+    included, and the weights. Two processes keep the canvases in memory, which changes nothing."""
+    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1, "--pairs", pairs, "--neighbour", 0]
     for processes, cache in ((1, "none"), (2, "device")):
         mim(hands, tmp_path / f"p{processes}", *more, "--cache", cache, processes=processes)
     for one, two in zip(*(log(tmp_path / f"p{n}") for n in (1, 2)), strict=True):
@@ -480,10 +526,11 @@ def test_parts_in_two_processes_compute_the_whole_update(hands, tmp_path):
             assert found == pytest.approx(wanted, rel=1e-4), (run, name)
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, tmp_path):
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, pairs, tmp_path):
     """Killed KILLS times (2) at logged steps that SEED (0) draws, wherever the process then is; both are read
     from the environment."""
-    command = ["--steps", 24, "--save-every", 4, "--image-size", 32, "--mask-ratio", 0.3, 0.5]
+    command = ["--steps", 24, "--save-every", 4, "--image-size", 32, "--mask-ratio", 0.3, 0.5,
+               "--pairs", pairs, "--pair-share", 0.7]
     mim(hands, tmp_path / "whole", *command)
     killed = tmp_path / "killed"
     full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out",
@@ -575,6 +622,8 @@ def test_collapse_is_told_from_health():
     (["--pose-loss", "class", "--align", "1"], "--pose-loss keypoints"),
     (["--pose-loss", "none", "--mask-share", "0"], "--mask-share"),
     (["--image-size", "16"], "one patch"),
+    (["--pose-loss", "none", "--pairs", "pairs.npz"], "no loss compares the two views"),
+    (["--pairs", "nowhere.npz"], "nowhere.npz: no such file"),
     (["--batch-size", "0"], "--batch-size"),
     (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):
