@@ -166,7 +166,8 @@ def test_things_are_due_every_so_many_steps_and_at_the_end():
 
 # -------------------------------------------------------------------------------------------------------- run
 def arguments(out, **more):
-    usual = {"out": str(out), "resume": None, "lr": 0.1, "ema": 0.9, "workers": 2}
+    usual = {"out": str(out), "resume": None, "lr": 0.1, "ema": 0.9, "workers": 2, "precision": "fp32",
+             "accumulate": 1, "steps": 8}
     return argparse.Namespace(**usual | more)
 
 
@@ -191,10 +192,15 @@ def test_a_run_is_continued_with_its_own_flags_and_hands(tmp_path):
         begin(arguments(out, resume="yes"), kind="mesh")
     with pytest.raises(ValueError, match="no run in"):
         begin(arguments(tmp_path / "none", resume="yes"))
-    assert begin(arguments(out, resume="yes", workers=0, data=["there"]))[1]["step"] == 7
+    free = {"workers": 0, "data": ["there"], "compile": True, "eval_every": 5, "save_minutes": 1}
+    assert begin(arguments(out, resume="yes", **free))[1]["step"] == 7
     assert not (out / "log.jsonl").exists()
     assert begin(arguments(out, resume="yes", lr=0.2, data=["there"]))[1]["step"] == 7
-    assert read_log(out / "log.jsonl") == [{"step": 7, "changed": {"lr": [0.1, 0.2]}}]
+    more = {"precision": "bf16", "accumulate": 4, "steps": 9}
+    assert begin(arguments(out, resume="yes", lr=0.2, data=["there"], **more))[1]["step"] == 7
+    changed = {"accumulate": [1, 4], "precision": ["fp32", "bf16"], "steps": [8, 9]}
+    assert read_log(out / "log.jsonl") == [{"step": 7, "changed": {"lr": [0.1, 0.2]}},
+                                           {"step": 7, "changed": changed}]
 
 
 def test_auto_starts_or_goes_on_and_torchrun_restarts_are_auto(tmp_path, monkeypatch):
@@ -287,7 +293,26 @@ def test_a_folder_of_results_appears_at_once_and_what_a_kill_left_goes(tmp_path,
     assert sorted(path.name for path in out.iterdir()) == ["a.npy", "index.json", "z.npy"]
 
 
-def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch):
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux names open files")
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A loss of power finds the old file or the new one, whole; and then the name too."""
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def name_of(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(f"fsync {name_of(file)}"), sync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(f"{a.name} > {b.name}"), replace(a, b)))
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "run/last.pt", "mesh", step=step)
+    once = ["fsync last.pt.part", "last.pt.part > last.pt", "fsync run"]
+    assert done == [*once, once[0], "last.pt > last.prev.pt", *once[1:]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch, number):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     saves = Saves(one_of(), every=4, minutes=1, steps=10)
@@ -299,14 +324,14 @@ def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch):
     assert not any(Saves(one_of(1, 2), 1, 0, 10).due(step) for step in range(10))  # process 0 alone saves
 
     saves, done = Saves(one_of(), every=100, minutes=100, steps=100), []
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         for step in saves.watch(range(100)):
             if step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             done.append((step, saves.due(step)))
     assert stop.value.code == 143 and done[-1] == (4, True) and not any(due for _, due in done[:-1])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_checkpoint_restores_its_parts(tmp_path):
