@@ -219,7 +219,8 @@ def compare(entries, out):
 
 def _mean_and_deviation(runs):
     """{key: mean over the runs}, with several runs also key_std (n - 1) and `runs`."""
-    keys = [key for key in runs[0] if not key.startswith("mean_hand_") and all(key in one for one in runs)]
+    keys = [key for key in runs[0] if not key.startswith("mean_hand_")
+            and all(type(one.get(key)) in (int, float) for one in runs)]
     found = {key: float(np.mean([one[key] for one in runs])) for key in keys}
     if len(runs) > 1:
         found |= {f"{key}_std": float(np.std([one[key] for one in runs], ddof=1)) for key in keys}
