@@ -73,10 +73,13 @@ class Table:
             self.out.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1))
 
     def race(self, what, ours, theirs=None, rival="", repeats=20, warm_up=3, growth=None, note="", **others):
-        """A row of two functions that are called in turn; theirs is None where `rival` is not installed."""
+        """Adds a row of two functions, called in turn; theirs is None where `rival` is not installed.
+
+        Returns {"ours": quartiles in seconds, "theirs": ...}."""
         times = race({"ours": ours, "theirs": theirs}, repeats, warm_up)
         notes = filter(None, [note, growth and growth.note(times["ours"][1])])
         self.add(what, times["ours"], times.get("theirs"), rival, note="; ".join(notes), **others)
+        return times
 
 
 TABLE = Table()
@@ -399,6 +402,22 @@ def pretraining_step(arch, size, batch, public, where=CPU, wrap=lambda net: net)
     return in_public_form if public else step
 
 
+@functools.cache
+def matrix_rate(where, dtype, side):
+    """Quartiles of the rate of large products, FLOP/s: what no step can exceed."""
+    a, b = torch.randn(2, side, side, device=where, dtype=dtype)
+    return 2 * side**3 / race({"ours": lambda: a @ b}, 20, 5)["ours"][::-1]
+
+
+def operations(function):
+    """Floating-point operations of a call's products, attention and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 def pretraining(shapes=None, where=CPU):
     """The step of pretrain_mim.py against the same step in the public iBOT form, with the same losses."""
     shapes = shapes or small((("vit_tiny", 64, 64), ("vit_small", 224, 4)), (("vit_micro", 32, 2),))
@@ -408,8 +427,14 @@ def pretraining(shapes=None, where=CPU):
         first = {name: step() for name, step in steps.items()}
         assert abs(first["theirs"] - first["ours"]) < (1e-4 if where == CPU else 1e-2) * first["ours"], first
         memory = [alone(pretraining_peak, *shape, name, where.type)["peak"] for name in steps]
-        TABLE.race("HandMIM's step, {} at {} px, {} hands".format(*shape), steps["ours"], steps["theirs"],
-                   "public iBOT form", 7, 1, note="the first losses are the same", memory=memory)
+        times = TABLE.race("HandMIM's step, {} at {} px, {} hands".format(*shape), steps["ours"],
+                           steps["theirs"], "public iBOT form", 7, 1, note="the first losses are the same",
+                           memory=memory)
+        if where == CPU:
+            least = operations(steps["ours"]) / matrix_rate(where, torch.float32, small(2048, 64))[1]
+            TABLE.add("its products, at the rate of large ones", least,
+                      note=f"a floor: {least / times['ours'][1]:.0%} of the step; the ratio can be "
+                           f"{times['theirs'][1] / least:.2f} at most")
 
 
 def pretraining_peak(arch, size, batch, name, where):

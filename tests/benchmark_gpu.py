@@ -4,7 +4,6 @@ Runs the real commands; their share of the chip counts the encoder's passes alon
 """
 
 import collections
-import functools
 import importlib
 import json
 import os
@@ -21,8 +20,8 @@ import numpy as np
 import torch
 
 from benchmark import (OPTIONS, ROOT, SCRATCH, START, TABLE, TorchvisionViews, alone, attempt, command,
-                       comparator, draw_hands, layer, log_rates, our_views, pretraining, pretraining_step,
-                       race, small)
+                       comparator, draw_hands, layer, log_rates, matrix_rate, operations, our_views,
+                       pretraining, pretraining_step, race, small)
 from benchmark_data import big_index, detected_poses
 
 GPU_SECONDS = 230  # of the whole section
@@ -66,19 +65,16 @@ def gpu():
             attempt(name, part)
 
 
-@functools.cache
-def matrix_rate():
+def gpu_rate():
     """Quartiles of the rate of large bf16 products, FLOP/s."""
-    side = small(8192, 256)
-    a, b = torch.randn(2, side, side, device=gpu_device(), dtype=torch.bfloat16)
-    return 2 * side**3 / race({"ours": lambda: a @ b}, 20, 5)["ours"][::-1]
+    return matrix_rate(gpu_device(), torch.bfloat16, small(8192, 256))
 
 
 def gpu_chip():
     """Name of the GPU, its matrix rate, and copies from the host's pinned memory."""
     is_cuda = gpu_device().type == "cuda"
     name = torch.cuda.get_device_name() if is_cuda else "no GPU"
-    TABLE.add(f"{name}: product of large bf16 matrices", matrix_rate() / 1e12, unit="TFLOP/s")
+    TABLE.add(f"{name}: product of large bf16 matrices", gpu_rate() / 1e12, unit="TFLOP/s")
     host = torch.empty(small(2**28, 2**20), dtype=torch.uint8, pin_memory=is_cuda)
     there = torch.empty_like(host, device=gpu_device())
     seconds = race({"ours": lambda: there.copy_(host, non_blocking=True)}, 10, 2)["ours"]
@@ -94,15 +90,11 @@ def gpu_hands():
 
 def encoder_flops(arch, size):
     """Of one image's forward pass."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     from model import build_encoder
 
     with torch.device("meta"):
         encoder, image = build_encoder(arch, size), torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
-        encoder(image)
-    return counter.get_total_flops()
+    return operations(lambda: encoder(image))
 
 
 def gpu_training(name, cache, left):
@@ -129,7 +121,7 @@ def gpu_training(name, cache, left):
         if not rates:
             raise RuntimeError(f"no line of the log in time; it said: {said.read().strip()[-200:]}")
     rates = np.quantile(rates, [0.25, 0.5, 0.75])
-    share = rates[1] * passes * encoder_flops(arch, size) / matrix_rate()[1]
+    share = rates[1] * passes * encoder_flops(arch, size) / gpu_rate()[1]
     TABLE.add(f"{name} at {size} px, batch {batch}, --cache {cache}", rates, unit="hands/s",
               note=f"{share:.1%} of the matrix rate, at {passes} passes of the encoder a hand")
 
