@@ -36,7 +36,7 @@ SECTIONS = {
     "geometry": (400, 20, 2, "hold", fault_geometry.case),
     "files": (400, 40, 2, "read or refused in a line, nothing run, nothing half-written", fault_files.case),
     "kills": (130, 3, 2, "end bit-identical", fault_runs.kill),
-    "disk": (10, 1, 2, "one line, the last checkpoint whole, resumed to the same bits", fault_runs.disk),
+    "disk": (20, 1, 2, "one line, the last checkpoint whole, resumed to the same bits", fault_runs.disk),
     "torchrun": (20, 0, 1, "recovered, same bits", fault_runs.torchrun),
     "memory": (5, 0, 2, "grow by less than 0.5 MB in 1,000 steps, or hold less than is allowed",
                fault_runs.memory),

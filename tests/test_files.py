@@ -1,6 +1,7 @@
 """People's files: what a command may overwrite, what it takes and leaves, how it names it, and what files
 from strangers can cost. The order is that of the bug reports it grew from."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -417,6 +418,15 @@ def test_a_small_file_of_results_does_not_grow_in_memory(tmp_path, text, suffix)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 30e6
+
+
+def test_a_comparison_leaves_out_what_is_no_number(tmp_path):
+    for number, note in enumerate((7, "7" * 400)):
+        text = json.dumps({"pa_mpjpe_mm": 6.0 + number, "count": 2, "note": note})
+        (tmp_path / f"{number}.json").write_text(text)
+    evaluate.compare([f"ours={tmp_path}/{number}.json" for number in (0, 1)], tmp_path / "out")
+    row = json.loads((tmp_path / "out/table.json").read_text())["ours"]
+    assert row["pa_mpjpe_mm"] == 6.5 and "note" not in row
 
 
 @pytest.mark.parametrize("name", [b"../secret.png", b"a/../../secret.png", b"/etc/secret.png"])
