@@ -1,6 +1,6 @@
-"""Networks: the plain ViT, ResNet-50, the pre-training heads, and the PyMAF head that regresses MANO.
+"""Networks: the plain ViT, ResNets, the pre-training heads, and the PyMAF head that regresses MANO.
 
-Parameter names are timm's for the ViT and torchvision's for ResNet-50: public weights load, and ours load
+Parameter names are timm's for the ViT and torchvision's for a ResNet: public weights load, and ours load
 elsewhere. Both encoders have features(images) -> summary (B,D), map (B,D,h,w): class token and patch grid, or
 pooled and last map. The hand model comes as a callable, so nothing of MANO is stored with a network.
 
@@ -22,9 +22,12 @@ Example::
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
-import argparse
-import contextlib
+import json
+import re
+import sys
 import warnings
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +41,13 @@ ARCHS = {
     "vit_small": {"dim": 384, "depth": 12, "heads": 6},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12},
     "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
-    "resnet50": {},
+    "resnet18": {"blocks": (2, 2, 2, 2), "expansion": 1},
+    "resnet50": {"blocks": (3, 4, 6, 3), "expansion": 4},
+    "resnet101": {"blocks": (3, 4, 23, 3), "expansion": 4},
+    "resnet152": {"blocks": (3, 8, 36, 3), "expansion": 4},
 }
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in views.py; a test holds them equal
+STD = (0.229, 0.224, 0.225)
 FORMAT = 1  # of encoder.pt; a file without a number was written before there were any and counts as 1
 
 
@@ -103,10 +111,14 @@ class ViT(nn.Module):
     Square images of any multiple of `patch`. forward(images (B,3,S,S), mask (B,N) bool or None, mask_token
     (1,D)) -> tokens (B,1+N,D) after the final LayerNorm, class token first. Where mask is True, mask_token
     replaces the patch's embedding; the pre-training owns it.
+
+    registers: tokens without a place that all others attend to and no output holds (Darcet et al. 2024).
+    pooled: the norm is that of the patches' mean, which stands where the class token does; the patches have
+    none (timm's fc_norm: MAE, fine-tuned).
     """
 
     def __init__(self, arch="vit_small", image_size=224, patch=16, drop_path=0.0, dim=None, depth=None,
-                 heads=None):
+                 heads=None, registers=0, pooled=False):
         super().__init__()
         default = ARCHS.get(arch, {})
         size = {"dim": dim or default.get("dim"),
@@ -115,12 +127,16 @@ class ViT(nn.Module):
         if image_size % patch or None in size.values():
             raise ValueError(f"ViT {arch}: --image-size {image_size} must be a multiple of the patch {patch}")
         self.arch = arch
+        extras = {"registers": registers, "pooled": pooled}
         self.config = {"image_size": image_size, "patch": patch, **size}
+        self.config |= {name: value for name, value in extras.items() if value}
+        self.pooled = pooled
         self.patch = patch
         self.dim, depth, heads = size["dim"], size["depth"], size["heads"]
         side = image_size // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side ** 2, self.dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, self.dim)) if registers else None
         self.patch_embed = PatchEmbed(patch, self.dim)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(self.dim, heads, rate) for rate in rates)
@@ -135,8 +151,14 @@ class ViT(nn.Module):
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + resize_positions(self.pos_embed, x.shape[1] - 1)  # (B, 1+N, D)
+        tokens = x.shape[1]
+        if self.reg_token is not None:  # last, because attention knows no order
+            x = torch.cat([x, self.reg_token.expand(len(x), -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
+        x = x[:, :tokens]
+        if self.pooled:
+            return torch.cat([self.norm(x[:, 1:].mean(1, keepdim=True)), x[:, 1:]], dim=1)
         return self.norm(x)
 
     def features(self, images):
@@ -148,7 +170,7 @@ class ViT(nn.Module):
     def layer_of(self, name):
         """Depth of a parameter for layer-wise learning rates: 0 the embeddings, i+1 block i, `layers` the
         rest."""
-        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.layers
 
@@ -178,8 +200,11 @@ def sine_positions(side, dim):
 
 
 def resize_positions(pos_embed, patches):
-    """Position embedding (1,1+M,D) for another number of patches: bicubic on the grid (MAE's); the class
-    token's row stays."""
+    """Position embedding (1,1+M,D) for another number of patches: bicubic on the grid; the class token's row
+    stays.
+
+    As MAE and DINOv2 do it, but for DINOv2's shift by a tenth of a patch. timm smooths first where the grid
+    gets smaller (antialias): other features, of cosine .998 from 224 to 64 pixels."""
     if pos_embed.shape[1] - 1 == patches:
         return pos_embed
     old, new = (int(round(n ** 0.5)) for n in (pos_embed.shape[1] - 1, patches))
@@ -191,7 +216,7 @@ def resize_positions(pos_embed, patches):
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-# -------------------------------------------------------------------------------------------------- ResNet-50
+# ---------------------------------------------------------------------------------------------------- ResNets
 class Bottleneck(nn.Module):
     def __init__(self, channels, width, stride):
         super().__init__()
@@ -201,10 +226,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = None
-        if stride > 1 or channels != 4 * width:
-            shortcut = nn.Conv2d(channels, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
+        self.downsample = _shortcut(channels, 4 * width, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
@@ -212,27 +234,48 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet50(nn.Module):
-    """ResNet-50 (He et al. 2016; stride in the 3x3 convolution and names as torchvision) without its
-    classifier.
+class BasicBlock(nn.Module):
+    def __init__(self, channels, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(channels, width, stride)
 
-    forward(images (B,3,S,S)) -> the last map (B,2048,S/32,S/32).
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(channels, out, stride):
+    if stride == 1 and channels == out:
+        return None
+    return nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+
+class ResNet(nn.Module):
+    """ResNet (He et al. 2016; stride in the 3x3 convolution and names as torchvision) without its classifier.
+
+    forward(images (B,3,S,S)) -> the last map (B,D,S/32,S/32), D = 512 for resnet18, else 2048.
     """
 
-    arch = "resnet50"
-    dim = 2048
-
-    def __init__(self, image_size=224):
+    def __init__(self, arch="resnet50", image_size=224):
         super().__init__()
+        self.arch = arch
         self.config = {"image_size": image_size}
+        expansion = ARCHS[arch]["expansion"]
+        block = Bottleneck if expansion == 4 else BasicBlock
+        self.dim = 512 * expansion
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         channels = 64
-        for i, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for i, blocks in enumerate(ARCHS[arch]["blocks"]):
+            width = 64 * 2 ** i
             layer = []
             for j in range(blocks):
-                layer.append(Bottleneck(channels, width, 2 if i and j == 0 else 1))
-                channels = 4 * width
+                layer.append(block(channels, width, 2 if i and j == 0 else 1))
+                channels = expansion * width
             setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -246,48 +289,65 @@ class ResNet50(nn.Module):
 
     def features(self, images):
         x = self(images)
-        return x.mean((2, 3)), x  # (B, 2048), (B, 2048, h, w)
+        return x.mean((2, 3)), x  # (B, D), (B, D, h, w)
+
+
+ResNet50 = partial(ResNet, "resnet50")
 
 
 # --------------------------------------------------------------------------------------------------- encoders
+def is_resnet(arch):
+    return arch.startswith("resnet")
+
+
 def build_encoder(arch, image_size, drop_path=0.0, **config):
     """A fresh encoder by the name of --arch; config: other arguments of its constructor."""
-    if arch == "resnet50":
-        return ResNet50(image_size)
+    if is_resnet(arch):
+        return ResNet(arch, image_size)
     return ViT(arch, image_size, drop_path=drop_path, **config)
 
 
-def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, saved=None):
+def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, saved=None, heads=None,
+                   pixels=None):
     """The encoder in the file `init`, or without one a fresh `arch`, `default` where that is None too.
 
-    saved: {"arch", "config"} of a run's checkpoint, which brings the weights; `init` is then not read."""
+    saved: {"arch", "config"} of a run's checkpoint, which brings the weights; `init` is then not read.
+    heads, pixels: as load_encoder's."""
     if saved:
         return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
     if not init:
         return build_encoder(arch or default, image_size, drop_path)
-    encoder = load_encoder(init, image_size, drop_path)
+    encoder = load_encoder(init, image_size, drop_path, heads, pixels)
     if arch and arch != encoder.arch:
         raise ValueError(f"--arch {arch}, but {init} holds {encoder.arch}: leave --arch out")
     return encoder
 
 
-def load_encoder(path: Path | str, image_size: int | None = None, drop_path: float = 0.0):
+def load_encoder(path: Path | str, image_size: int | None = None, drop_path: float = 0.0,
+                 heads: int | None = None, pixels: str | None = None):
     """The encoder in a file, on the CPU, in eval mode.
 
-    Reads our encoder.pt, ViT weights of timm, MAE, DINO or iBOT, and ResNet-50 weights under torchvision's
-    names (also as PeCLR and SiMHand publish them). Prefixes and heads are dropped; every weight of the trunk
-    must be there, and none be left over. image_size: interpolates the position embedding to another input
-    size. ValueError says what does not fit; nothing in the file is executed."""
-    state = _read_weights(path)
-    weights = _trunk_weights(state)
-    arch, config = _architecture(path, state, weights)
+    Reads our encoder.pt and mesh runs, and ViTs and ResNets of others: docs/mesh.md lists the families.
+    Prefixes and heads are dropped; every weight of the trunk must be there, and none be left over.
+    image_size: interpolates the position embedding to another input size. ValueError says what does not fit;
+    nothing in the file is executed.
+
+    What weights of others do not say: heads, the number of attention heads (default: that of the width, with
+    a note, and MoCo v3's by its names); pixels, what they were trained on: "imagenet", or "half" (mean and
+    deviation .5: timm's augreg, which is known by its name). "half" is folded into the patch embedding, so
+    the encoder takes ImageNet's like all others from then on."""
+    content = read_weights(path)
     try:
+        arch, config, weights = _encoder_in(path, content, heads, pixels)
         config["image_size"] = image_size or config["image_size"]
         encoder = build_encoder(arch, drop_path=drop_path, **config)
+        if not is_resnet(arch):
+            positions = weights["pos_embed"].float()
+            weights["pos_embed"] = resize_positions(positions, encoder.pos_embed.shape[1] - 1)
+    except _Unfit as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path}: its encoder cannot be rebuilt ({_reason(error)})") from None
-    if arch != "resnet50":
-        weights["pos_embed"] = resize_positions(weights["pos_embed"].float(), encoder.pos_embed.shape[1] - 1)
     wanted = encoder.state_dict()
     absent = sorted(name for name in wanted if name not in weights)
     missing = [name for name in absent if not name.endswith("num_batches_tracked")]
@@ -301,59 +361,216 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     return encoder.eval()
 
 
-def _architecture(path, state, weights):
-    """Name and constructor's arguments of the encoder in a file, as it says itself or as its weights show."""
-    if isinstance(state, dict) and state.get("kind") in ("mim", "contrastive", "mesh"):
-        raise ValueError(f"{path} holds a whole run: give the encoder.pt beside it")
-    if isinstance(state, dict) and {"arch", "config", "state_dict"} <= set(state):
-        if state.get("format", 1) != FORMAT:
-            number = state["format"]
-            raise ValueError(f"{path}: an encoder.pt of format {number}, this version reads {FORMAT}; "
-                             "use the revision in the run's config.json")
-        return state["arch"], dict(state["config"])
-    if "conv1.weight" in weights:
-        return "resnet50", {"image_size": 224}
+class _Unfit(ValueError):
+    """Why a file has no encoder for us, without its path."""
+
+
+def _encoder_in(path, content, heads, pixels):
+    """Arch, config and weights under our names, of the encoder in a file that `read_weights` has read."""
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind in ("mim", "contrastive"):
+        raise _Unfit("holds a whole run: give the encoder.pt beside it")
+    if kind == "mesh":
+        arch, config = content["encoder"]["arch"], dict(content["encoder"]["config"])
+        weights = {name.removeprefix("encoder."): tensor for name, tensor in content["ema"].items()
+                   if name.startswith("encoder.")}
+    elif isinstance(content, dict) and {"arch", "config", "state_dict"} <= set(content):
+        if content.get("format", 1) != FORMAT:
+            raise _Unfit(f"an encoder.pt of format {content['format']}, this version reads {FORMAT}; "
+                         "use the revision in the run's config.json")
+        arch, config, weights = content["arch"], dict(content["config"]), dict(content["state_dict"])
+    else:
+        names, weights = _trunk_weights(content)
+        if "conv1.weight" in weights:
+            arch, config = _resnet_of(weights), {"image_size": 224}
+        else:
+            arch, config, weights = _vit_of(names, weights)
+            heads = heads or _known_heads(path, names, config["dim"])
+            if config["dim"] % heads:
+                raise _Unfit(f"a ViT of width {config['dim']}, which {heads} heads do not share evenly")
+            if pixels is None and "augreg" in str(path):
+                pixels = "half"
+                print(f"note: {path}: taken for an augreg ViT, whose pixels have mean and deviation .5",
+                      file=sys.stderr)
+            if pixels == "half":
+                _fold_pixels(weights)
+                pixels = None
+            config["heads"] = heads
+    if pixels == "half" or heads not in (None, config.get("heads")):
+        raise _Unfit(f"a {arch} whose heads and pixels are known: leave the flags for them out")
+    return arch, config, weights
+
+
+def _resnet_of(weights):
+    """The name of --arch by its blocks."""
+    names = [name.split(".") for name in weights]
+    blocks = tuple(1 + max([int(name[1]) for name in names if name[0] == f"layer{i}"], default=-1)
+                   for i in (1, 2, 3, 4))
+    size = {"blocks": blocks, "expansion": 4 if "layer1.0.conv3.weight" in weights else 1}
+    if size not in ARCHS.values():
+        raise _Unfit(f"a ResNet of {blocks} blocks, which is none of --arch")
+    return next(arch for arch, known in ARCHS.items() if known == size)
+
+
+# A weight that a ViT unlike ours has, and what that means.
+_UNLIKE = {
+    "patch_embed.proj.0.weight": "convolutions before the patches",  # MoCo v3's vit_conv
+    "last_norm.weight": "no class token, and patches that are padded and overlap (ViTPose, HaMeR)",
+    "rope_embed.periods": "rotary positions (DINOv3)",
+    "blocks.0.gamma_1": "rotary or relative positions (DINOv3 of timm, EVA, BEiT)",
+    "blocks.0.mlp.w12.weight": "a gated MLP (DINOv2's giant)",
+    "blocks.0.attn.q_norm.weight": "normalised queries and keys",
+    "norm_pre.weight": "a norm before the blocks (CLIP)",
+}
+
+
+def _vit_of(names, weights):
+    """Arch, config without heads, and weights under our names, of a ViT of others.
+
+    What is linear is folded: LayerScale into the projection before it, the distilled token of DeiT and its
+    position into a register."""
+    unlike = [meaning for name, meaning in _UNLIKE.items() if name in weights]
+    if unlike:
+        raise _Unfit(f"a ViT with {unlike[0]}, which the plain one here has not")
     if not {"pos_embed", "patch_embed.proj.weight", "cls_token"} <= set(weights):
-        raise ValueError(f"{path}: neither a ViT nor a ResNet-50 (first names: {sorted(weights)[:3]})")
+        raise _Unfit(f"neither a ViT with a class token nor a ResNet (first names: {sorted(weights)[:3]})")
+    weights = {name: tensor.float() if tensor.is_floating_point() else tensor
+               for name, tensor in weights.items()}
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    if dim % 64 or dim > 1024:  # wider ones do not have 64 numbers a head
-        raise ValueError(f"{path}: a ViT of width {dim}: how many heads it has is not known")
+    if "register_tokens" in weights:  # DINOv2
+        weights["reg_token"] = weights.pop("register_tokens")
+    positions = weights["pos_embed"]  # (1, 1+M, D)
+    if "dist_token" in weights:  # DeiT, distilled: its second position
+        weights["reg_token"] = weights.pop("dist_token") + positions[:, 1:2]
+        positions = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+    if int(positions.shape[1] ** 0.5) ** 2 == positions.shape[1]:  # timm's no_embed_class
+        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    weights["pos_embed"] = positions
+    for name in [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
+        branch = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
+        gamma = weights.pop(name)  # (D,)
+        weights[branch + "weight"] = gamma[:, None] * weights[branch + "weight"]
+        weights[branch + "bias"] = gamma * weights[branch + "bias"]
+    pooled = "fc_norm.weight" in weights and "norm.weight" not in weights
+    if pooled:
+        weights |= {f"norm.{part}": weights.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    side = int((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    config = {"dim": dim, "depth": depth, "heads": dim // 64, "patch": patch, "image_size": patch * side}
+    side = int((positions.shape[1] - 1) ** 0.5)
+    config = {"dim": dim, "depth": depth, "patch": patch, "image_size": patch * side, "pooled": pooled,
+              "registers": weights["reg_token"].shape[1] if "reg_token" in weights else 0}
     alike = (name for name, size in ARCHS.items() if size.get("dim") == dim and size["depth"] == depth)
-    return next(alike, "vit"), config
+    return next(alike, "vit"), config, weights
 
 
-def _read_weights(path):
-    # MAE and DINO store their argparse flags as well; torch before 2.5 cannot allow that.
-    allow = getattr(torch.serialization, "safe_globals", None)
+def _known_heads(path, names, dim):
+    """The number of attention heads, of which no weight shows a trace: by the names, else by the width."""
+    if any("base_encoder." in name for name in names):  # MoCo v3, which has 12 in its small ViT as well
+        return 12
+    if dim != 1280 and (dim % 64 or dim > 1024):
+        raise _Unfit(f"a ViT of width {dim}: how many heads it has is not known; --heads says it")
+    heads = 16 if dim == 1280 else dim // 64
+    print(f"note: {path}: {heads} attention heads assumed, as is usual for a width of {dim}; the weights do "
+          "not say", file=sys.stderr)
+    return heads
+
+
+def _fold_pixels(weights):
+    """Makes a ViT for pixels of mean and deviation .5 one for ImageNet's. Exact: its patches have no padding.
+
+    w (x - .5) / .5, with x = m + s z, is (2 s w) z + 2 w (m - .5)."""
+    weight = weights["patch_embed.proj.weight"]  # (D, 3, P, P)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    added = (2 * weight * (mean - 0.5)).sum((1, 2, 3))
+    weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + added
+    weights["patch_embed.proj.weight"] = 2 * std * weight
+
+
+# -------------------------------------------------------------------------------------------- files of others
+class _Inert:
+    """In place of a class that a file names and that no weight needs: keeps nothing, does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# Flags and counters that people save beside weights. torch's reader knows tensors and plain values alone.
+_STAND_INS = [(_Inert, name) for name in (
+    "argparse.Namespace", "types.SimpleNamespace", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib._local.Path", "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "numpy.dtype",
+    "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping")]
+_STAND_INS += [(OrderedDict, name) for name in (
+    "easydict.EasyDict", "addict.addict.Dict", "yacs.config.CfgNode", "mmcv.utils.config.ConfigDict",
+    "mmengine.config.config.ConfigDict", "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict", "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict")]
+
+
+def read_weights(path: Path | str):
+    """What torch.save or safetensors wrote into a file, on the CPU; of flags beside weights nothing is kept.
+
+    Runs nothing that the file asks for. FileNotFoundError; ValueError says what is not plain in it."""
     try:
-        with allow([argparse.Namespace]) if allow else contextlib.nullcontext(), warnings.catch_warnings():
+        with open(path, "rb") as file:
+            if file.read(9)[8:] == b"{":
+                return _read_safetensors(path)
+        with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such weight file") from None
     except Exception as error:  # a damaged file can fail in any way
-        raise ValueError(f"{path}: no weight file of plain tensors ({_reason(error)})") from None
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        told = re.search(r"WeightsUnpickler error: (.{1,120})", str(error))
+        reason = f"it names {named[1]}, which was not run" if named else told[1] if told else _reason(error)
+        raise ValueError(f"{path}: no weight file of plain tensors ({reason}); save plain ones where it came "
+                         "from: torch.save(model.state_dict(), PATH)") from None
 
 
-def _trunk_weights(state):
-    """Unwraps the usual containers and prefixes: {name as timm or torchvision has it: tensor}."""
+def _read_safetensors(path):
+    """{name: tensor} of a file of safetensors: eight bytes of a length, that much JSON, then the numbers."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    data = bytearray(Path(path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, entry in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            part = memoryview(data)[start + first:start + last]
+            tensors[name] = torch.frombuffer(part, dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
+def _trunk_weights(content):
+    """Unwraps the usual containers and prefixes: the names as they were, and {timm's or torchvision's name:
+    tensor}."""
     for key in ("state_dict", "model", "teacher", "student"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    prefixes = ("module.", "backbone.", "encoder.", "backend_model.", "model.", "teacher.", "encoder_q.",
+                "base_encoder.")
     peclr = {"features.0.": "conv1.", "features.1.": "bn1.", "features.4.": "layer1.",
              "features.5.": "layer2.", "features.6.": "layer3.", "features.7.": "layer4."}
-    weights = {}
-    for name, tensor in (state.items() if isinstance(state, dict) else ()):
-        for prefix in ("module.", "backbone.", "encoder.", "backend_model.", "model."):
-            name = name.removeprefix(prefix)
+    weights, names = {}, []
+    for full_name, tensor in (content.items() if isinstance(content, dict) else ()):
+        if not (isinstance(full_name, str) and isinstance(tensor, torch.Tensor)):
+            continue
+        names.append(full_name)
+        name = full_name.replace("_orig_mod.", "")
+        while name.startswith(prefixes):
+            name = name.split(".", 1)[1]
         for old, new in peclr.items():
             name = new + name.removeprefix(old) if name.startswith(old) else name
-        if isinstance(tensor, torch.Tensor):
-            weights[name] = tensor
-    return weights
+        if name in weights:
+            raise _Unfit(f"two weights are {name}: it holds two networks, save one of them alone")
+        weights[name] = tensor
+    return names, weights
 
 
 # ----------------------------------------------------------------------------------------- pre-training heads

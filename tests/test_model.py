@@ -1,16 +1,25 @@
 """model.py: weights of others load, features are read where the points are, nothing of the hand is stored."""
 
 import argparse
+import json
+import os
+import sys
+import types
+from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import mano
 import model
+import views
 from model import (
     HandMesh,
     MeshHead,
+    ResNet,
     ResNet50,
     ViT,
     build_encoder,
@@ -84,6 +93,19 @@ def test_resnet50_has_torchvisions_names_and_size():
             "layer4.2.conv3.weight"} <= set(state)
 
 
+def randomised(net, seed=0):
+    """The network with every weight drawn anew, so that none is zero or one, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in net.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.copy_(1 + 0.2 * torch.rand(tensor.shape, generator=generator))
+        elif tensor.is_floating_point():
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(mean + noise * 0.3 / tensor[0].numel() ** 0.5)
+    return net.eval()
+
+
 CONTAINERS = {
     "timm": lambda s: s | {"head.weight": torch.zeros(1000, 64), "head.bias": torch.zeros(1000)},
     "mae": lambda s: {"model": s | {"mask_token": torch.zeros(1, 1, 64),
@@ -93,6 +115,13 @@ CONTAINERS = {
                                    v in s.items()} | {"head.mlp.0.weight": torch.zeros(8, 64)},
                        "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3},
     "ibot": lambda s: {"state_dict": s | {"masked_embed": torch.zeros(1, 64)}},
+    "dinov2, training": lambda s: {"model": {f"student.backbone.{n}": v + 1 for n, v in s.items()}
+                                   | {f"teacher.backbone.{n}": v for n, v in s.items()}},
+    "compiled": lambda s: {"model": {f"_orig_mod.module._orig_mod.{n}".replace("attn.", "attn._orig_mod."): v
+                                     for n, v in s.items()}},
+    "lightning": lambda s: {"state_dict": {f"model.backbone.{n}": v for n, v in s.items()}, "epoch": 3,
+                            "hyper_parameters": {"lr": np.float64(0.1)}, "callbacks": {"last": {}},
+                            "pytorch-lightning_version": "2.1", "lr_schedulers": [{"base_lrs": [0.1]}]},
 }
 
 
@@ -100,14 +129,200 @@ CONTAINERS = {
 def test_public_vit_files_load(kind, tmp_path):
     vit = ViT("test", 64, **TINY).eval()
     torch.save(CONTAINERS[kind](vit.state_dict()), tmp_path / "w.pth")
-    if kind == "dino" and not hasattr(torch.serialization, "safe_globals"):
-        pytest.skip("needs torch 2.5")
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(load_encoder(tmp_path / "w.pth")(images), vit(images))
     larger = load_encoder(tmp_path / "w.pth", image_size=96)
     assert larger(torch.randn(1, 3, 96, 96)).shape == (1, 37, 64)
 
 
+# ------------------------------------------------------------------------------ ViTs that are not quite plain
+def public_vit(kind, depth=2, dim=384, patch=14, side=4):
+    """Random weights under the names of DINOv2, of MAE's fine-tuning, and of DeiT's distillation."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, side ** 2 + 1, dim),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
+    norms = ["norm" if kind != "mae, fine-tuned" else "fc_norm"]
+    for i in range(depth):
+        norms += [f"blocks.{i}.norm1", f"blocks.{i}.norm2"]
+        for name, out, given in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim),
+                                 ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
+            shapes |= {f"blocks.{i}.{name}.weight": (out, given), f"blocks.{i}.{name}.bias": (out,)}
+        if kind.startswith("dinov2"):
+            shapes |= {f"blocks.{i}.ls1.gamma": (dim,), f"blocks.{i}.ls2.gamma": (dim,)}
+    shapes |= {f"{name}.{part}": (dim,) for name in norms for part in ("weight", "bias")}
+    if kind == "dinov2, registers":
+        shapes |= {"register_tokens": (1, 4, dim), "mask_token": (1, dim)}
+    if kind == "deit, distilled":
+        shapes |= {"dist_token": (1, 1, dim), "pos_embed": (1, side ** 2 + 2, dim), "head_dist.bias": (1000,)}
+    if kind == "timm, no_embed_class":
+        shapes["pos_embed"] = (1, side ** 2, dim)
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=draw) * (0.3 if len(shape) < 2 else 0.05)
+            for name, shape in shapes.items()}
+
+
+def their_features(state, images, heads):
+    """Class token (or what stands for it) and patches, as these projects' own forward passes compute them."""
+    def layer_norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=patch)
+    x = x.flatten(2).mT  # (B, N, D)
+    count = x.shape[1]
+    tokens = [state[name] for name in ("cls_token", "dist_token") if name in state]
+    if state["pos_embed"].shape[1] == count:
+        x = x + state["pos_embed"]
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in tokens), x], 1)
+    if state["pos_embed"].shape[1] > count:
+        x = x + state["pos_embed"]
+    if "register_tokens" in state:
+        x = torch.cat([x[:, :1], state["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], 1)
+    for i in range(1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))):
+        q, k, v = linear(layer_norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        branch = linear((weights @ v).transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
+        x = x + branch * state.get(f"blocks.{i}.ls1.gamma", 1)
+        hidden = F.gelu(linear(layer_norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
+        x = x + linear(hidden, f"blocks.{i}.mlp.fc2") * state.get(f"blocks.{i}.ls2.gamma", 1)
+    if "fc_norm.weight" in state:
+        return layer_norm(x[:, -count:].mean(1), "fc_norm"), x[:, -count:]
+    x = layer_norm(x, "norm")
+    return x[:, 0], x[:, -count:]
+
+
+KINDS = ["dinov2", "dinov2, registers", "mae, fine-tuned", "deit, distilled", "timm, no_embed_class"]
+
+
+@pytest.mark.parametrize("side", [4, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vit_that_is_not_quite_plain_keeps_its_features(kind, side, tmp_path):
+    state = public_vit(kind, side=side)
+    torch.save(state, tmp_path / "w.pth")
+    encoder = load_encoder(tmp_path / "w.pth")
+    images = torch.randn(2, 3, 14 * side, 14 * side)
+    summary, feature_map = encoder.features(images)
+    expected, patches = their_features(state, images, heads=6)
+    torch.testing.assert_close(summary, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(feature_map.flatten(2).mT, patches, atol=1e-5, rtol=1e-5)
+    rebuilt = build_encoder(encoder.arch, **encoder.config)  # as from our own encoder.pt
+    rebuilt.load_state_dict(encoder.state_dict())
+    assert torch.equal(rebuilt.eval()(images), encoder(images))
+    mask = torch.zeros(2, side ** 2, dtype=torch.bool)
+    assert encoder(images, mask, torch.zeros(1, 384)).shape == (2, 1 + side ** 2, 384)
+
+
+@pytest.mark.parametrize("unlike, reason", [
+    ({"last_norm.weight": (384,)}, "no class token.*ViTPose"),
+    ({"patch_embed.proj.0.weight": (8,)}, "convolutions"),
+    ({"blocks.0.mlp.w12.weight": (8,)}, "gated MLP"), ({"norm_pre.weight": (384,)}, "CLIP"),
+    ({"rope_embed.periods": (16,)}, "rotary positions"), ({"cls_token": None}, "class token"),
+    ({"blocks.0.attn.q_norm.weight": (64,)}, "queries"), ({"pos_embed": (1, 193, 384)}, "square of patches"),
+    ({"backbone.cls_token": (1, 1, 384)}, "two networks")])
+def test_a_vit_unlike_ours_is_refused_with_the_difference(unlike, reason, tmp_path):
+    state = public_vit("plain") | {name: torch.zeros(shape or 0) for name, shape in unlike.items()}
+    torch.save({name: tensor for name, tensor in state.items() if tensor.numel()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"w.pth.*{reason}") as refused:
+        load_encoder(tmp_path / "w.pth")
+    assert "\n" not in str(refused.value)
+
+
+def timm_or_skip():
+    """timm needs torchvision, which PyPI has for its own builds of torch alone; make bench installs both."""
+    try:
+        import timm
+    except Exception as error:
+        pytest.skip(f"timm does not start here: {error}")
+    return timm
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, options", [
+    ("vit_small_patch14_dinov2", {}), ("vit_small_patch14_reg4_dinov2", {}), ("vit_base_patch14_dinov2", {}),
+    ("vit_huge_patch14_224", {}), ("vit_huge_patch14_224", {"global_pool": "avg"}),
+    ("vit_base_patch16_224", {"global_pool": "avg"}), ("vit_large_patch16_224", {}),
+    ("vit_tiny_patch16_224", {}), ("deit_small_distilled_patch16_224", {}),
+    ("deit3_small_patch16_224", {}), ("vit_small_patch8_224", {})])
+@pytest.mark.parametrize("native", [True, False])
+def test_vits_of_timm_keep_their_features(name, options, native, tmp_path):
+    timm = timm_or_skip()
+    size = None if native else 4 * int(name.split("patch")[1].split("_")[0])
+    size_option = {} if native else {"img_size": size}
+    theirs = randomised(timm.create_model(name, depth=2, **options, **size_option))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = load_encoder(tmp_path / "w.pth")
+    side = ours.config["image_size"]
+    assert size in (None, side)
+    images = torch.randn(1, 3, side, side)
+    tokens = theirs.forward_features(images)
+    summary = theirs.forward_head(tokens, pre_logits=True) if options else tokens[:, 0]
+    expected = torch.cat([summary[:, None], tokens[:, theirs.num_prefix_tokens:]], dim=1)
+    torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, reason", [
+    ("vit_giant_patch14_dinov2", "gated|other shapes|heads"), ("vit_small_patch16_dinov3", "rotary"),
+    ("vit_base_patch16_clip_224", "CLIP"), ("vit_base_patch16_siglip_224", "class token"),
+    ("beit_base_patch16_224", "positions"), ("swin_tiny_patch4_window7_224", "neither"),
+    ("resnet50d", "neither"), ("wide_resnet50_2", "other shapes"), ("resnext50_32x4d", "other shapes"),
+    ("convnext_tiny", "neither")])
+def test_what_else_timm_has_is_refused_in_a_line(name, reason, tmp_path):
+    timm = timm_or_skip()
+    small = {} if "res" in name or "swin" in name or "conv" in name else {"depth": 1}
+    torch.save(timm.create_model(name, **small).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"w.pth.*({reason})") as refused:
+        load_encoder(tmp_path / "w.pth")
+    assert "\n" not in str(refused.value)
+
+
+# -------------------------------------------------------------------------------- what the weights do not say
+def test_the_number_of_heads_is_known_given_or_said(tmp_path, capsys):
+    """MoCo v3's small ViT has 12 heads of 32; DeiT's, of the same shapes, 6 of 64."""
+    vit = ViT("vit_small", 64, depth=1, heads=12).eval()
+    state = vit.state_dict()
+    moco = {f"module.base_encoder.{name}": tensor for name, tensor in state.items()}
+    moco |= {f"module.momentum_encoder.{name}": tensor + 1 for name, tensor in state.items()}
+    torch.save({"arch": "vit_small", "state_dict": moco}, tmp_path / "moco.pth")
+    torch.save(state, tmp_path / "plain.pth")
+    images = torch.randn(1, 3, 64, 64)
+    for path, heads in (("moco.pth", None), ("plain.pth", 12)):
+        assert torch.equal(load_encoder(tmp_path / path, heads=heads)(images), vit(images))
+        assert not capsys.readouterr().err
+    assert not torch.allclose(load_encoder(tmp_path / "plain.pth")(images), vit(images), atol=1e-3)
+    assert "plain.pth: 6 attention heads assumed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="share evenly"):
+        load_encoder(tmp_path / "plain.pth", heads=7)
+    odd = ViT("test", 64, dim=96, depth=1, heads=2)
+    torch.save(odd.state_dict(), tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="width 96.*--heads"):
+        load_encoder(tmp_path / "odd.pth")
+    assert load_encoder(tmp_path / "odd.pth", heads=2).config["heads"] == 2
+
+
+def test_other_pixels_are_folded_into_the_patches(tmp_path, capsys):
+    """A ViT for mean and deviation .5 sees the same after ImageNet's normalisation, also from encoder.pt."""
+    assert (model.MEAN, model.STD) == (views.MEAN, views.STD)
+    vit = randomised(ViT("vit_tiny", 64, depth=1))
+    pixels = torch.rand(2, 3, 64, 64)
+    for name, asked in (("w.pth", "half"), ("vit_tiny_patch16_224.augreg_in21k.pth", None)):
+        torch.save(vit.state_dict(), tmp_path / name)
+        encoder = load_encoder(tmp_path / name, pixels=asked)
+        expected = vit((pixels - 0.5) / 0.5)
+        torch.testing.assert_close(encoder(views.normalise(pixels)), expected, atol=1e-5, rtol=1e-5)
+        assert ("augreg" in capsys.readouterr().err) == (asked is None)
+        own = tmp_path / f"augreg_{asked}" / "encoder.pt"
+        own.parent.mkdir()
+        torch.save({"arch": encoder.arch, "config": encoder.config, "state_dict": encoder.state_dict()}, own)
+        assert torch.equal(load_encoder(own)(pixels), encoder(pixels))  # not twice
+    with pytest.raises(ValueError, match="leave the flags"):
+        load_encoder(own, pixels="half")
+
+
+# ---------------------------------------------------------------------------------------------------- ResNets
 PLACES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
 
@@ -116,13 +331,122 @@ def as_peclr(name):
     return f"encoder.features.{PLACES[layer]}.{rest}"
 
 
-@pytest.mark.parametrize("rename", [lambda name: name, lambda name: "module." + name, as_peclr])
-def test_public_resnet_files_load(rename, tmp_path):
-    net = ResNet50().eval()
+@pytest.mark.parametrize("arch, rename", [
+    ("resnet50", lambda name: name), ("resnet50", lambda name: "module." + name), ("resnet50", as_peclr),
+    ("resnet152", as_peclr), ("resnet18", lambda name: "module.encoder_q." + name), ("resnet101", str)])
+def test_public_resnet_files_load(arch, rename, tmp_path):
+    net = ResNet(arch).eval()
     weights = {rename(n): v for n, v in net.state_dict().items()} | {"fc.weight": torch.zeros(9, 2048)}
     torch.save({"state_dict": weights}, tmp_path / "r.pth")
     images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(load_encoder(tmp_path / "r.pth").features(images)[0], net.features(images)[0])
+    loaded = load_encoder(tmp_path / "r.pth")
+    assert loaded.arch == arch
+    torch.testing.assert_close(loaded.features(images)[0], net.features(images)[0])
+
+
+@pytest.mark.parametrize("arch, parameters, tensors", [
+    ("resnet18", 11_176_512, 120), ("resnet101", 42_500_160, 624), ("resnet152", 58_143_808, 930)])
+def test_resnets_have_torchvisions_sizes(arch, parameters, tensors):
+    net = ResNet(arch).eval()
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert len(net.state_dict()) == tensors
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, net.dim, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnet101", "resnet152"])
+def test_resnets_of_timm_keep_their_features(arch, tmp_path):
+    theirs = timm_or_skip().create_model(arch).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(load_encoder(tmp_path / "w.pth")(images), theirs.forward_features(images),
+                               atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- files and their code
+class Calls:
+    """Pickles as a call of `function` with `args`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def module_with(name, kind, monkeypatch):
+    """A class of another package's name, which is not installed here."""
+    made = type(kind.__name__, (kind,), {"__module__": name})
+    for part in accumulate(name.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    setattr(sys.modules[name], kind.__name__, made)
+    return made
+
+
+class EasyDict(dict):
+    pass
+
+
+class AttributeDict(dict):
+    pass
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_harmless_things_beside_the_weights_are_left_out(legacy, tmp_path, monkeypatch):
+    state = ResNet("resnet18").state_dict()
+    easy = module_with("easydict", EasyDict, monkeypatch)
+    attributes = module_with("pytorch_lightning.utilities.parsing", AttributeDict, monkeypatch)
+    flags = easy(lr=0.1)
+    flags.lr = 0.1
+    content = {"state_dict": state, "args": argparse.Namespace(out=tmp_path, seeds=[1]), "flags": flags,
+               "best": np.float64(0.5), "count": np.int64(3), "table": np.arange(3.0),
+               "hyper_parameters": attributes(a=1)}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    monkeypatch.undo()
+    loaded = load_encoder(tmp_path / "w.pth").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("function, argument, name", [
+    (os.system, "touch {}", "posix.system"), (eval, "open({!r}, 'w')", "eval"),
+    (np.loadtxt, "{}", "numpy.*loadtxt"), (nn.Identity, "{}", "torch.nn.modules.linear.Identity")])
+def test_a_file_that_names_code_is_refused_and_nothing_runs(legacy, function, argument, name, tmp_path):
+    trace = tmp_path / "trace"
+    item = Calls(function, argument.format(str(trace)))
+    torch.save({"state_dict": ResNet("resnet18").state_dict(), "more": item}, tmp_path / "w.pth",
+               _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=f"w.pth.*names {name}, .*not run.*model.state_dict") as refused:
+        load_encoder(tmp_path / "w.pth")
+    assert not trace.exists() and "\n" not in str(refused.value) and "\x1b" not in str(refused.value)
+
+
+def test_safetensors_need_no_package(tmp_path):
+    """The format written by hand: eight bytes of a length, JSON, the numbers one after the other."""
+    vit = randomised(ViT("vit_tiny", 64, depth=1))
+    table, numbers = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in vit.state_dict().items():
+        raw = tensor.numpy().tobytes()
+        table[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                       "data_offsets": [len(numbers), len(numbers) + len(raw)]}
+        numbers += raw
+    text = json.dumps(table).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_encoder(path)(images), vit(images))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors: no weight file"):
+        load_encoder(path)
+
+
+def test_a_mesh_run_gives_its_averaged_encoder(tmp_path):
+    vit = ViT("vit_tiny", 64, depth=1).eval()
+    torch.save({"kind": "mesh", "encoder": {"arch": "vit_tiny", "config": vit.config},
+                "ema": {f"encoder.{name}": tensor for name, tensor in vit.state_dict().items()}
+                | {"head.norm.weight": torch.zeros(3)}}, tmp_path / "last.pt")
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(load_encoder(tmp_path / "last.pt")(images), vit(images))
 
 
 def test_own_encoder_is_rebuilt_from_its_file_and_a_part_is_refused(tmp_path):
@@ -147,10 +471,10 @@ def test_a_point_reads_the_feature_that_lies_under_it():
     torch.testing.assert_close(sample(pixels, torch.tensor([[[axis[5], axis[2]]]]))[0, 0], pixels[0, :, 2, 5])
 
 
-@pytest.mark.parametrize("arch, size", [("vit_tiny", 64), ("resnet50", 64)])
+@pytest.mark.parametrize("arch, size", [("vit_tiny", 64), ("resnet18", 64), ("resnet50", 64)])
 def test_head_reads_where_it_projects_and_stores_no_hand(arch, size):
     encoder = build_encoder(arch, size)
-    net = HandMesh(encoder, MeshHead(Square(), encoder.dim, encoder.dim, strides=arch == "resnet50",
+    net = HandMesh(encoder, MeshHead(Square(), encoder.dim, encoder.dim, strides=arch != "vit_tiny",
                                      width=32)).eval()
     outputs = net(torch.randn(2, 3, size, size))
     assert len(outputs) == 3 and outputs[0]["points"].shape == (2, 441, 2)
