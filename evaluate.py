@@ -6,13 +6,14 @@
                                                                   one NAME (seeds): mean and deviation
 
 Prediction: an upright view of each hand's box, right-handed -> the mesh network -> mirrored back for left
-hands, joints as the labels define them, and with K in the index placed in the camera. Scores: prediction and
-label are compared as submitted, minus the wrist, and after a similarity fit (metrics.py).
+hands, joints as the labels define them, and with K in the index placed in the camera. A hand outside of its
+image (`unseen` in index.json) is predicted as the mean hand. Scores: prediction and label are compared as
+submitted, minus the wrist, and after a similarity fit (metrics.py).
 
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), the
-leaderboard's files (results.py) and report.html, one page that needs nothing else. --compare writes
-table.json. All files appear together at the end; a run that fails leaves nothing. An index without labels
-gets its files and no scores."""
+leaderboard's files (results.py) and report.html, one page that needs nothing else. --definitions adds
+definitions.json, --compare writes table.json. All files appear together at the end; a run that fails leaves
+nothing. An index without labels gets its files and no scores."""
 
 import base64
 import html
@@ -30,10 +31,10 @@ import metrics
 from data import (CONTEXT, HandDataset, HandIndex, canvas_size, crop_canvas, make_loader, read_image,
                   refuse_unread, square)
 from draw import BONES, FINGER_COLORS, draw_joints, overlay
-from mano import (JOINT_NAMES, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
+from mano import (JOINT_NAMES, TIPS, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
                   read_mano)
 from model import load_mesh
-from results import is_own_zip, read_predictions, warn_of_units, write_predictions
+from results import is_own_zip, read_predictions, warn_of_order, warn_of_units, write_predictions
 from runtime import add_device_flags, parser, run, setup
 from saving import load_checkpoint, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
@@ -41,8 +42,11 @@ from views import normalise, theta_rotation, warp
 
 PLACED = {"abs": "as submitted", "root": "minus the wrist"}
 RESULTS = ("metrics.json", "scores.txt", "report.html", "pred.json", "pred.zip", "pred.txt",
-           "pred_world.json")
+           "pred_world.json", "definitions.json")
 HEADLINE = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
+ALIGNMENTS = {"pa_mpjpe_mm": "similarity fit", "pa_mpjpe_noreflect_mm": "no reflections",
+              "sc_tr_mpjpe_mm": "wrist and one bone", "root_mpjpe_mm": "minus the wrist",
+              "abs_mpjpe_mm": "as submitted"}
 COLUMNS = ("joints mm", "mesh mm", "AUC joints", "AUC mesh", "F@5", "F@15")
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
          ("f_5", "F-score at 5 mm", ""), ("f_15", "F-score at 15 mm", ""),
@@ -52,8 +56,8 @@ CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, m
 # ------------------------------------------------------------------------------------------------- prediction
 @torch.no_grad()
 def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, runtime):
-    """Every hand of the index, in its order: joints (N,21,3) and vertices (N,778,3), metres, as the image
-    shows them.
+    """Every hand of the index, in its order: joints (N,21,3), vertices (N,778,3) and the hand model's own
+    joints (N,21,3), metres, as the image shows them.
 
     definition: of the joints, as in index.json. box_scale: side of a view over the box. tta: views a hand.
     With K in the index the hand stands in the camera frame; without K it is relative to its wrist. ValueError
@@ -61,22 +65,24 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     size = net.encoder.config["image_size"]
     zoom = box_scale / CONTEXT
     dataset = HandDataset([index], canvas_size(size), substitute=False)
-    joints = np.zeros((len(index), 21, 3), np.float32)
-    vertices = np.zeros((len(index), 778, 3), np.float32)
+    mean_joints, mean_vertices = mean_hand(arrays, "ho3d")  # about the kinematic wrist, as the network's
+    points = np.zeros((len(index), 21 + 778 + 21, 3), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=batch_size, workers=runtime.workers), desc="predict"):
         for row in batch["failed"][batch["failed"] >= 0].tolist():
             refuse_unread(index, row)
         rows = batch["row"].numpy()
         left = batch["mirrored"] > 0  # (B,) the canvas of a left hand shows a right one
         hand = predict_views(net, batch["canvas"].to(runtime.device), zoom, size, runtime, tta)
-        joints21 = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
-        points = torch.cat([joints21, hand["vertices"]], 1)  # (B, 21 + 778, 3) relative to the wrist
-        points, camera = mirror_back(points, hand["camera"], left)
+        unseen = torch.from_numpy(np.isin(rows, index.meta.get("unseen", [])))  # (B,)
+        hand["joints"][unseen] = torch.from_numpy(mean_joints - mean_joints[:, :1])
+        hand["vertices"][unseen] = torch.from_numpy(mean_vertices - mean_joints[:, :1])
+        joints = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
+        found = torch.cat([joints, hand["vertices"], hand["joints"]], 1)  # (B, 820, 3) relative to the wrist
+        found, camera = mirror_back(found, hand["camera"], left)
         if "K" in index.columns:
-            points = points + wrist_in_camera(index, rows, camera, batch["crop"], zoom)
-        joints[rows] = points[:, :21].numpy()
-        vertices[rows] = points[:, 21:].numpy()
-    return joints, vertices
+            found = found + wrist_in_camera(index, rows, camera, batch["crop"], zoom)
+        points[rows] = found.numpy()
+    return points[:, :21], points[:, 21:-21], points[:, -21:]
 
 
 def mirror_back(points, camera, left):
@@ -141,6 +147,8 @@ def read_labels(index, protocol, required=True):
         raise ValueError(f"{index.path} has no labels (column `joints`) to score; predict.py shows hands")
     rows = index.pose_ids()
     labels = {"gt_joints": np.asarray(columns["joints"][rows], np.float64), "gt_vertices": None}
+    if protocol == "dexycb":  # whose toolkit rounds its labels so
+        labels["gt_joints"] = np.float64(columns["joints"][rows] * np.float32(1000)) / 1000
     note = ""
     if "vertices" in columns:
         lacking = int(np.isnan(columns["vertices"][:, 0, 0]).sum())
@@ -148,7 +156,7 @@ def read_labels(index, protocol, required=True):
             note = f", joints alone: {lacking} of them have no mesh"
         else:
             labels["gt_vertices"] = columns["vertices"][rows]
-    if protocol == "assemblyhands":
+    if protocol in metrics.WITH_GAPS:
         labels["side"] = np.array([index.side(row) for row in range(len(index))])
         if "visible" in columns:
             labels["valid"] = columns["visible"][rows] > 0
@@ -156,6 +164,37 @@ def read_labels(index, protocol, required=True):
 
 
 # ----------------------------------------------------------------------------------------------------- tables
+def score_definitions(joints, vertices, chain, arrays, labels, protocol):
+    """{name: {a key of ALIGNMENTS: mm}}: the same meshes with their joints by every published definition,
+    against the labels as they are. The first row is the joints (N,21,3) as predicted.
+
+    chain (N,21,3): the hand model's own joints; None: a file of results lacks them, and they do not follow
+    from vertices (N,778,3). ValueError where the meshes are not of this hand model."""
+    found = {"as predicted": joints}
+    meshes = torch.from_numpy(np.asarray(vertices, np.float64))
+    own = torch.zeros(len(meshes), 21, 3) if chain is None else torch.from_numpy(chain)
+    for source in ("regressed",) if chain is None else ("regressed", "kinematic"):
+        for name, tips in TIPS.items():
+            definition = " ".join(map(str, (source, *tips)))
+            found[f"{source}, {name}"] = labelled_joints(meshes, own.double(), arrays, definition).numpy()
+    apart = np.linalg.norm(found["regressed, freihand"] - joints, axis=2).mean()
+    if apart > 0.02:
+        raise ValueError(f"--definitions: the joints lie {1000 * apart:.0f} mm from those of their meshes: "
+                         "name the hand model of these meshes with --mano")
+    scores = {}
+    for name, points in found.items():
+        errors = metrics.per_sample_errors(points, None, protocol=protocol, **labels | {"gt_vertices": None})
+        table = metrics.summarise(errors, protocol)
+        scores[name] = {key: table[key] for key in ALIGNMENTS if key in table}
+    return scores
+
+
+def definition_rows(scores):
+    """[(name, five texts)] of score_definitions."""
+    return [(name, [f"{row[key]:.2f}" if key in row else "" for key in ALIGNMENTS])
+            for name, row in scores.items()]
+
+
 def table_rows(table, protocol):
     """[(name, six texts)]: a row for each way to lay the prediction over the truth, then the mean hand."""
     raw = {"abs": (), "root": ()} | {metrics.PROTOCOLS[protocol]: ("f_5_unaligned", "f_15_unaligned")}
@@ -229,10 +268,11 @@ def _mean_and_deviation(runs):
 
 
 # ----------------------------------------------------------------------------------------------------- report
-def report(index, faces, pred, labels, errors, baseline, table, facts):
+def report(index, faces, pred, labels, errors, baseline, table, definitions, facts):
     """report.html as one string: the template beside this file, filled with text, pictures and numbers.
 
-    errors, baseline: metrics.per_sample_errors of the prediction and of the mean hand."""
+    errors, baseline: metrics.per_sample_errors of the prediction and of the mean hand. definitions: of
+    score_definitions, or {}."""
     part = "vertices" if "pa_vertices" in errors else "joints"
     distance = errors["pa_vertices"] if part == "vertices" else _row_mean(errors["pa_joints"])
     score = 1000 * distance  # (n,) mm
@@ -251,21 +291,31 @@ def report(index, faces, pred, labels, errors, baseline, table, facts):
         pictures += f"<tr><th>{head}</th>{''.join(cells)}</tr>"
     cards = [f"<div><b>{table[key]:.{2 if unit else 3}f}</b><i>{unit}</i><span>{label}</span></div>"
              for key, label, unit in CARDS if key in table]
-    body = [f"<tr><th>{name}</th>{''.join(f'<td>{text}</td>' for text in texts)}</tr>"
-            for name, texts in table_rows(table, facts["protocol"])]
     numbers = _numbers(faces, part, cases, score[order], errors, baseline, facts["protocol"])
     slots = {"TITLE": html.escape(index.meta.get("name", "hands")), "NOTE": note, "PICTURES": pictures,
              "CARDS": "".join(cards),
              "FACTS": "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(fact))}</dd>"
                               for name, fact in facts.items()),
-             "HEAD": "".join(f"<th>{column}</th>" for column in COLUMNS),
              "HEADS": "".join(f"<th>{caption}</th>" for caption in images),
-             "TABLE": "".join(body),
+             "TABLE": _html_table(COLUMNS, table_rows(table, facts["protocol"])),
+             "HIDE": "" if definitions else "hidden",
+             "DEFINITIONS": _html_table(ALIGNMENTS.values(), definition_rows(definitions)),
              "NUMBERS": json.dumps(numbers, separators=(",", ":")).replace("<", "\\u003c")}
     page = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     for name, value in slots.items():
         page = page.replace("{{" + name + "}}", value)
     return page
+
+
+def _html_table(columns, rows):
+    """Head and body of a table, of [(name, texts)]."""
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = ""
+    for name, texts in rows:
+        kind = "mean" if name.startswith("mean") else ""
+        cells = "".join(f"<td>{text}</td>" for text in texts)
+        body += f'<tr class="{kind}"><th>{name}</th>{cells}</tr>'
+    return f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
 
 
 def _numbers(faces, part, cases, score, errors, baseline, protocol):
@@ -392,6 +442,8 @@ def flags():
     cli.add_argument("--mano", metavar="FILE",
                      help="official MANO_RIGHT.pkl or an .npz of it (default: the synthetic hand)")
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
+    cli.add_argument("--definitions", action="store_true",
+                     help="one more table: the same meshes with their joints by every published definition")
     cli.add_argument("--tta", type=int, default=1, metavar="N",
                      help="views a hand, an odd number, turned by -30 to 30 degrees; their mean is taken "
                           "(test-time augmentation; default 1: the upright view)")
@@ -407,8 +459,8 @@ def check_flags(args):
         raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
     if args.tta > 1 and not args.checkpoint:
         raise ValueError("--tta does nothing here: it needs --checkpoint")
-    if args.mano and args.compare:
-        raise ValueError("--mano does nothing here: leave it out")
+    if args.compare and (args.mano or args.definitions):
+        raise ValueError(f"{'--mano' if args.mano else '--definitions'} does nothing here: leave it out")
     if args.predictions and args.out.resolve() in Path(args.predictions).resolve().parents:
         raise ValueError(f"--out {args.out} holds --predictions {args.predictions}, which would be "
                          "overwritten: choose another folder")
@@ -440,20 +492,32 @@ def _is_own_table(path):
 
 
 def predict_with_checkpoint(args, index, arrays, definition):
-    """predict_index with the network of --checkpoint, and facts for the report. Points are rounded here, so
-    that the file holds what is scored."""
+    """predict_index with the network of --checkpoint: joints and vertices, which are rounded, so that the
+    file holds what is scored; the hand model's own joints; facts for the report."""
     runtime = setup(args, alone=True)
     state = load_checkpoint(args.checkpoint, "mesh")
     if state["hand"] != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "
                          "with --mano (none for the synthetic hand)")
     net = load_mesh(state, Mano(arrays)).to(runtime.device)
-    pred = predict_index(net, index, arrays, definition, state["box_scale"], args.tta, args.batch_size,
-                         runtime)
+    *pred, chain = predict_index(net, index, arrays, definition, state["box_scale"], args.tta,
+                                 args.batch_size, runtime)
     pred = [np.round(points.astype(np.float64), 7) for points in pred]
     kind = index.meta.get("box", "as it was given")
-    return pred, {"crop": f"the index' box ({kind}), squared, x {state['box_scale']:g}",
+    return pred, chain, {"crop": f"the index' box ({kind}), squared, x {state['box_scale']:g}",
                   "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
+
+
+def count_oddities(index, scored):
+    """Entries of metrics.json: hands that the protocol does not score, and hands without a usable box."""
+    return {"count_not_scored": len(index) - scored, "count_reboxed": len(index.meta.get("reboxed", ())),
+            "count_unseen": len(index.meta.get("unseen", ()))}
+
+
+def oddities_text(table):
+    parts = (("not_scored", "more are not scored"), ("reboxed", "had their box replaced"),
+             ("unseen", "are not in their image"))
+    return "".join(f", {table[f'count_{name}']} {text}" for name, text in parts if table[f"count_{name}"])
 
 
 def score_mean_hand(index, arrays, definition, labels, protocol):
@@ -472,19 +536,25 @@ def main(argv=None):
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     protocol = args.protocol or index.meta.get("protocol", "freihand")
     definition = index.meta.get("joints", "freihand")
-    labels, label_note = read_labels(index, protocol, required=not args.checkpoint)
+    labels, label_note = read_labels(index, protocol, required=args.predictions or args.definitions)
     source = args.checkpoint or args.predictions
     facts = {"data": f"{index.meta.get('name', 'hands')} ({args.data})", "predicted by": source}
 
     if args.predictions:
         pred = read_predictions(args.predictions, index, protocol)
+        chain = None
         warn_of_units(pred[0], labels["gt_joints"], source)
-        labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
+        if pred[1] is None:
+            if args.definitions:
+                raise ValueError(f"--definitions: {source} has no meshes to take joints from")
+            labels["gt_vertices"] = None
+        elif labels["gt_vertices"] is not None:
+            warn_of_order(*pred, labels["gt_joints"], labels["gt_vertices"], source)
         facts["crop"] = "made elsewhere, unknown"
     if labels:  # before hours of prediction: labels that cannot be scored are refused here
         baseline = score_mean_hand(index, arrays, definition, labels, protocol)
     if args.checkpoint:
-        pred, more_facts = predict_with_checkpoint(args, index, arrays, definition)
+        pred, chain, more_facts = predict_with_checkpoint(args, index, arrays, definition)
         facts |= more_facts
     if not labels:
         with staged_folder(args.out) as folder:
@@ -500,7 +570,11 @@ def main(argv=None):
     mean_table = metrics.summarise(baseline, protocol)
     table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
     table |= {"views": args.tta} if args.tta > 1 else {}
-    facts |= {"protocol": protocol, "hands": f"{table['count']}" + label_note,
+    table |= count_oddities(index, table["count"])
+    definitions = {}
+    if args.definitions:
+        definitions = score_definitions(*pred, chain, arrays, labels, protocol)
+    facts |= {"protocol": protocol, "hands": f"{table['count']}" + label_note + oddities_text(table),
               "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
               "hand model": args.mano or "the synthetic hand",
               "reflected": ", ".join(f"{table[key]} ({key[10:]})"
@@ -510,9 +584,13 @@ def main(argv=None):
         scores = metrics.official_scores(table, protocol)
         (folder / "scores.txt").write_text("".join(f"{key}: {value:f}\n" for key, value in scores.items()))
         write_predictions(folder, *pred, protocol, index)
-        page = report(index, arrays["f"], pred, labels, errors, baseline, table, facts)
+        if definitions:
+            (folder / "definitions.json").write_text(json.dumps(definitions, indent=1))
+        page = report(index, arrays["f"], pred, labels, errors, baseline, table, definitions, facts)
         (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")  # odd names
     print(text_table(COLUMNS, table_rows(table, protocol)))
+    if definitions:
+        print(text_table(tuple(ALIGNMENTS.values()), definition_rows(definitions)))
     print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
     headline = [f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table]
     print(*headline, f"-> {args.out / 'report.html'}")

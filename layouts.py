@@ -68,6 +68,7 @@ FROM_TIPS = [20, 3, 2, 1, 0, 7, 6, 5, 4, 11, 10, 9, 8, 15, 14, 13, 12, 19, 18, 1
 SPLITS = {"freihand": ("training", "evaluation", "train", "val"), "ho3d": ("train", "evaluation"),
           "dexycb": ("train", "val", "test"), "assemblyhands": ("train", "val", "test"),
           "interhand": ("train", "val", "test")}
+SCORED = ("evaluation", "val", "test")  # splits that official scripts score to the last hand
 SIDES = ("right", "left")
 
 
@@ -110,7 +111,7 @@ def freihand(root: Path | str, split: str, skip_missing: bool = False):
                "pose": mano[:, :48], "betas": mano[:, 48:58], "scale": labels["scale"][used]}
     columns["label"] = label
     columns["image"] = np.array([f"{part}/rgb/{name}" for name in names[kept]], dtype="S")
-    columns["box"] = _tight_boxes(columns["joints2d"])[label]
+    columns["box"] = tight_boxes(columns["joints2d"])[label]
     columns["size"] = np.tile(np.int32(size), (len(label), 1))
     if (folder / part / "mask").is_dir():  # one mask a label, not one an image
         masks = set(os.listdir(folder / part / "mask"))
@@ -119,6 +120,9 @@ def freihand(root: Path | str, split: str, skip_missing: bool = False):
                                    dtype="S")
     meta = {"name": f"freihand-{split}", "joints": "freihand", "pose_mean": True, "protocol": "freihand",
             "box": "drawn around the labelled joints"}
+    if split == "evaluation":
+        columns["number"] = np.flatnonzero(kept)
+        meta["frames"] = count
     missing = [str(folder / part / "rgb" / name) for name in names[~present]]
     return columns, meta, folder, {"image missing": missing}
 
@@ -182,7 +186,8 @@ def ho3d(root: Path | str, split: str, mano=None, workers: int = 0):
 
     Version 2 has .png images, version 3 .jpg. Labels are in OpenGL's frame, with MANO's order of the joints
     and tips after the 16, which are the layer's own. The evaluation frames hold the root joint alone; the
-    files evaluation_xyz.json and evaluation_verts.json, published in 2024, give the rest.
+    files evaluation_xyz.json and evaluation_verts.json, published in 2024, give the rest. They label every
+    frame of the list, so each has a row; the box is 0 where a frame has none.
     """
     root = _check_root(root, "ho3d", split)
     frame_list = root / f"{split}.txt"
@@ -194,6 +199,10 @@ def ho3d(root: Path | str, split: str, mano=None, workers: int = 0):
     names = [frames[i] for i in np.flatnonzero(labelled)]
     left_out = {"frame without labels": [frames[i] for i in np.flatnonzero(~labelled)]}
     columns = _stack([row for row in found if row is not None])
+    known = np.isfinite(columns["K"]).all((1, 2))
+    if not known.any():
+        raise ValueError(f"{frame_list}: no frame has a camera")
+    columns["K"][~known] = columns["K"][known][0]  # the set's cameras are of one make
     sequence, number = frames[0].split("/")
     suffix = "png" if (root / split / sequence / "rgb" / f"{number}.png").exists() else "jpg"
     version = "v2" if suffix == "png" else "v3"
@@ -209,7 +218,7 @@ def ho3d(root: Path | str, split: str, mano=None, workers: int = 0):
     if "joints" in columns:
         columns["joints2d"] = _project(columns["joints"], columns["K"])
     if split == "train":
-        columns["box"] = _tight_boxes(columns["joints2d"])
+        columns["box"] = tight_boxes(columns["joints2d"])
         translation = columns.pop("trans")
         if mano is not None:
             columns["vertices"] = mano.vertices(columns["pose"], columns["betas"], translation) * OPENGL
@@ -239,18 +248,20 @@ def _ho3d_frames(path):
 
 
 def _ho3d_labels(folder, split, frame):
-    """Labels of one frame in our camera frame, pose and translation in OpenGL's; None where it has none."""
+    """Labels of one frame in our camera frame, pose and translation in OpenGL's.
+
+    Where the file has None instead: None to train on, NaN in a frame to evaluate (its box: 0)."""
     path = folder / f"{frame.replace('/', '/meta/')}.pkl"
     content = _read_pickle(path)
-    if content.get("camMat") is None or content.get("handJoints3D") is None:
+    if split == "evaluation":
+        K, wrist, box = [np.full(shape, np.nan) if content.get(name) is None else
+                         _numbers(content, name, shape, path)
+                         for name, shape in (("camMat", (3, 3)), ("handJoints3D", (3,)),
+                                             ("handBoundingBox", (4,)))]
+        return {"K": K, "wrist": wrist * OPENGL, "box": np.nan_to_num(box + 0.5)}
+    if any(content.get(name) is None for name in ("camMat", "handJoints3D", "handPose")):
         return None
     row = {"K": _numbers(content, "camMat", (3, 3), path)}
-    if split == "evaluation":
-        row["wrist"] = _numbers(content, "handJoints3D", (3,), path) * OPENGL
-        row["box"] = _numbers(content, "handBoundingBox", (4,), path) + 0.5
-        return row
-    if content.get("handPose") is None:
-        return None
     row["joints"] = (_numbers(content, "handJoints3D", (21, 3), path) * OPENGL)[FROM_MANO]
     row["pose"] = _numbers(content, "handPose", (48,), path)
     row["betas"] = _numbers(content, "handBeta", (10,), path)
@@ -272,7 +283,9 @@ def _ho3d_masks(root, split, frames):
 
 
 def _ho3d_evaluation_labels(root, frames, labelled, wrist):
-    """joints and vertices of the two files of 2024; ValueError where a wrist (N,3) is not their joint 0."""
+    """joints and vertices of the two files of 2024; ValueError where a wrist (N,3) is not their joint 0.
+
+    An unknown wrist is NaN."""
     columns = {}
     for name, file, shape in (("joints", "evaluation_xyz.json", (21, 3)),
                               ("vertices", "evaluation_verts.json", (778, 3))):
@@ -280,7 +293,7 @@ def _ho3d_evaluation_labels(root, frames, labelled, wrist):
         if len(values) != len(frames):
             raise ValueError(f"{root / file}: {len(values)} entries, but evaluation.txt has {len(frames)}")
         columns[name] = values[labelled] * OPENGL
-    apart = np.abs(columns["joints"][:, 0] - wrist).max(1)
+    apart = np.nan_to_num(np.abs(columns["joints"][:, 0] - wrist).max(1))
     if apart.max() > 1e-3:  # the list and the files must have one order
         entry = int(np.flatnonzero(labelled)[np.argmax(apart)])
         raise ValueError(f"{root / 'evaluation_xyz.json'}: entry {entry} is not the hand of "
@@ -358,7 +371,7 @@ def dexycb(root: Path | str, split: str, setup: str = "s0", mano=None, workers: 
         columns["vertices"] = mano.vertices(columns["pose"], betas, translation, left)
         columns["betas"] = np.where(left[:, None], np.nan, betas)
     columns["joints2d"] = _project(columns["joints"], columns["K"])
-    columns["box"] = _tight_boxes(columns["joints2d"])
+    columns["box"] = tight_boxes(columns["joints2d"])
     columns["size"] = np.tile(np.int32([640, 480]), (len(left), 1))
     _check_cameras(columns["K"], (640, 480), root / "calibration" / "intrinsics")
     _check_images(root, [os.fsdecode(name) for name in columns["image"]])
@@ -578,7 +591,7 @@ def interhand(root: Path | str, split: str, mano=None):
     columns = _annotated_columns(rows, root / "images", data_path)
     if fits:
         columns |= _interhand_meshes(mano, rows)
-    meta = {"name": f"interhand-{split}", "joints": "interhand", "protocol": "assemblyhands",
+    meta = {"name": f"interhand-{split}", "joints": "interhand", "protocol": "interhand",
             "box": "the data set's own, of interacting hands drawn around the labelled joints",
             "pose_mean": False, "partial": True}
     return columns, meta, root / "images", {"hand without a valid wrist": without_wrist}
@@ -659,7 +672,7 @@ def _annotated_columns(rows, folder, path):
     columns["joints2d"] = _project(columns["joints"], columns["K"])
     known = np.isfinite(columns["joints2d"]).all(2)
     columns["visible"] = known & columns.get("visible", True)
-    around = _tight_boxes(columns["joints2d"])
+    around = tight_boxes(columns["joints2d"])
     drawn = np.array([not row.get("box_of_hand", True) for row in rows])
     drawn &= (around[:, 2:] - around[:, :2] >= 1).all(1)
     columns["box"] = np.where(drawn[:, None], around, columns["box"])
@@ -749,7 +762,7 @@ def _project(points, K):
     return np.where(in_front, image[..., :2] / depth, np.nan)
 
 
-def _tight_boxes(joints2d):
+def tight_boxes(joints2d):
     """(N,4) boxes in pixel-edge coordinates around (N,21,2) joints, of which some may be NaN; 0 if all."""
     known = np.isfinite(joints2d).all(2, keepdims=True)
     low = np.where(known, joints2d, np.inf).min(1)

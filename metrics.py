@@ -6,8 +6,8 @@ millimetres, and its keys say so. Everything is float64: float32 distances at ar
 of a millimetre.
 
 The arithmetic is that of the official scripts: lmb-freiburg/freihand `eval.py`, shreyashampali/ho3d
-`eval.py`, NVlabs/dex-ycb-toolkit `hpe_eval.py`, facebookresearch/assemblyhands-toolkit `dataset.py`. 3,960
-hands take a few seconds.
+`eval.py`, NVlabs/dex-ycb-toolkit `hpe_eval.py`, facebookresearch/assemblyhands-toolkit and InterHand2.6M
+`dataset.py`. 3,960 hands take a few seconds.
 
 Example::
 
@@ -34,7 +34,9 @@ import numpy as np
 from scipy.spatial.distance import cdist
 
 # Where a protocol puts the hand before `mpjpe_mm` is measured: as submitted, or minus its own wrist.
-PROTOCOLS = {"freihand": "abs", "ho3d": "abs", "dexycb": "root", "assemblyhands": "root"}
+PROTOCOLS = {"freihand": "abs", "ho3d": "abs", "dexycb": "root", "assemblyhands": "root", "interhand": "root"}
+WITH_GAPS = ("assemblyhands", "interhand")  # protocols that leave out joints without a label
+FEWEST_JOINTS = 10  # AssemblyHands' script leaves out a hand with fewer valid joints
 # The keys of `summarise`, for each way to lay the prediction over the truth: mean distance and area under
 # the curve. "placed" is the protocol's own way.
 MEASURES = {"pa": ("pa_{}_mm", "auc_{}"),
@@ -284,9 +286,9 @@ def _checked(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol, valid
         row = row[known.any(1) & ~(gt_joints == -1).all((1, 2))]
         if not len(row):
             raise ValueError("there is no annotated hand to score: every label is -1 or missing")
-    if protocol != "assemblyhands":
+    if protocol not in WITH_GAPS:
         _refuse_nonfinite(gt_joints, "true joints", row,
-                          "; only the protocol assemblyhands leaves out missing joints")
+                          f"; only the protocols {' and '.join(WITH_GAPS)} leave out missing joints")
     if gt_vertices is not None:
         _refuse_nonfinite(gt_vertices, "true vertices", row)
         _refuse_nonfinite(gt_joints[:, :1], "true wrists", row)
@@ -294,6 +296,10 @@ def _checked(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol, valid
         if np.shape(valid) != known.shape:
             raise ValueError(f"valid has shape {np.shape(valid)} but {known.shape} is needed")
         known = known & np.asarray(valid, bool)
+    if protocol == "assemblyhands":
+        row = row[known.sum(1) >= FEWEST_JOINTS]
+        if not len(row):
+            raise ValueError(f"there is no hand to score: each has fewer than {FEWEST_JOINTS} valid joints")
     return (pred_joints, pred_vertices, gt_joints, gt_vertices), known, row
 
 
@@ -374,12 +380,13 @@ def evaluate_hands(pred_joints, pred_vertices, gt_joints, gt_vertices, protocol:
     """Scores predicted hands exactly as the data set's official script does.
 
     pred_joints, gt_joints (B,21,3), pred_vertices, gt_vertices (B,778,3) or None, metres, FreiHAND's joint
-    order. protocol: "freihand", "ho3d" (absolute), "dexycb", "assemblyhands" (minus the wrist).
+    order. protocol: "freihand", "ho3d" (absolute), "dexycb", "assemblyhands", "interhand" (minus the wrist).
 
-    DexYCB leaves out hands whose label is -1 everywhere. AssemblyHands leaves out joints whose label is NaN
-    or whose `valid` (B,21) is False; given `side` (B,), it takes the mean of each joint of the left and of
-    the right hand. A hand whose wrist is NaN has no root-relative error: give the wrist's coordinates and
-    valid=False where only its validity is in doubt.
+    DexYCB leaves out hands whose label is -1 everywhere. AssemblyHands and InterHand2.6M leave out joints
+    whose label is NaN or whose `valid` (B,21) is False; given `side` (B,), they take the mean of each joint
+    of the left and of the right hand. AssemblyHands also leaves out hands with fewer than ten valid joints.
+    A hand whose wrist is NaN has no root-relative error: give the wrist's coordinates and valid=False where
+    only its validity is in doubt.
 
     Returns a flat dict. Joints and mesh are aligned by two separate fits.
 
@@ -436,9 +443,9 @@ def _as_points(values):
 def official_scores(table: dict[str, float], protocol: str) -> dict[str, float]:
     """The official script's own keys and units, from the dict of `evaluate_hands`.
 
-    Centimetres for FreiHAND and HO-3D (scores.txt), millimetres for DexYCB's three rows and for
-    AssemblyHands. Without meshes only the joints' keys."""
-    if protocol == "assemblyhands":
+    Centimetres for FreiHAND and HO-3D (scores.txt), millimetres for DexYCB's three rows, AssemblyHands and
+    InterHand2.6M. Without meshes only the joints' keys."""
+    if protocol in WITH_GAPS:
         return {"mpjpe_mm": table["mpjpe_mm"]}
     scores = {}
     if protocol == "dexycb":

@@ -81,19 +81,54 @@ def from_data_set(root, args):
     options = {"freihand": {"skip_missing": args.skip_missing}, "assemblyhands": {},
                "interhand": {"mano": mano}, "ho3d": {"mano": mano, "workers": args.workers},
                "dexycb": {"mano": mano, "workers": args.workers, "setup": args.setup}}
-    read = getattr(layouts, args.kind)
-    return drop_uncroppable(*read(root, split, **options[args.kind]))
+    found = getattr(layouts, args.kind)(root, split, **options[args.kind])
+    return keep_all(*found) if split in layouts.SCORED else drop_uncroppable(*found)
+
+
+def keep_all(columns, meta, folder, dropped):
+    """The four with every hand, because the official scripts score every hand, whatever its box.
+
+    A box that no picture can be cut out of is cut to its image; one outside of it gives way to that of the
+    labelled joints. meta `reboxed`: such rows. meta `unseen`: rows for which both lie outside. Their box is
+    the whole image, and evaluate.py predicts the mean hand."""
+    size = columns["size"]
+    boxes = [columns["box"]]
+    if "joints2d" in columns:
+        label = columns.get("label", np.arange(len(size)))
+        boxes.insert(0, layouts.tight_boxes(columns["joints2d"])[label])
+        if np.isnan(columns["joints2d"]).any():  # behind the camera
+            meta["partial"] = True
+    seen = np.zeros(len(size), bool)
+    best = np.concatenate([0 * size, size], axis=1)  # (N, 4) the whole image
+    for box in boxes:  # from the worst to the best
+        low = np.clip(box[:, :2], 0, size - 1)
+        inside = np.concatenate([low, np.clip(box[:, 2:], low + 1, size)], axis=1)
+        is_usable = ~_is_outside(box, size) & ((box[:, 2:] - box[:, :2]).max(1) >= 1)
+        best = np.where(is_usable[:, None], inside, best)
+        seen |= is_usable
+    faulty = np.any(_box_faults(columns["box"], size), axis=0)
+    columns["box"] = np.where(faulty[:, None], best, columns["box"])
+    meta["reboxed"] = np.flatnonzero(faulty & seen).tolist()
+    meta["unseen"] = np.flatnonzero(faulty & ~seen).tolist()
+    return columns, meta, folder, dropped
+
+
+def _box_faults(box, size):
+    """Where (N,) a box is thinner than a pixel, and where it lies outside its image or is far larger."""
+    sides = box[:, 2:] - box[:, :2]
+    too_large = CONTEXT * sides.max(1) > 4 * size.max(1)
+    return ~(sides >= 1).all(1), _is_outside(box, size) | too_large
+
+
+def _is_outside(box, size):
+    return (box[:, 2:] <= 0).any(1) | (box[:, :2] >= size).any(1)
 
 
 def drop_uncroppable(columns, meta, folder, dropped):
     """The four without the hands that no picture can be cut out of, which are added to `dropped`."""
     box = columns["box"]
-    size = columns["size"]
-    sides = box[:, 2:] - box[:, :2]
-    outside = (box[:, 2:] <= 0).any(1) | (box[:, :2] >= size).any(1)
-    too_large = CONTEXT * sides.max(1) > 4 * size.max(1)
-    reasons = {"box thinner than a pixel": ~(sides >= 1).all(1),
-               "hand outside its image": outside | too_large}
+    thin, outside = _box_faults(box, columns["size"])
+    reasons = {"box thinner than a pixel": thin, "hand outside its image": outside}
     if "joints2d" in columns and not meta.get("partial"):
         known = np.isfinite(columns["joints2d"]).all((1, 2))
         reasons["joints behind the camera"] = ~known[columns.get("label", np.arange(len(box)))]
@@ -423,6 +458,10 @@ def report(index, columns, dropped):
           f"{index.path / 'samples.png'}")
     if "found" in index.meta:
         print(f"joints: {index.meta['found']}")
+    for row_list, reason in (("reboxed", "its box had to be cut"), ("unseen", "it is not in its image")):
+        names = [index.image_name(row) for row in index.meta.get(row_list, ())]
+        if names:
+            print(f"kept, since it is scored, though {reason}: {len(names)}: {'; '.join(names[:10])}")
     for reason, names in dropped.items():
         if names:
             more = " ..." if len(names) > 10 else ""

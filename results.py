@@ -42,6 +42,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 OPENGL = np.array([1.0, -1.0, -1.0])  # OpenCV's camera axes to HO-3D's, and back
 # FreiHAND[i] = MANO[MANO_TO_FREIHAND[i]], MANO = the file's 16 joints and five tips, as HO-3D stores them;
@@ -194,6 +196,23 @@ def warn_of_units(joints: np.ndarray, true: np.ndarray, path: Path | str):
         print(f"warning: {path}: hands lie behind the camera; is it in the frame of another --protocol?")
 
 
+def warn_of_order(joints: np.ndarray, vertices: np.ndarray, true: np.ndarray, true_vertices: np.ndarray,
+                  path: Path | str):
+    """Warns where joints lie elsewhere in their meshes than the labels do in theirs, and another order of
+    them would fit.
+
+    joints (N,21,3), vertices (N,778,3): as read; true, true_vertices: the labels. No hand model is needed."""
+    some = np.unique(np.linspace(0, len(joints) - 1, 64).astype(int))
+    near = np.mean([cdist(true[row], true_vertices[row]) for row in some], 0).argmin(1)  # (21,) vertices
+    apart = np.mean([cdist(joints[row], vertices[row, near]) for row in some], 0)  # (21, 21)
+    place = linear_sum_assignment(apart)[1]  # of each joint in the labels' order
+    if apart.diagonal().mean() > 1.5 * apart[range(21), place].mean():
+        moved = int(np.flatnonzero(place != np.arange(21))[0])
+        print(f"warning: {path}: joints stand in another order than their meshes: number {moved} lies where "
+              f"the labels have number {place[moved]}, and so on; needed is the order of --protocol "
+              "(top of results.py)")
+
+
 def _hand_size(joints):
     """The median distance of joints from their wrist."""
     return np.nanmedian(np.linalg.norm(joints - joints[:, :1], axis=2))
@@ -254,7 +273,7 @@ def _write_points(file, points, rows, entries):
 def _write_dexycb(path, joints, numbers):
     with open(path, "w") as file:
         for number, hand in zip(numbers, joints.reshape(-1, 63), strict=True):
-            file.write(",".join([str(number), *(f"{1000 * value:.4f}" for value in hand)]) + "\n")
+            file.write(",".join([str(number), *(f"{1000 * value:.10g}" for value in hand)]) + "\n")
 
 
 def _to_world(index, joints):

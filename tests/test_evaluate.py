@@ -14,7 +14,7 @@ import metrics
 import results
 from data import CONTEXT, HandIndex, write_index
 from mano import (FREIHAND_TO_MANO, MANO_TO_FREIHAND, TIPS, Mano, hand_fingerprint, joints_from_vertices,
-                  rotmat_from_axis_angle)
+                  labelled_joints, rotmat_from_axis_angle)
 from results import read_predictions, write_predictions
 from runtime import Runtime
 from synthetic_hand import synthetic_mano
@@ -155,6 +155,53 @@ def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, la
         evaluate.main(["--data", str(index), "--predictions", str(out / "pred.json"), "--out", str(out)])
 
 
+def test_joints_in_another_order_than_their_meshes_are_noticed(index, labels, tmp_path, capsys):
+    """A similarity fit of joints alone cannot tell; the units do not matter, and a bad network is no reason."""
+    joints, vertices = noisy(labels)
+    score(index, [1000 * joints[:, list(FREIHAND_TO_MANO)], 1000 * vertices], tmp_path)
+    printed = capsys.readouterr().out
+    assert "another order" in printed and "number 1 lies where the labels have number 5" in printed
+    swapped = [3, 2, 1, 0, *range(4, N)]  # each hand predicted as another one
+    score(index, [joints[swapped] + 0.1, vertices[swapped] + 0.1], tmp_path)
+    assert "another order" not in capsys.readouterr().out
+
+
+def test_definitions(index, labels, tmp_path, monkeypatch, capsys):
+    """Perfect meshes, scored with the joints of every definition; from a file without the kinematic ones."""
+    vertices, joints, _ = (torch.as_tensor(points) for points in posed_hands())
+    true = joints_from_vertices(vertices, synthetic_mano()).double().numpy()
+    expected = {}
+    for source in ("regressed", "kinematic"):
+        for name, tips in TIPS.items():
+            definition = " ".join(map(str, [source, *tips]))
+            found = labelled_joints(vertices, joints, synthetic_mano(), definition).double().numpy()
+            fitted = metrics.procrustes(found, true, reflect=True)
+            expected[f"{source}, {name}"] = 1000 * np.linalg.norm(fitted - true, axis=2).mean()
+    state = {"hand": hand_fingerprint(synthetic_mano()), "box_scale": 1.4}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, kind: state)
+    monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: TrueHands(index, 1.4 / CONTEXT))
+    out = tmp_path / "a"
+    evaluate.main(["--data", str(index), "--checkpoint", "last.pt", "--definitions", "--out", str(out),
+                   "--device", "cpu", "--workers", "0"])
+    table = json.loads((out / "definitions.json").read_text())
+    own = table.pop("as predicted")
+    scores = json.loads((out / "metrics.json").read_text())
+    assert own == {key: scores[key] for key in own} and len(own) == 5
+    assert {name: row["pa_mpjpe_mm"] for name, row in table.items()} == pytest.approx(expected, abs=1e-3)
+    assert table["kinematic, smplx"]["root_mpjpe_mm"] > 0.3 > 1e-3 > table["regressed, freihand"]["abs_mpjpe_mm"]
+    page = (out / "report.html").read_text()
+    assert "kinematic, handoccnet" in page and "kinematic, handoccnet" in capsys.readouterr().out
+
+    again, folder = score(index, labels, tmp_path, "--definitions")
+    regressed = json.loads((folder / "definitions.json").read_text())
+    assert list(regressed) == ["as predicted", *(f"regressed, {name}" for name in TIPS)]
+    assert regressed["regressed, ho3d"] == pytest.approx(table["regressed, ho3d"], abs=1e-2)
+    with pytest.raises(ValueError, match="no meshes"):
+        score(index, [labels[0], None], tmp_path, "--definitions")
+    with pytest.raises(ValueError, match="--mano"):  # meshes with other numbers
+        score(index, [labels[0], labels[1][:, ::-1]], tmp_path, "--definitions")
+
+
 def test_images_of_one_pose_share_their_labels(index, labels, tmp_path):
     rows = np.array([3, 3, 0, 7])
     columns = {name: np.array(HandIndex(index).columns[name])[rows] for name in ("image", "side", "box")}
@@ -269,8 +316,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
 def test_left_hands_have_the_tip_that_dexycb_gives_them(index):
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
     net = TrueHands(index, 1.4 / CONTEXT)
-    joints, vertices = evaluate.predict_index(net, HandIndex(index), synthetic_mano(), "manopth", 1.4, 1, 4,
-                                              runtime)
+    joints, vertices, _ = evaluate.predict_index(net, HandIndex(index), synthetic_mano(), "manopth", 1.4, 1,
+                                                 4, runtime)
     for row in range(N):
         tips = TIPS["manopth445" if HandIndex(index).side(row) else "manopth"]
         np.testing.assert_array_equal(joints[row, [4, 8, 12, 16, 20]], vertices[row, list(tips)])
@@ -327,7 +374,8 @@ def test_other_mistakes(index, tmp_path, monkeypatch):
                            ("NAME=", ["--compare", "a", *out]),
                            ("must be odd", ["--checkpoint", "last.pt", "--tta", "2", *data]),
                            ("--tta does nothing here", ["--predictions", "p.json", "--tta", "3", *data]),
-                           ("--mano does nothing here", ["--compare", "a=b", "--mano", "m.pkl", *out])):
+                           ("--mano does nothing here", ["--compare", "a=b", "--mano", "m.pkl", *out]),
+                           ("--definitions does nothing", ["--compare", "a=b", "--definitions", *out])):
         with pytest.raises(ValueError, match=message):
             evaluate.main(flags)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk"):  # dies while writing

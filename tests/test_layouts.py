@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fixtures import call, log
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+import evaluate
 import layouts
 import metrics
 from data import HandDataset, HandIndex, make_sampler
@@ -21,13 +23,16 @@ from mano import (
     FREIHAND_TO_MANO,
     MANO_TO_FREIHAND,
     Mano,
+    hand_fingerprint,
     labelled_joints,
+    mean_hand,
     mirror_arrays,
     rotmat_from_axis_angle,
 )
 from prepare_data import ManoModels, drop_uncroppable
 from results import read_predictions, write_predictions
 from synthetic_hand import synthetic_mano
+from test_metrics import each, loop_align, loop_f, loop_measures, loop_points, loop_sc_tr
 
 ARRAYS = synthetic_mano()
 FLIP = np.array([1.0, -1.0, -1.0])
@@ -369,6 +374,125 @@ def test_dexycb(roots, tmp_path, setup, split):
         assert hand.sum() in (0, 64) or bool(hand[0]) == left[row]
         assert item["has_joints"] == 1 and item["has_betas"] == (not left[row])
         assert item["betas"].any() == (not left[row])
+
+
+class OneHand(torch.nn.Module):
+    """Stands for a trained network: one bent hand for every view, in the middle of it."""
+
+    def __init__(self, hand):
+        super().__init__()
+        self.encoder = SimpleNamespace(config={"image_size": 32})
+        bent = rotmat_from_axis_angle(0.2 * torch.ones(1, 16, 3))
+        vertices, joints = hand(bent, torch.zeros(1, 10))
+        self.answer = {"vertices": vertices - joints[:, :1], "joints": joints - joints[:, :1],
+                       "camera": torch.tensor([[5.0, 0, 0]])}
+
+    def forward(self, images):
+        return [{name: value.repeat(len(images), *[1] * (value.dim() - 1))
+                 for name, value in self.answer.items()}]
+
+
+def evaluated(index, folder, monkeypatch):
+    """metrics.json and scores.txt of OneHand, whose files of results are in `folder`."""
+    state = {"hand": hand_fingerprint(ARRAYS), "box_scale": 1.4}
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, kind: state)
+    monkeypatch.setattr(evaluate, "load_mesh", lambda state, hand: OneHand(hand))
+    evaluate.main(["--data", str(index), "--checkpoint", "last.pt", "--out", str(folder), "--device", "cpu",
+                   "--workers", "0"])
+    lines = (folder / "scores.txt").read_text().splitlines()
+    scores = {line.rsplit(": ", 1)[0]: float(line.rsplit(": ", 1)[1]) for line in lines}
+    return json.loads((folder / "metrics.json").read_text()), scores
+
+
+def is_mean_hand(joints, definition, left=False):
+    off = (joints - joints[0]) * [-1 if left else 1, 1, 1] - mean_hand(ARRAYS, definition)[0][0]
+    off = off - off[0]
+    if left:
+        off[12] = 0  # DexYCB gives left hands another tip
+    return np.abs(off).max() < 1e-5
+
+
+def test_every_frame_that_ho3d_lists_is_predicted_and_scored(tmp_path, monkeypatch):
+    """The official arithmetic on our files, of which one frame has no label of its own, one a box outside of
+    its image though its joints are inside, and one a hand that is not in it."""
+    root = tmp_path / "ho3d"
+    write_ho3d(root)
+    labels = {name: np.array(json.loads((root / f"evaluation_{name}.json").read_text()))
+              for name in ("xyz", "verts")}
+    for copy, shift in (("0009", 0.01), ("0012", 3.0)):  # metres to the right
+        labels = {name: np.concatenate([value, value[:1] + [shift, 0, 0]]) for name, value in labels.items()}
+        shutil.copy(root / "evaluation/AP10/rgb/0000.png", root / f"evaluation/AP10/rgb/{copy}.png")
+        content = pickle.loads((root / "evaluation/AP10/meta/0000.pkl").read_bytes())
+        content["handJoints3D"] = labels["xyz"][-1, 0]
+        content["handBoundingBox"] = [900.0, 10, 1000, 90]
+        (root / f"evaluation/AP10/meta/{copy}.pkl").write_bytes(pickle.dumps(content, protocol=2))
+        with open(root / "evaluation.txt", "a") as file:
+            file.write(f"AP10/{copy}\n")
+    nothing = {"camMat": None, "handJoints3D": None, "handBoundingBox": None}
+    change_pickle(**nothing)(root / "evaluation/AP10/meta/0005.pkl")
+    for name, value in labels.items():
+        write(root / f"evaluation_{name}.json", value.tolist())
+    done = call("prepare_data.py", "ho3d", root, "--split", "evaluation", "--out", tmp_path / "x")
+    assert "its box had to be cut: 2:" in done.stdout and "it is not in its image: 1:" in done.stdout
+    index = HandIndex(tmp_path / "x")
+    assert len(index) == 4 and (index.meta["reboxed"], index.meta["unseen"]) == ([1, 2], [3])
+    close(index.columns["box"][2], np.array(box_around(labels["xyz"][2] * FLIP)) + 0.5, 0.01)
+
+    table, scores = evaluated(tmp_path / "x", tmp_path / "out", monkeypatch)
+    assert (table["count"], table["count_reboxed"], table["count_unseen"]) == (4, 2, 1)
+    pred = [np.array(points) for points in json.loads((tmp_path / "out/pred.json").read_text())]
+    assert len(pred[0]) == len(pred[1]) == 4 and (pred[0][..., 2] < 0).all()
+    in_order = (pred[0] * FLIP)[:, layouts.FROM_MANO]
+    assert [is_mean_hand(joints, index.meta["joints"]) for joints in in_order] == [False] * 3 + [True]
+    for name, true, found in (("xyz", labels["xyz"], pred[0]), ("mesh", labels["verts"], pred[1])):
+        aligned = each(loop_align, true, found)
+        kinds = {"": found, "_procrustes_al" if name == "xyz" else "_al": aligned}
+        if name == "xyz":
+            orders = [points[:, layouts.FROM_MANO] for points in (true, found)]
+            kinds["_scale_trans_al"] = each(loop_sc_tr, *orders)[:, FREIHAND_TO_MANO]
+        for kind, points in kinds.items():
+            mean, area = loop_measures(loop_points(true, points))
+            assert scores[f"{name}{kind}_mean3d"] == pytest.approx(100 * mean, abs=1.5e-6)
+            assert scores[f"{name}{kind}_auc3d"] == pytest.approx(area, abs=1.5e-6)
+    for t in (5, 15):
+        off = [loop_f(g, p, t / 1000) for g, p in zip(labels["verts"], aligned, strict=True)]
+        assert scores[f"f_al_score_{t}"] == pytest.approx(np.mean(off), abs=1.5e-6)
+
+
+def test_every_hand_that_dexycb_labels_is_predicted_and_scored(roots, tmp_path, monkeypatch):
+    """The toolkit's arithmetic on pred.txt, where one hand is beside its image and one behind the camera."""
+    root = tmp_path / "dexycb"
+    shutil.copytree(roots[0] / "dexycb", root)
+    setup = ("dexycb", root, "--setup", "s0", "--split", "val")
+    path = next((root / "20200701-subject-02/20200701_100004").glob("*00/labels_000000.npz"))
+    change_npz(joint_3d=np.float32(np.load(path)["joint_3d"] + [2.0, 0, 0]))(path)
+    path = path.with_name("labels_000001.npz")
+    change_npz(joint_3d=np.float32(np.load(path)["joint_3d"] + [0, 0, -3.0]))(path)
+    done = call("prepare_data.py", *setup, "--out", tmp_path / "x")
+    assert "it is not in its image: 2:" in done.stdout
+    table, scores = evaluated(tmp_path / "x", tmp_path / "out", monkeypatch)
+    lines = [line.split(",") for line in (tmp_path / "out/pred.txt").read_text().splitlines()]
+    results = {int(line[0]): np.array(line[1:], np.float64).reshape(21, 3) for line in lines}
+    files = sorted(path for path in root.glob("*/*/*/labels_*.npz")  # subject, sequence, camera, frame
+                   if path.parts[-4][-2:] in ("01", "02") and path.parts[-3].endswith("4"))
+    true, pred = [], []
+    for number, path in enumerate(files):
+        joints = np.load(path)["joint_3d"].reshape(21, 3)
+        if not np.all(joints == -1):
+            true.append((joints * np.float32(1000)).astype(np.float64))
+            pred.append(results[number])
+    true, pred = np.array(true), np.array(pred)
+    assert table["count"] == len(true) == len(results) and table["count_unseen"] == 2
+    rows = {"absolute": loop_points(true, pred), "procrustes": loop_points(true, each(loop_align, true, pred)),
+            "root-relative": loop_points(true - true[:, :1], pred - pred[:, :1])}
+    for name, errors in rows.items():
+        mean, area = loop_measures(errors, 0, 50)
+        assert scores[f"{name} MPJPE (mm)"] == pytest.approx(mean, abs=1.5e-6)
+        assert scores[f"{name} AUC"] == pytest.approx(area, abs=1.5e-6)
+    index = HandIndex(tmp_path / "x")
+    for row, joints in enumerate(pred / 1000):
+        unseen = row in index.meta["unseen"]
+        assert is_mean_hand(joints, "manopth", index.side(row)) == unseen
 
 
 def test_dexycb_meshes_and_shares(roots):

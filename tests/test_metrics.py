@@ -191,16 +191,41 @@ def test_assemblyhands_keeps_the_joints_of_a_hand_whose_wrist_is_doubtful():
     check(metrics.evaluate_hands(pj, None, gj, None, "assemblyhands", valid=valid), {"mpjpe_mm": expected})
 
 
+def test_assemblyhands_leaves_out_hands_of_which_too_little_is_valid():
+    """The toolkit takes no hand with fewer than ten valid joints; InterHand2.6M's script takes all."""
+    pj, _, gj, _ = hands(9)
+    valid = np.zeros((9, J), bool)
+    for i, number in enumerate((21, 3, 10, 9, 21, 21, 0, 12, 11)):
+        valid[i, J - number:] = True
+    rooted = gj - gj[:, :1], pj - pj[:, :1]
+    for protocol, fewest in (("assemblyhands", 10), ("interhand", 0)):
+        expected = [[] for _ in range(J)]
+        for i in range(9):
+            if sum(valid[i]) < fewest:
+                continue
+            for j in range(J):
+                if valid[i, j]:
+                    expected[j].append(np.sqrt(np.sum((rooted[0][i, j] - rooted[1][i, j]) ** 2)))
+        table = metrics.evaluate_hands(pj, None, gj, None, protocol, valid=valid)
+        check(table, {"mpjpe_mm": 1000 * np.mean([np.mean(point) for point in expected if point]),
+                      "count": 6 if fewest else 9})
+        assert metrics.official_scores(table, protocol) == {"mpjpe_mm": table["mpjpe_mm"]}
+    gaps = np.where(valid[..., None], gj, np.nan)  # the same, told by the labels themselves
+    assert metrics.evaluate_hands(pj, None, gaps, None, "assemblyhands")["count"] == 6
+    with pytest.raises(ValueError, match="fewer than 10 valid joints"):
+        metrics.evaluate_hands(pj[1:2], None, gj[1:2], None, "assemblyhands", valid=valid[1:2])
+
+
 def test_two_joints_fix_no_rotation():
     """A hand with two labelled joints has no aligned error; the mean leaves it out. With three it has one."""
     pj, _, gj, _ = hands()
     gj[2, 2:] = np.nan
     gj[4, 3:] = np.nan
-    errors = metrics.per_sample_errors(pj, None, gj, None, "assemblyhands")
+    errors = metrics.per_sample_errors(pj, None, gj, None, "interhand")
     assert np.isnan(errors["pa_joints"][2]).all() and not errors["reflected_joints"][2]
     assert np.isfinite(errors["pa_joints"][4, :3]).all()
     assert np.isfinite(errors["root_joints"][2, :2]).all()
-    assert np.isfinite(metrics.summarise(errors, "assemblyhands")["pa_mpjpe_mm"])
+    assert np.isfinite(metrics.summarise(errors, "interhand")["pa_mpjpe_mm"])
 
 
 def test_joints_and_vertices_are_aligned_by_separate_fits():
@@ -261,7 +286,7 @@ def test_other_mistakes_are_refused():
         metrics.evaluate_hands(pj[:6], pv[:6], gj, gv, "freihand")
     with pytest.raises(ValueError, match="predicted vertices have shape"):
         metrics.evaluate_hands(pj, pv[:, :700], gj, gv, "freihand")
-    with pytest.raises(ValueError, match="freihand, ho3d, dexycb, assemblyhands"):
+    with pytest.raises(ValueError, match="freihand, ho3d, dexycb, assemblyhands, interhand"):
         metrics.evaluate_hands(pj, pv, gj, gv, "kitti")
     with pytest.raises(ValueError, match="empty"):
         metrics.evaluate_hands(pj[:0], None, gj[:0], None, "freihand")
