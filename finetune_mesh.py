@@ -1,8 +1,8 @@
 """Supervised mesh training: an encoder and the PyMAF head regress MANO from one view of a hand.
 
 The encoder is fresh, or pre-trained by any script here or elsewhere. The head is PyMAF's (arXiv 2103.16507,
-MeshHead in model.py). Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt and
-samples/*.png. One step:
+MeshHead in model.py), fresh or of an earlier run. Reads indices (data.py); writes RUN/config.json, log.jsonl,
+last.pt, encoder.pt and samples/*.png. One step:
 
     canvas -> view (theta, colour) -> encoder -> feature map -> T estimates, each a correction of the last one
     labels -> the same view: 2-D points by the inverse of theta, 3-D ones turned with the content
@@ -35,7 +35,7 @@ from mano import (
     Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective,
 )
 from metrics import procrustes
-from model import ARCHS, HandMesh, MeshHead, choose_encoder
+from model import ARCHS, HandMesh, MeshHead, choose_encoder, is_resnet, read_weights
 from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish, generator,
     param_groups, parser, run, set_lr, setup, total_steps, update,
@@ -314,6 +314,33 @@ def estimate_picture(views, joints2d, estimate, faces):
     return grid(tiles, 8, ["true joints", "estimate"] * len(views), cell=144)
 
 
+def load_head(head, path, hand):
+    """Loads the averaged head where `path`, of --init, is the last.pt of a run of this script; True if so.
+
+    ValueError: it was trained with another hand model than that of the fingerprint `hand`, or has another
+    shape."""
+    before = read_weights(path) if path else None
+    if not isinstance(before, dict) or before.get("kind") != "mesh":
+        return False
+    advice = "or give the encoder.pt beside it, for a fresh head"
+    if before.get("hand") != hand:
+        raise ValueError(f"--init {path} was trained with another hand model: pass its file with --mano, "
+                         f"{advice}")
+    try:
+        config = {"scale_bound": 0} | before["head"]  # an older network has no bound
+        other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
+        if not other:
+            head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in before["ema"].items()
+                                  if name.startswith("head.")})
+    except Exception as error:  # a damaged file can fail in any way
+        reason = type(error).__name__
+        raise ValueError(f"--init {path}: its head cannot be read ({reason}), {advice}") from None
+    if other:
+        had = ", ".join(f"{name} {config[name]}" for name in other)
+        raise ValueError(f"--init {path} has a head of {had}: set --head-width and --iterations so, {advice}")
+    return True
+
+
 # ------------------------------------------------------------------------------------------------------ flags
 def flags():
     cli = parser(__doc__)
@@ -324,12 +351,20 @@ def flags():
                      help="MANO_RIGHT.pkl or .npz, from mano.is.tue.mpg.de (default: the synthetic hand)")
     group = cli.add_argument_group("network")
     group.add_argument("--init", metavar="FILE",
-                       help="encoder to start from: an encoder.pt, or ViT or ResNet-50 weights of timm, MAE, "
-                            "DINO, iBOT, PeCLR, SiMHand (default: fresh)")
+                       help="encoder to start from: an encoder.pt, or ViT or ResNet weights of others "
+                            "(docs/mesh.md lists them); or encoder and head: the last.pt of a run of this "
+                            "script (default: fresh)")
+    group.add_argument("--heads", type=int, metavar="N",
+                       help="attention heads of the ViT in --init, where weights of others do not say it "
+                            "(default: as usual for the width, with a note)")
+    group.add_argument("--pixels", choices=["imagenet", "half"],
+                       help="what a ViT of others in --init was trained on: ImageNet's mean and deviation, "
+                            "or .5 and .5 (default: half if its path holds augreg, else imagenet)")
     group.add_argument("--arch", choices=sorted(ARCHS),
                        help="architecture of the encoder (default: that of --init, else vit_small)")
     group.add_argument("--image-size", type=int, default=224,
-                       help="side of the views in pixels, a multiple of 16 (default 224)")
+                       help="side of the views in pixels, a multiple of the patch: 16, DINOv2's 14 (default "
+                            "224)")
     group.add_argument("--drop-path", type=float, default=0.1,
                        help="stochastic depth of a ViT (default .1, iBOT's for vit_small; .2 for vit_base)")
     group.add_argument("--dropout", type=float, default=0.1,
@@ -369,9 +404,12 @@ def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
                         "lr": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT), "rotation": (0, 180),
-                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2)})
+                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2),
+                        "heads": (1, 256)})
     if args.zoom[0] > args.zoom[1]:
         raise ValueError("--zoom: the lower number comes first")
+    if (args.heads or args.pixels) and not args.init:
+        raise ValueError("--heads and --pixels say what --init does not: give --init, or leave them out")
     if args.head_width < 32 or args.head_width % 32:
         raise ValueError(f"--head-width {args.head_width}: must be a multiple of 32")
 
@@ -381,7 +419,7 @@ def lr_scale(name, encoder, decay):
     ResNet; 1 for all where decay is 1."""
     if decay == 1 or not name.startswith("encoder."):
         return 1.0
-    if encoder.arch == "resnet50":
+    if is_resnet(encoder.arch):
         return RESNET_RATE
     return decay ** (encoder.layers - encoder.layer_of(name.removeprefix("encoder.")))
 
@@ -408,10 +446,11 @@ def main(argv=None):
               "mano": hand_fingerprint(hand_arrays)}
     state = check_run(args, runtime, "mesh", inputs)
     encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
-                             saved=state["encoder"] if state else None)
-    head = MeshHead(hand, encoder.dim, encoder.dim, strides=encoder.arch == "resnet50",
+                             state["encoder"] if state else None, args.heads, args.pixels)
+    head = MeshHead(hand, encoder.dim, encoder.dim, strides=is_resnet(encoder.arch),
                     iterations=args.iterations, width=args.head_width, dropout=args.dropout)
-    head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
+    if state is None and not load_head(head, args.init, inputs["mano"]):
+        head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures import call, random_mano
 from torch import nn
 
 import mano
@@ -553,3 +554,30 @@ def test_positions_start_as_a_code_of_the_place():
                          nearest % 12 - torch.arange(144) % 12]).abs().sum(0)
     assert (apart == 1).all()                                          # nothing is more alike than neighbours
     assert torch.equal(build_encoder("vit_micro", 64).pos_embed[0, 1:], model.sine_positions(4, 192))
+
+
+# --------------------------------------------------------------------------------------------------- commands
+SHORT = ["--image-size", 32, "--head-width", 32, "--batch-size", 8, "--workers", 0, "--steps", 1]
+
+
+def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
+    """At a rate of zero its weights stay what they were; from encoder.pt the head is drawn anew."""
+    data = ["finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", *SHORT]
+    call(*data, "--arch", "resnet18", "--iterations", 2, "--out", tmp_path / "first", "--ema", 0)
+    run = tmp_path / "first/last.pt"
+    for name, init in (("next", run), ("fresh", tmp_path / "first/encoder.pt")):
+        call(*data, "--init", init, "--iterations", 2, "--out", tmp_path / name, "--lr", 0, "--seed", 1)
+    first, after, fresh = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+                           for name in ("first", "next", "fresh"))
+    for name in ("encoder.layer1.0.conv1.weight", "head.regress.1.fc1.weight", "head.mean_state"):
+        torch.testing.assert_close(after[name], first[name], atol=1e-4, rtol=0)
+    assert (fresh["head.regress.1.fc1.weight"] - first["head.regress.1.fc1.weight"]).abs().max() > 1e-2
+    refused = call(*data, "--init", run, "--out", tmp_path / "other", check=False)
+    assert refused.returncode == 2 and "iterations 2" in refused.stderr and not (tmp_path / "other").exists()
+    np.savez(tmp_path / "hand.npz", **random_mano())
+    refused = call(*data, "--init", run, "--iterations", 2, "--mano", tmp_path / "hand.npz",
+                   "--out", tmp_path / "other", check=False)
+    assert refused.returncode == 2 and "another hand model" in refused.stderr
+    refused = call("pretrain_mim.py", "--data", hands / "train", "--init", tmp_path / "first/encoder.pt",
+                   "--image-size", 32, "--out", tmp_path / "other", check=False)
+    assert refused.returncode == 2 and "holds resnet18: masks need a ViT" in refused.stderr
