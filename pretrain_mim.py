@@ -465,8 +465,8 @@ def check_flags(args):
     for name in ("mask_ratio", "zoom"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
-    if args.arch == "resnet50":
-        raise ValueError("--arch resnet50: masks need a ViT")
+    if args.arch and args.arch.startswith("resnet"):
+        raise ValueError(f"--arch {args.arch}: masks need a ViT")
     for name in ("align", "contrast"):
         if getattr(args, name) and not on_keypoints:
             raise ValueError(f"--{name} needs --pose-loss keypoints")
@@ -518,7 +518,7 @@ def main(argv=None):
         inputs["pairs"] = hashlib.sha256(neighbours).hexdigest()[:16]
     state = check_run(args, runtime, "mim", inputs)
     encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None)
-    if encoder.arch == "resnet50":
+    if encoder.arch.startswith("resnet"):
         raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     patch = encoder.patch
     side = size // patch
