@@ -108,6 +108,8 @@ def keep_all(columns, meta, folder, dropped):
         seen |= is_usable
     faulty = np.any(_box_faults(columns["box"], size), axis=0)
     columns["box"] = np.where(faulty[:, None], best, columns["box"])
+    if (faulty & ~seen).all():
+        raise ValueError(f"{folder}: no hand lies in its image")
     meta["reboxed"] = np.flatnonzero(faulty & seen).tolist()
     meta["unseen"] = np.flatnonzero(faulty & ~seen).tolist()
     return columns, meta, folder, dropped

@@ -156,7 +156,8 @@ def test_other_units_and_frames_are_noticed_and_nothing_is_overwritten(index, la
 
 
 def test_joints_in_another_order_than_their_meshes_are_noticed(index, labels, tmp_path, capsys):
-    """A similarity fit of joints alone cannot tell; the units do not matter, and a bad network is no reason."""
+    """A similarity fit of joints alone cannot tell. Other units do not hide it, and a bad network does not
+    cause it."""
     joints, vertices = noisy(labels)
     score(index, [1000 * joints[:, list(FREIHAND_TO_MANO)], 1000 * vertices], tmp_path)
     printed = capsys.readouterr().out
@@ -188,7 +189,7 @@ def test_definitions(index, labels, tmp_path, monkeypatch, capsys):
     scores = json.loads((out / "metrics.json").read_text())
     assert own == {key: scores[key] for key in own} and len(own) == 5
     assert {name: row["pa_mpjpe_mm"] for name, row in table.items()} == pytest.approx(expected, abs=1e-3)
-    assert table["kinematic, smplx"]["root_mpjpe_mm"] > 0.3 > 1e-3 > table["regressed, freihand"]["abs_mpjpe_mm"]
+    assert table["kinematic, smplx"]["root_mpjpe_mm"] > 0.3 > table["regressed, freihand"]["abs_mpjpe_mm"]
     page = (out / "report.html").read_text()
     assert "kinematic, handoccnet" in page and "kinematic, handoccnet" in capsys.readouterr().out
 

@@ -300,6 +300,23 @@ def test_freihand_train_and_val_share_no_pose(tmp_path):
     assert not poses["train"] & poses["val"] and poses["train"] | poses["val"] == poses["training"]
 
 
+def test_freihands_evaluation_has_its_whole_list(tmp_path):
+    """One image is not there, one joint lies behind the camera: the submission has as many hands as the set."""
+    write_freihand(tmp_path, 5)
+    for name in ("K", "xyz", "verts", "mano", "scale"):
+        (tmp_path / f"training_{name}.json").rename(tmp_path / f"evaluation_{name}.json")
+    edit(lambda joints: joints[3][8].__setitem__(2, -0.01))(tmp_path / "evaluation_xyz.json")
+    for number in (0, 2, 3, 4):
+        image(tmp_path / "evaluation/rgb" / f"{number:08d}.jpg")
+    call("prepare_data.py", "freihand", tmp_path, "--split", "evaluation", "--out", tmp_path / "x",
+         "--skip-missing")
+    index = HandIndex(tmp_path / "x")
+    assert index.columns["number"].tolist() == [0, 2, 3, 4] and index.meta["unseen"] == []
+    write_predictions(tmp_path, index.columns["joints"], None, "freihand", index)
+    assert np.any(json.loads((tmp_path / "pred.json").read_text())[0], (1, 2)).tolist() == [1, 0, 1, 1, 1]
+    close(read_predictions(tmp_path / "pred.json", index, "freihand")[0], index.columns["joints"])
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 def test_ho3d(tmp_path, ending):
     root = tmp_path / "ho3d"
@@ -483,8 +500,9 @@ def test_every_hand_that_dexycb_labels_is_predicted_and_scored(roots, tmp_path, 
             pred.append(results[number])
     true, pred = np.array(true), np.array(pred)
     assert table["count"] == len(true) == len(results) and table["count_unseen"] == 2
-    rows = {"absolute": loop_points(true, pred), "procrustes": loop_points(true, each(loop_align, true, pred)),
-            "root-relative": loop_points(true - true[:, :1], pred - pred[:, :1])}
+    rows = {"absolute": loop_points(true, pred),
+            "root-relative": loop_points(true - true[:, :1], pred - pred[:, :1]),
+            "procrustes": loop_points(true, each(loop_align, true, pred))}
     for name, errors in rows.items():
         mean, area = loop_measures(errors, 0, 50)
         assert scores[f"{name} MPJPE (mm)"] == pytest.approx(mean, abs=1.5e-6)
