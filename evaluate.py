@@ -40,13 +40,15 @@ from saving import load_checkpoint, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import normalise, theta_rotation, warp
 
-PLACED = {"abs": "as submitted", "root": "minus the wrist"}
+# How a prediction may be laid over the truth, by metrics.MEASURES' names.
+ALIGNMENTS = {"pa": "similarity fit", "pa_noreflect": "no reflections", "sc_tr": "wrist and one bone",
+              "root": "minus the wrist", "abs": "as submitted"}
+JOINT_ERRORS = [metrics.MEASURES[kind][0].format("mpjpe") for kind in ALIGNMENTS]
+ODDITIES = {"count_not_scored": "more not scored", "count_reboxed": "with their box replaced",
+            "count_unseen": "not in their image"}
 RESULTS = ("metrics.json", "scores.txt", "report.html", "pred.json", "pred.zip", "pred.txt",
            "pred_world.json", "definitions.json")
 HEADLINE = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
-ALIGNMENTS = {"pa_mpjpe_mm": "similarity fit", "pa_mpjpe_noreflect_mm": "no reflections",
-              "sc_tr_mpjpe_mm": "wrist and one bone", "root_mpjpe_mm": "minus the wrist",
-              "abs_mpjpe_mm": "as submitted"}
 COLUMNS = ("joints mm", "mesh mm", "AUC joints", "AUC mesh", "F@5", "F@15")
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
          ("f_5", "F-score at 5 mm", ""), ("f_15", "F-score at 15 mm", ""),
@@ -165,11 +167,13 @@ def read_labels(index, protocol, required=True):
 
 # ----------------------------------------------------------------------------------------------------- tables
 def score_definitions(joints, vertices, chain, arrays, labels, protocol):
-    """{name: {a key of ALIGNMENTS: mm}}: the same meshes with their joints by every published definition,
+    """{name: {"pa_mpjpe_mm": ..., ...}}: the same meshes with their joints by every published definition,
     against the labels as they are. The first row is the joints (N,21,3) as predicted.
 
     chain (N,21,3): the hand model's own joints; None: a file of results lacks them, and they do not follow
-    from vertices (N,778,3). ValueError where the meshes are not of this hand model."""
+    from vertices (N,778,3). ValueError where the meshes are not of this hand model, or there are none."""
+    if vertices is None:
+        raise ValueError("--definitions: the file of results has no meshes to take joints from")
     found = {"as predicted": joints}
     meshes = torch.from_numpy(np.asarray(vertices, np.float64))
     own = torch.zeros(len(meshes), 21, 3) if chain is None else torch.from_numpy(chain)
@@ -185,35 +189,31 @@ def score_definitions(joints, vertices, chain, arrays, labels, protocol):
     for name, points in found.items():
         errors = metrics.per_sample_errors(points, None, protocol=protocol, **labels | {"gt_vertices": None})
         table = metrics.summarise(errors, protocol)
-        scores[name] = {key: table[key] for key in ALIGNMENTS if key in table}
+        scores[name] = {key: table[key] for key in JOINT_ERRORS if key in table}
     return scores
 
 
 def definition_rows(scores):
-    """[(name, five texts)] of score_definitions."""
-    return [(name, [f"{row[key]:.2f}" if key in row else "" for key in ALIGNMENTS])
-            for name, row in scores.items()]
+    """[(name, texts)] of score_definitions."""
+    return [(name, _texts(row, JOINT_ERRORS)) for name, row in scores.items()]
 
 
 def table_rows(table, protocol):
     """[(name, six texts)]: a row for each way to lay the prediction over the truth, then the mean hand."""
-    raw = {"abs": (), "root": ()} | {metrics.PROTOCOLS[protocol]: ("f_5_unaligned", "f_15_unaligned")}
-    kinds = [("similarity fit (leaderboards)", "pa_{}_mm", "auc_{}", ("f_5", "f_15")),
-             ("  the same, no reflections", "pa_{}_noreflect_mm", "auc_{}_noreflect", ()),
-             ("wrist and one bone", "sc_tr_{}_mm", "auc_{}_sc_tr", ()),
-             ("minus the wrist", "root_{}_mm", "auc_{}_root", raw["root"]),
-             ("as submitted, depth included", "abs_{}_mm", "auc_{}_abs", raw["abs"]),
-             ("mean hand, the same fit", "mean_hand_pa_{}_mm", "mean_hand_auc_{}",
-              ("mean_hand_f_5", "mean_hand_f_15"))]
+    f_scores = {"pa": ("f_5", "f_15"), metrics.PROTOCOLS[protocol]: ("f_5_unaligned", "f_15_unaligned")}
     rows = []
-    for name, distance, area, f_scores in kinds:
+    for kind, name in ALIGNMENTS.items():
+        distance, area = metrics.MEASURES[kind]
         keys = [distance.format("mpjpe"), distance.format("mpvpe"),
-                area.format("joints"), area.format("vertices"), *(f_scores or ("", ""))]
-        texts = ["" if key not in table else f"{table[key]:.{2 if key.endswith('mm') else 3}f}"
-                 for key in keys]
-        if any(texts):
-            rows.append((name, texts))
-    return rows
+                area.format("joints"), area.format("vertices"), *f_scores.get(kind, ("", ""))]
+        rows.append((name, _texts(table, keys)))
+    rows.append(("mean hand, similarity fit", _texts(table, [f"mean_hand_{key}" for key in HEADLINE])))
+    return [(name, texts) for name, texts in rows if any(texts)]
+
+
+def _texts(table, keys):
+    """The numbers of a dict as text, "" where it has none."""
+    return ["" if key not in table else f"{table[key]:.{2 if key.endswith('mm') else 3}f}" for key in keys]
 
 
 def compare(entries, out):
@@ -323,7 +323,7 @@ def _numbers(faces, part, cases, score, errors, baseline, protocol):
     placed = metrics.PROTOCOLS[protocol]
     most = np.quantile(score, 0.99) * 1.15
     counts, edges = np.histogram(score.clip(max=most), bins=min(40, max(8, len(score) // 8)))
-    curves = {"aligned": errors["pa_joints"], PLACED[placed]: errors[f"{placed}_joints"],
+    curves = {"aligned": errors["pa_joints"], ALIGNMENTS[placed]: errors[f"{placed}_joints"],
               "mean hand, aligned": baseline["pa_joints"]}
     joints = [[name.replace("_", " "), _css_color((i - 1) // 4) if i else "#6b7685"]
               for i, name in enumerate(JOINT_NAMES)]
@@ -508,18 +508,6 @@ def predict_with_checkpoint(args, index, arrays, definition):
                   "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
 
 
-def count_oddities(index, scored):
-    """Entries of metrics.json: hands that the protocol does not score, and hands without a usable box."""
-    return {"count_not_scored": len(index) - scored, "count_reboxed": len(index.meta.get("reboxed", ())),
-            "count_unseen": len(index.meta.get("unseen", ()))}
-
-
-def oddities_text(table):
-    parts = (("not_scored", "more are not scored"), ("reboxed", "had their box replaced"),
-             ("unseen", "are not in their image"))
-    return "".join(f", {table[f'count_{name}']} {text}" for name, text in parts if table[f"count_{name}"])
-
-
 def score_mean_hand(index, arrays, definition, labels, protocol):
     """metrics.per_sample_errors of the hand model's mean hand, predicted for every hand of the index."""
     joints, vertices = mean_hand(arrays, definition)  # (1, 21, 3), (1, 778, 3)
@@ -544,11 +532,8 @@ def main(argv=None):
         pred = read_predictions(args.predictions, index, protocol)
         chain = None
         warn_of_units(pred[0], labels["gt_joints"], source)
-        if pred[1] is None:
-            if args.definitions:
-                raise ValueError(f"--definitions: {source} has no meshes to take joints from")
-            labels["gt_vertices"] = None
-        elif labels["gt_vertices"] is not None:
+        labels["gt_vertices"] = None if pred[1] is None else labels["gt_vertices"]
+        if labels["gt_vertices"] is not None:
             warn_of_order(*pred, labels["gt_joints"], labels["gt_vertices"], source)
         facts["crop"] = "made elsewhere, unknown"
     if labels:  # before hours of prediction: labels that cannot be scored are refused here
@@ -570,11 +555,13 @@ def main(argv=None):
     mean_table = metrics.summarise(baseline, protocol)
     table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
     table |= {"views": args.tta} if args.tta > 1 else {}
-    table |= count_oddities(index, table["count"])
+    odd_ones = len(index) - table["count"], *(len(index.meta.get(name, ())) for name in ("reboxed", "unseen"))
+    table |= dict(zip(ODDITIES, odd_ones, strict=True))
+    odd_ones = "".join(f", {table[key]} {text}" for key, text in ODDITIES.items() if table[key])
     definitions = {}
     if args.definitions:
         definitions = score_definitions(*pred, chain, arrays, labels, protocol)
-    facts |= {"protocol": protocol, "hands": f"{table['count']}" + label_note + oddities_text(table),
+    facts |= {"protocol": protocol, "hands": f"{table['count']}{label_note}{odd_ones}",
               "joints": f"FreiHAND order, definition “{definition}”, root is the wrist",
               "hand model": args.mano or "the synthetic hand",
               "reflected": ", ".join(f"{table[key]} ({key[10:]})"

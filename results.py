@@ -203,8 +203,12 @@ def warn_of_order(joints: np.ndarray, vertices: np.ndarray, true: np.ndarray, tr
 
     joints (N,21,3), vertices (N,778,3): as read; true, true_vertices: the labels. No hand model is needed."""
     some = np.unique(np.linspace(0, len(joints) - 1, 64).astype(int))
-    near = np.mean([cdist(true[row], true_vertices[row]) for row in some], 0).argmin(1)  # (21,) vertices
-    apart = np.mean([cdist(joints[row], vertices[row, near]) for row in some], 0)  # (21, 21)
+    hands = [points[some] for points in (joints, vertices, true, true_vertices)]
+    hands = [hand for hand in zip(*hands, strict=True) if all(np.isfinite(points).all() for points in hand)]
+    if not hands:
+        return
+    near = np.mean([cdist(*label) for _, _, *label in hands], 0).argmin(1)  # (21,) vertices
+    apart = np.mean([cdist(own, mesh[near]) for own, mesh, *_ in hands], 0)  # (21, 21)
     place = linear_sum_assignment(apart)[1]  # of each joint in the labels' order
     if apart.diagonal().mean() > 1.5 * apart[range(21), place].mean():
         moved = int(np.flatnonzero(place != np.arange(21))[0])

@@ -301,7 +301,7 @@ def test_freihand_train_and_val_share_no_pose(tmp_path):
 
 
 def test_freihands_evaluation_has_its_whole_list(tmp_path):
-    """One image is not there, one joint lies behind the camera: the submission has as many hands as the set."""
+    """One image is not there, one joint lies behind the camera: the submission has all hands of the set."""
     write_freihand(tmp_path, 5)
     for name in ("K", "xyz", "verts", "mano", "scale"):
         (tmp_path / f"training_{name}.json").rename(tmp_path / f"evaluation_{name}.json")
