@@ -418,7 +418,7 @@ def memory(number, rng, folder, work):
     return _photograph(*[((4000, 3000), 700), ((8000, 6000), 1200)][number - len(STAGES)], folder, work)
 
 
-def _growth(script, folder, work, longest=20_000, seconds=240):
+def _growth(script, folder, work, longest=20_000, seconds=1000):
     """MB per 1,000 steps that a stage grows by: a line through the memory at every hundredth step of the
     second half."""
     command = stage(script, work / "base", "--workers", 0, "--batch-size", 2, "--log-every", 100,
