@@ -410,7 +410,7 @@ def test_harmless_things_beside_the_weights_are_left_out(legacy, tmp_path, monke
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("function, argument, name", [
-    (os.system, "touch {}", "posix.system"), (eval, "open({!r}, 'w')", "eval"),
+    (os.system, "touch {}", "posix.system"), (eval, "open({!r}, 'w')", ".*eval"),
     (np.loadtxt, "{}", "numpy.*loadtxt"), (nn.Identity, "{}", "torch.nn.modules.linear.Identity")])
 def test_a_file_that_names_code_is_refused_and_nothing_runs(legacy, function, argument, name, tmp_path):
     trace = tmp_path / "trace"
