@@ -36,7 +36,7 @@ hands open in milliseconds and the loader's processes share the pages.
   protocol    how the set is scored
   box         what the boxes were drawn around
   frames, sequences    the official list, for files of results
-  reboxed, unseen      rows of hands that are scored though their box had to be replaced, or is the whole image
+  reboxed, unseen      rows of hands that are scored although their box was replaced, or is the whole image
   partial     true: unknown labels are NaN (a joint, or all numbers of an entry)
   packs       of a packed index: the sizes of its pack_NNNN.bin in bytes
 
@@ -1056,6 +1056,16 @@ def has_points(index, column):
     if column == "keypoints" and "keypoints_score" in index.columns:
         is_known &= (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
     return is_known[index.pose_ids()]
+
+
+def pose_labels(index):
+    """The columns that tell a hand's pose: ("joints", "joints2d"), or its 2-D points alone. ValueError where
+    there are neither."""
+    for names in (("joints", "joints2d"), ("joints2d",), ("keypoints",)):
+        if set(names) <= set(index.columns):
+            return names
+    raise ValueError(f"{index.path} has no joints with joints2d, and no keypoints: nothing to probe; detect "
+                     "keypoints with prepare_data.py video")
 
 
 def read_pairs(path: Path | str, indices: list[HandIndex], *points: str):
