@@ -25,17 +25,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cache import cache_canvases
-from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, check_mix, has_points,
-                  index_fingerprint, make_loader, make_sampler, pair_rows, read_pairs)
+from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, canvas_size, check_mix,
+                  has_points, index_fingerprint, make_loader, make_sampler, pair_rows, pose_labels,
+                  read_pairs)
 from draw import curve, draw_joints, draw_points, grid, histogram, save_curves, save_image
+from metrics import procrustes
 from model import ARCHS, ProjectionHead, choose_encoder
+from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
 from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, feed, finish, param_groups, parser,
     run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
-                   random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
+                   random_hsv, rows_to_blur, strong_color, to_pixels, to_rgb, two_views, upright_views, warp)
 
 CROP = 1.3  # the public code's crop: its side over the longer side of the box
 PIXELS = 112  # half the side of that crop in pixels, before it is resized
@@ -43,7 +46,8 @@ OUTPUT = 128  # side of the public code's view, after the crop is resized
 SIMCLR_ZOOM = (1.25, 1.25)  # the public code's fixed margin around the keypoints
 THETA, LIGHT, COLOR, BLUR, HSV = 0, 1, 2, 3, 4  # random streams: of (seed, step, stream)
 CHUNK = 256  # rows of the similarity matrix that exist at a time
-CHARTS = {"loss": ("loss",), "agreement": ("positive_similarity", "negative_similarity", "alignment")}
+CHARTS = {"loss": ("loss",), "agreement": ("positive_similarity", "negative_similarity", "alignment"),
+          **LIVE_CHARTS}
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -329,6 +333,10 @@ def flags():
                           "and peclr draw the same hands, for a fair comparison (default: all hands)")
     cli.add_argument("--labelled", action="store_true",
                      help="use the labels joints2d for views and weights, not the keypoints")
+    cli.add_argument("--probe", metavar="INDEX",
+                     help="hands with joints or detected keypoints: at every save, 2,000 of them show what "
+                          "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
+                          "far")
     group = cli.add_argument_group("network")
     group.add_argument("--init", metavar="FILE",
                        help="encoder to start from: an encoder.pt, or weights of ImageNet, MAE, DINO, PeCLR, "
@@ -430,6 +438,14 @@ def read_hands(args, column):
     return indices, torch.from_numpy(is_known), idx, anchors
 
 
+def open_probe(path, size, runtime):
+    """The LiveProbe of hands in an index, which sees them as probe.py does."""
+    index = HandIndex(path)
+    hands = HandDataset([index], canvas_size(size), CONTEXT, pose_labels(index), substitute=False)
+    see = partial(upright_views, scale=PROBE_WINDOW / CONTEXT, size=size)
+    return LiveProbe(hands, has_points(index, hands.labels[0]), see, procrustes, runtime)
+
+
 def main(argv=None):
     args = read_flags(argv)
     runtime = setup(args)
@@ -446,6 +462,9 @@ def main(argv=None):
     inputs = {"data": index_fingerprint([index.columns for index in indices], column)}
     if args.pairs:
         inputs["pairs"] = hashlib.sha256(idx).hexdigest()[:16]
+    probe = open_probe(args.probe, args.image_size, runtime) if args.probe else None
+    if probe:
+        inputs["probe"] = index_fingerprint([probe.hands.indices[0].columns], probe.hands.labels[-1])
     state = check_run(args, runtime, "contrastive", inputs)
     encoder = choose_encoder(args.arch, args.init, args.image_size, "resnet50",
                              saved=state["encoder"] if state else None)
@@ -476,7 +495,7 @@ def main(argv=None):
             print(f"warning: --batch-size {args.batch_size} draws hands twice, each a negative of itself")
     announce(runtime, out, model, len(anchors), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
-              show=("positive_similarity",))
+              show=("positive_similarity", "probe_ridge_mm", "probe_ridge_percent"))
     B = args.batch_size // runtime.world  # pairs of this process
     parts = batch_parts(B, args.accumulate)
     is_known = is_known.to(runtime.device)
@@ -502,12 +521,16 @@ def main(argv=None):
     peak_lr = args.lr * math.sqrt(args.batch_size / losses_per_update)
 
     def export(step):
-        """The encoder after `step` updates."""
-        save_checkpoint(out / "encoder.pt", kind="encoder", step=step, arch=encoder.arch,
-                        config=encoder.config, state_dict=encoder.state_dict())
+        """The encoder after `step` updates, also as the best if the log says so."""
+        is_best = probe and log.lowest.get(probe.score) == step
+        for name in ("encoder.pt", "encoder_best.pt") if is_best else ("encoder.pt",):
+            save_checkpoint(out / name, kind="encoder", step=step, arch=encoder.arch,
+                            config=encoder.config, state_dict=encoder.state_dict())
 
     def save(step, h):
-        """last.pt, encoder.pt and charts of the log after `step` updates."""
+        """The probe, last.pt, encoder.pt and charts of the log after `step` updates."""
+        if probe:
+            log.write({"step": step} | probe(encoder))
         save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
                         encoder={"arch": encoder.arch, "config": encoder.config},
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())

@@ -23,6 +23,7 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
 import copy
 import hashlib
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,18 +32,21 @@ from torch import nn
 
 from cache import cache_canvases
 from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, canvas_size, check_mix,
-                  index_fingerprint, make_loader, make_sampler, pair_rows, read_pairs)
+                  has_points, index_fingerprint, make_loader, make_sampler, pair_rows, pose_labels,
+                  read_pairs)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
+from metrics import procrustes
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
+from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
 from runtime import (
     adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish,
     param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
-                   rows_to_blur, strong_color, to_pixels, to_rgb, two_views, warp)
+                   rows_to_blur, strong_color, to_pixels, to_rgb, two_views, upright_views, warp)
 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
@@ -372,13 +376,26 @@ def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
 CHARTS = {"loss": ("class", "patch", "pixel", "hog", "patch_hog", "align", "contrast", "loss"),
             "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy",
                          "patch_entropy_of_mean"),
-            "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error", "student_error")}
+            "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error",
+                          "student_error")} | LIVE_CHARTS
 
 
 # ------------------------------------------------------------------------------------------------------- main
+def open_probe(path, size, runtime):
+    """The LiveProbe of hands in an index, which sees them as probe.py does."""
+    index = HandIndex(path)
+    hands = HandDataset([index], canvas_size(size), CONTEXT, pose_labels(index), substitute=False)
+    see = partial(upright_views, scale=PROBE_WINDOW / CONTEXT, size=size)
+    return LiveProbe(hands, has_points(index, hands.labels[0]), see, procrustes, runtime)
+
+
 def flags():
     cli = parser(__doc__)
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; labels are not read")
+    cli.add_argument("--probe", metavar="INDEX",
+                     help="hands with joints or detected keypoints: at every save, 2,000 of them show what "
+                          "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
+                          "far")
     group = cli.add_argument_group("network")
     group.add_argument("--init", help="encoder to start from: an encoder.pt, or ViT weights of timm, MAE, "
                                       "DINO, iBOT (default: fresh)")
@@ -408,8 +425,9 @@ def flags():
                        help="number of pseudo keypoints, 16 to 64 are reasonable (default 21)")
     group = cli.add_argument_group("similar hands")
     group.add_argument("--pairs", metavar="FILE",
-                       help="pairs.npz of mine_pairs.py for the same --data: view v then shows a similar hand "
-                            "of another video, view u the hand itself (ours; default: two views of a hand)")
+                       help="pairs.npz of mine_pairs.py for the same --data: view v then shows a similar "
+                            "hand of another video, view u the hand itself (ours; default: two views of a "
+                            "hand)")
     group.add_argument("--pair-share", type=float, default=0.5,
                        help="share of the hands, drawn anew in each step, whose view v shows a similar one "
                             "(default .5); hands without a neighbour are always their own")
@@ -471,7 +489,7 @@ def check_flags(args):
         if getattr(args, name) and not on_keypoints:
             raise ValueError(f"--{name} needs --pose-loss keypoints")
     if args.pairs and not (args.align or args.contrast or args.pose_loss == "class"):
-        raise ValueError("--pairs: no loss compares the two views; raise --align or --contrast, or leave it out")
+        raise ValueError("--pairs: no loss compares the two views; raise --align or leave it out")
     if args.contrast and args.batch_size // args.accumulate < 2:
         raise ValueError("--contrast compares the hands of a part of the batch: lower --accumulate or raise "
                          "--batch-size")
@@ -516,6 +534,9 @@ def main(argv=None):
     inputs = {"data": index_fingerprint([index.columns for index in indices], "")}
     if args.pairs:
         inputs["pairs"] = hashlib.sha256(neighbours).hexdigest()[:16]
+    probe = open_probe(args.probe, size, runtime) if args.probe else None
+    if probe:
+        inputs["probe"] = index_fingerprint([probe.hands.indices[0].columns], probe.hands.labels[-1])
     state = check_run(args, runtime, "mim", inputs)
     encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None)
     if encoder.arch.startswith("resnet"):
@@ -576,12 +597,14 @@ def main(argv=None):
         print(f"{(neighbours[:, 0] >= 0).sum()} of {len(dataset)} hands have a neighbour")
     announce(runtime, out, student, len(dataset), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
-              show=("keypoint_spread", "patch_teacher_entropy"))
+              show=("keypoint_spread", "patch_teacher_entropy", "probe_ridge_mm", "probe_ridge_percent"))
 
     def export(step):
-        """The teacher's encoder after `step` updates."""
-        save_checkpoint(out / "encoder.pt", "encoder", step=step, arch=encoder.arch, config=encoder.config,
-                        state_dict=teacher.encoder.state_dict())
+        """The teacher's encoder after `step` updates, also as the best if the log says so."""
+        is_best = probe and log.lowest.get(probe.score) == step
+        for name in ("encoder.pt", "encoder_best.pt") if is_best else ("encoder.pt",):
+            save_checkpoint(out / name, "encoder", step=step, arch=encoder.arch, config=encoder.config,
+                            state_dict=teacher.encoder.state_dict())
 
     if state and runtime.is_main:
         export(start)  # a kill may have come between last.pt and it
@@ -657,6 +680,8 @@ def main(argv=None):
             tiles = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", tiles)
         if is_saved:
+            if probe:
+                log.write({"step": step + 1} | probe(teacher.encoder))
             save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
                             encoder={"arch": encoder.arch, "config": encoder.config},
                             teacher=teacher.state_dict(), centers=centers.state_dict(),

@@ -1,13 +1,14 @@
 """What an encoder knows of hands before any fine-tuning: probes of its frozen features, in a minute or two.
 
-    probe.py ENCODER --data INDEX [--train INDEX] --out DIR     poses, where hands have joints
+    probe.py ENCODER --data INDEX [--train INDEX] --out DIR     poses, where hands have joints or keypoints
     probe.py ENCODER --data FOLDER --out DIR                    classes, the sub-folders of FOLDER
 
 Features are the class token, the mean of the patches (of a ResNet the pooled map twice) and both together, of
 an upright view of each hand. The same network untrained, and raw pixels, are probed for comparison.
 
 Poses: ridge regression and the nearest neighbour (probing.probe_pose), fitted on the hands of --train, else
-on half of the videos of --data. Classes: leave-one-out k-NN accuracy, also for an index without joints,
+on half of the videos of --data. Where there are no joints, but joints2d or a detector's keypoints, 2-D points
+take their place (probing.probe_points). Classes: leave-one-out k-NN accuracy, also for an index without any,
 whose images lie in several folders.
 
 Prints a table and writes DIR/metrics.json. A run that fails writes nothing.
@@ -23,19 +24,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (CONTEXT, HandDataset, HandIndex, canvas_size, counts_text, image_size, index_fingerprint,
-                  list_images, make_loader, refuse_unread, whole_box, write_index)
+from data import (CONTEXT, HandDataset, HandIndex, canvas_size, counts_text, has_points, image_size,
+                  index_fingerprint, list_images, make_loader, pose_labels, refuse_unread, whole_box,
+                  write_index)
 from mano import mean_hand, read_mano
 from metrics import procrustes
 from model import build_encoder, load_encoder
-from probing import (PROBE_HANDS, PROBE_WINDOW, encode, hand_groups, leave_one_out, mean_distance_mm,
-                     probe_pose, split_groups, spread_rows)
+from probing import (LEAST_HANDS, PROBE_HANDS, PROBE_WINDOW, align_2d, encode, hand_groups, leave_one_out,
+                     mean_distance_mm, mean_shape, probe_points, probe_pose, split_groups, spread_rows)
 from runtime import add_device_flags, check_ranges, parser, run, setup
 from saving import read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
-LABELS = ("joints", "joints2d")  # what a probe of poses needs
 NEIGHBOURS = 10
 
 
@@ -62,15 +63,15 @@ def _index_class_folders(path, folder):
     return HandIndex(index_path)
 
 
-def _open_train(path, index):
+def _open_train(path, index, labels):
     """The index of --train; ValueError where a probe that is fitted on it cannot be tested on `index`."""
     train = HandIndex(path)
-    if not set(LABELS) <= set(train.columns):
-        raise ValueError(f"--train {path}: no labels `joints` and `joints2d`")
+    if not set(labels) <= set(train.columns):
+        raise ValueError(f"--train {path}: no labels {' and '.join(f'`{name}`' for name in labels)}")
     definitions = {hands.meta.get("joints", "freihand") for hands in (train, index)}
     first = [hands.image_path(0).resolve() for hands in (train, index)]
     # The same hands in another folder, such as a packed index.
-    fingerprints = [index_fingerprint([hands.columns], "joints2d") for hands in (train, index)]
+    fingerprints = [index_fingerprint([hands.columns], labels[-1]) for hands in (train, index)]
     if first[0] == first[1] or fingerprints[0] == fingerprints[1] or len(definitions) > 1:
         raise ValueError(f"--train {path}: the hands of --data themselves, or joints of another definition")
     return train
@@ -121,37 +122,44 @@ def read_features(networks, index, rows, labels, args, runtime):
 
 
 # ----------------------------------------------------------------------------------------------------- probes
-def probe_poses(networks, index, args, runtime):
-    """probe_pose of every feature, and facts: how many hands, and what the mean hand scores."""
+def probe_poses(networks, index, labels, args, runtime):
+    """probe_pose, or without joints probe_points, of every feature, and facts: how many hands, and what the
+    mean hand scores."""
     if args.train:
-        train = _open_train(args.train, index)
+        train = _open_train(args.train, index, labels)
         train_rows = np.arange(len(train))
         test_rows = np.arange(len(index))
     else:
         train = index
         train_rows, test_rows = split_groups(hand_groups(index.pose_ids(), index.columns.get("video")))
-    train_rows = spread_rows(train_rows, PROBE_HANDS)
-    test_rows = spread_rows(test_rows, PROBE_HANDS)
-    train_x, train_labels, train_unread = read_features(networks, train, train_rows, LABELS, args, runtime)
-    test_x, test_labels, test_unread = read_features(networks, index, test_rows, LABELS, args, runtime)
-    train_count = len(train_labels["joints"])
-    count = len(test_labels["joints"])
-    if min(count, train_count) < 10:
-        raise ValueError(f"{train_count} hands to fit the probe on and {count} to test it on: "
-                         "at least 10 are needed")
+    train_rows, test_rows = (spread_rows(rows[has_points(hands, labels[0])[rows]], PROBE_HANDS)
+                             for hands, rows in ((train, train_rows), (index, test_rows)))
+    _refuse_few(train_rows, test_rows)
+    train_x, known, train_unread = read_features(networks, train, train_rows, labels, args, runtime)
+    test_x, test_known, test_unread = read_features(networks, index, test_rows, labels, args, runtime)
+    fit, test = ([found[name] for name in labels] for found in (known, test_known))
+    _refuse_few(fit[0], test[0])  # some images could not be read
 
-    arrays = read_mano(args.mano) if args.mano else synthetic_mano()
-    mean_joints = mean_hand(arrays, index.meta.get("joints", "freihand"))[0][0]  # (21, 3)
-    table = {}
-    for key in test_x:
-        table[key] = probe_pose(train_x[key], train_labels["joints"], train_labels["joints2d"],
-                                test_x[key], test_labels["joints"], test_labels["joints2d"],
-                                mean_joints, align=procrustes)
-    joints = test_labels["joints"]
-    guess = procrustes(np.broadcast_to(mean_joints, joints.shape), joints)
-    facts = {"count": count, "train_count": train_count, "unread": train_unread + test_unread,
-             "mean_hand_pa_mpjpe_mm": mean_distance_mm(guess, joints)}
+    facts = {"count": len(test[0]), "train_count": len(fit[0]), "unread": train_unread + test_unread}
+    if "joints" in labels:
+        arrays = read_mano(args.mano) if args.mano else synthetic_mano()
+        mean_joints = mean_hand(arrays, index.meta.get("joints", "freihand"))[0][0]  # (21, 3)
+        table = {key: probe_pose(train_x[key], *fit, test_x[key], *test, mean_joints, align=procrustes)
+                 for key in test_x}
+        guess = procrustes(np.broadcast_to(mean_joints, test[0].shape), test[0])
+        facts["mean_hand_pa_mpjpe_mm"] = mean_distance_mm(guess, test[0])
+    else:
+        table = {key: probe_points(train_x[key], *fit, test_x[key], *test) for key in test_x}
+        guess = align_2d(np.broadcast_to(mean_shape(fit[0], align_2d), test[0].shape), test[0])
+        facts["mean_hand_pa_2d_percent"] = 100 * float(np.linalg.norm(guess - test[0], axis=-1).mean())
     return table, facts
+
+
+def _refuse_few(fitted, tested):
+    """ValueError where there are too few hands to fit on or to test on."""
+    if min(len(fitted), len(tested)) < LEAST_HANDS:
+        raise ValueError(f"{len(fitted)} hands to fit the probe on and {len(tested)} to test it on: "
+                         f"at least {LEAST_HANDS} are needed")
 
 
 def probe_classes(networks, index, args, runtime):
@@ -181,7 +189,7 @@ def _show(table, facts):
     keys = list(table["probe", "both"])
     rows = []
     for (name, feature), values in table.items():
-        texts = [f"{values[key]:.2f}" if key.endswith("mm") else f"{values[key]:.3f}" for key in keys]
+        texts = [f"{values[key]:.{2 if key.endswith(('mm', 'percent')) else 3}f}" for key in keys]
         rows.append((f"{name}, {feature}", texts))
     print(text_table(keys, rows))
     texts = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in facts.values()]
@@ -229,12 +237,10 @@ def main(argv=None):
     networks = make_networks(args.encoder, args.image_size)
     with tempfile.TemporaryDirectory() as folder:
         index = _open_data(args.data, folder)
-        missing = sorted(set(LABELS) - set(index.columns))
-        if len(missing) == 1 or (args.train and missing):
-            raise ValueError(f"--data {args.data} has no {' and no '.join(missing)}: "
-                             "a probe of poses needs both")
-        probe = probe_classes if missing else probe_poses
-        table, facts = probe(networks, index, args, runtime)
+        if args.train or {"joints", "joints2d", "keypoints"} & set(index.columns):
+            table, facts = probe_poses(networks, index, pose_labels(index), args, runtime)
+        else:
+            table, facts = probe_classes(networks, index, args, runtime)
     with staged_folder(args.out) as folder:
         (folder / "metrics.json").write_text(json.dumps(_flatten(table, facts), indent=1))
     _show(table, facts)

@@ -2,7 +2,9 @@
 
     encode           batches -> features of the class token, of the patches' mean, of both, and raw pixels
     probe_pose       ridge regression and the nearest neighbour from a feature to the pose of the hand
+    probe_points     the same where a hand has only 2-D points, such as a detector's
     leave_one_out    k-NN accuracy, where images have classes and no poses
+    LiveProbe        probe_pose or probe_points of an encoder that is being trained, in seconds
     hand_groups, split_groups, spread_rows       which hands to fit on and which to test on
 
 Features are (N,D) float64 numpy, joints in metres and in FreiHAND's order (0 wrist, 9 middle knuckle).
@@ -25,6 +27,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -34,6 +37,11 @@ from scipy.sparse.csgraph import connected_components
 
 PROBE_WINDOW = 1.3  # side of a probe's view over the longer side of the box; the view is upright
 PROBE_HANDS = 10_000  # at most so many hands are fitted, and tested
+LIVE_HANDS = 1_000  # the same of a LiveProbe
+LEAST_HANDS = 10  # at least so many hands are fitted, and tested
+LIVE_CHARTS = {"probe": ("probe_ridge_mm", "probe_neighbour_mm", "probe_ridge_percent",
+                         "probe_neighbour_percent"),
+               "probe_orientation": ("probe_orientation_r2",)}
 STRENGTHS = 10.0 ** np.arange(-5, 2)  # of the ridge
 TEMPERATURE = 0.07  # of a neighbour's vote (Wu et al. 2018, facebookresearch/dino eval_knn.py)
 WRIST = 0
@@ -246,3 +254,107 @@ def probe_pose(x, joints, joints2d, test_x, test_joints, test_joints2d, mean_joi
 def mean_distance_mm(pred, true) -> float:
     """Mean distance of points (N,21,3) in metres, as millimetres."""
     return float(1000 * np.sqrt(((pred - true) ** 2).sum(-1)).mean())
+
+
+def align_2d(pred, gt):
+    """Points (N,21,2) moved, turned and scaled onto gt with the least squared error, never mirrored."""
+    a, b = (points[..., 0] + 1j * points[..., 1] for points in (pred, gt))  # (N, 21): a turn is a product
+    a = a - a.mean(1, keepdims=True)
+    turn = (a.conj() * b).sum(1) / np.maximum((np.abs(a) ** 2).sum(1), 1e-12)  # and scale
+    aligned = turn[:, None] * a + b.mean(1, keepdims=True)
+    return np.stack([aligned.real, aligned.imag], -1)
+
+
+def mean_shape(points, align):
+    """The mean (21,C) of points (N,21,C), all aligned to the first."""
+    return align(points, np.broadcast_to(points[0], points.shape)).mean(0)
+
+
+def probe_points(x, points, test_x, test_points) -> dict[str, float]:
+    """As probe_pose, where only 2-D points are known, such as a detector's, which are no truth (ours).
+
+    points (n,21,2), in units of the box's longer side. Distances are shares of it, after a similarity.
+
+      ridge_pa_2d_percent     ridge to the points aligned to their mean shape
+      nearest_pa_2d_percent   the points of the nearest hand
+      ridge_pck_5             share of the ridge's points that lie within 5 percent
+      orientation_r2          ridge to the direction from wrist to middle knuckle
+    """
+    aligned = align_2d(points, np.broadcast_to(mean_shape(points, align_2d), points.shape))
+    answer = ridge(x, np.concatenate([aligned.reshape(len(x), 42), orientation(points)], axis=1), test_x)
+    pred = align_2d(answer[:, :42].reshape(-1, 21, 2), test_points)
+    neighbour = align_2d(points[nearest(x, test_x)[0][:, 0]], test_points)
+    distance, of_neighbour = (np.linalg.norm(found - test_points, axis=-1) for found in (pred, neighbour))
+    return {"ridge_pa_2d_percent": 100 * float(distance.mean()),
+            "nearest_pa_2d_percent": 100 * float(of_neighbour.mean()),
+            "ridge_pck_5": float((distance < 0.05).mean()),
+            "orientation_r2": r2(answer[:, 42:], orientation(test_points))}
+
+
+# ------------------------------------------------------------------------------------------ during a training
+class LiveProbe:
+    """What an encoder knows while it is trained, on hands that are decoded once and kept.
+
+    hands: a dataset like data.HandDataset of one index, with the labels joints and joints2d, or 2-D points
+    alone. is_usable (N,): hands whose points are known. see: canvases -> views as the encoder sees them.
+    align: as probe_pose's. runtime: its device, autocast(), and is_main, the process that decodes and calls.
+
+    LIVE_HANDS at most are fitted, and tested; no pose or video is in both. They are always the same, so that
+    runs can be compared. ValueError where there are too few.
+
+    score: name of the number that says which encoder is the best; lower is better.
+    """
+
+    def __init__(self, hands, is_usable, see, align, runtime):
+        self.hands = hands
+        self.see = see
+        self.align = align
+        self.runtime = runtime
+        self.score = "probe_ridge_mm" if "joints" in hands.labels else "probe_ridge_percent"
+        index = hands.indices[0]
+        groups = hand_groups(index.pose_ids(), index.columns.get("video"))
+        halves = [spread_rows(half[is_usable[half]], LIVE_HANDS) for half in split_groups(groups)]
+        if min(map(len, halves)) < LEAST_HANDS:
+            raise ValueError(f"--probe {index.path}: {len(halves[0])} hands to fit on and {len(halves[1])} "
+                             f"of other videos to test on: at least {LEAST_HANDS} are needed")
+        if runtime.is_main:
+            self._decode(np.concatenate(halves), np.repeat([True, False], list(map(len, halves))))
+
+    def _decode(self, rows, is_fitted):
+        """Keeps canvases and labels of the rows (M,) whose images can be read."""
+        chunks = [rows[first:first + 64].tolist() for first in range(0, len(rows), 64)]
+        with ThreadPoolExecutor() as pool:
+            batches = list(pool.map(self.hands.batch, chunks))
+        whole = {name: torch.cat([batch[name] for batch in batches])
+                 for name in ("failed", "canvas", *self.hands.labels)}
+        is_read = whole.pop("failed") < 0
+        self.canvases = whole.pop("canvas")[is_read].split(64)
+        self.labels = {name: _to_numpy(value[is_read]) for name, value in whole.items()}
+        self.is_fitted = is_fitted[is_read.numpy()]
+        if min(self.is_fitted.sum(), (~self.is_fitted).sum()) < LEAST_HANDS:
+            raise ValueError(f"--probe {self.hands.indices[0].path}: {int((~is_read).sum())} of "
+                             f"{len(is_read)} images could not be read")
+
+    @torch.no_grad()
+    def __call__(self, encoder):
+        """The numbers of an encoder, for the log: ridge, nearest neighbour, orientation. Its mode stays."""
+        is_training = encoder.training
+        encoder.eval()
+        features = []
+        for canvas in self.canvases:
+            views = self.see(canvas.to(self.runtime.device))
+            with self.runtime.autocast():
+                summary, feature_map = encoder.features(views)
+            features.append(_to_numpy(pool_features(summary, feature_map)["both"]))
+        encoder.train(is_training)
+        known = [np.concatenate(features), *self.labels.values()]
+        fit = [values[self.is_fitted] for values in known]
+        test = [values[~self.is_fitted] for values in known]
+        if "joints" in self.labels:
+            found = probe_pose(*fit, *test, mean_shape(fit[1], self.align), self.align)
+            ridge_error, neighbour_error = found["ridge_pa_mpjpe_mm"], found["nearest_pa_mpjpe_mm"]
+        else:
+            found = probe_points(*fit, *test)
+            ridge_error, neighbour_error = found["ridge_pa_2d_percent"], found["nearest_pa_2d_percent"]
+        return {self.score: ridge_error, self.score.replace("ridge", "neighbour"): neighbour_error,
+                "probe_orientation_r2": found["orientation_r2"]}

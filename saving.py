@@ -38,7 +38,7 @@ from tqdm import tqdm
 # lies there is compared (inputs of check_run). The last change what is computed from then on, as logged.
 FREE_ON_RESUME = {"resume", "out", "workers", "cache", "device", "compile", "log_every", "save_every",
                   "save_minutes", "eval_every"}
-PATHS = {"data", "val", "pairs", "mano", "init"}
+PATHS = {"data", "val", "pairs", "probe", "mano", "init"}
 CHANGE_ON_RESUME = {"lr", "precision", "accumulate", "steps", "epochs"}
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
@@ -382,6 +382,9 @@ class Log:
         self.last_step = step
         self.last_time = time.perf_counter()
         self.curves = {}  # name -> [(step, value)], for charts
+        self.least = {}  # name -> its lowest value
+        self.lowest = {}  # name -> the first step with it
+        self.shown = {}  # what the bar shows of `show`, as last written
         if runtime.is_main:
             rows = [row for row in read_log(self.path) if row["step"] <= step] if self.path.exists() else []
             text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -413,10 +416,9 @@ class Log:
         row["images_per_second"] = (step - self.last_step) * self.images / max(now - self.last_time, 1e-9)
         self.last_step = step
         self.last_time = now
-        shown = {name: _short(row[name], ".3g") for name in self.show if name in row}
-        self.bar.set_postfix(loss=_short(row["loss"], ".4g"), **shown, lr=f"{row['lr']:.1e}",
-                             img_s=f"{row['images_per_second']:.0f}")
         self.write(row)
+        self.bar.set_postfix(loss=_short(row["loss"], ".4g"), **self.shown, lr=f"{row['lr']:.1e}",
+                             img_s=f"{row['images_per_second']:.0f}")
         if in_row >= MANY_SKIPPED:
             raise FloatingPointError(f"step {step}: the gradient was not finite in {in_row:.0f} steps in a "
                                      "row: --resume with a lower --lr or --precision fp32 goes on from the "
@@ -437,10 +439,14 @@ class Log:
     def _note(self, row):
         """Adds a line's numbers to the curves. Of a long one every second point goes, so that charts stay
         cheap."""
+        self.shown |= {name: _short(row[name], ".3g") for name in self.show if name in row}
         for name, value in row.items():
             if isinstance(value, (int, float)):
                 points = self.curves.setdefault(name, [])
                 points.append((row["step"], value))
+                if value < self.least.get(name, math.inf):
+                    self.least[name] = value
+                    self.lowest[name] = row["step"]
                 if len(points) > MOST_POINTS:
                     del points[1::2]
 

@@ -68,6 +68,11 @@ def apply_theta(theta, points):
     return points @ theta[..., :2].transpose(-1, -2) + theta[..., None, :, 2]
 
 
+def upright_views(canvas, scale, size):
+    """Canvases (B,3,H,W) seen through centre_theta -> views (B,3,size,size) as the encoders see them."""
+    return normalise(warp(canvas, centre_theta(len(canvas), scale).to(canvas.device), size))
+
+
 def invert_theta(theta):
     """The inverse (...,2,3) of theta: canvas -> view coordinates."""
     linear = torch.linalg.inv_ex(theta[..., :2]).inverse  # inv would wait for a GPU, to see if it worked

@@ -819,3 +819,21 @@ def test_refusals_say_what_to_do(hands, pairs, tmp_path):
         done = call(command, "--out", out, *flags, check=False)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1 and not out.exists()
+
+
+def test_a_live_probe_stands_in_the_log_and_resumes(hands, pairs, tmp_path):
+    """Also without 3-D joints. It changes no weight, and other hands to probe are refused."""
+    flags = ("--data", hands / "train", "--pairs", pairs, *TINY, "--steps", 4, "--save-every", 2)
+    index = HandIndex(hands / "train")
+    columns = {name: np.array(values) for name, values in index.columns.items() if name != "joints"}
+    write_index(tmp_path / "flat", columns, {"name": "flat"}, root=str(index.root.resolve()))
+    train(*flags, "--out", tmp_path / "plain")
+    train(*flags, "--out", tmp_path / "run", "--probe", tmp_path / "flat")
+    plain, probed = (torch.load(tmp_path / name / "encoder.pt", weights_only=True)["state_dict"]
+                     for name in ("plain", "run"))
+    assert all(torch.equal(value, probed[name]) for name, value in plain.items())
+    rows = [row for row in log(tmp_path / "run") if "loss" not in row]
+    names = {"probe_ridge_percent", "probe_neighbour_percent", "probe_orientation_r2"}
+    assert [set(row) for row in rows] == [{"step", *names}] * 2
+    other = train(*flags, "--out", tmp_path / "run", "--probe", hands / "val", "--resume", check=False)
+    assert other.returncode == 2 and "--probe" in other.stderr

@@ -21,6 +21,7 @@ import pretrain_mim
 from data import HandDataset, HandIndex
 from masking import block_mask, random_mask
 from model import KeypointHead, PrototypeHead, build_encoder, load_encoder
+from probing import LiveProbe
 from runtime import cosine, ema_update, generator
 from views import (apply_theta, invert_theta, normalise, random_theta, rows_to_blur, strong_color, two_views,
                    warp)
@@ -486,6 +487,42 @@ def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     assert not all(torch.equal(value, saved[f"student.encoder.{name}"]) for name, value in exported.items())
 
 
+def test_a_live_probe_keeps_the_best_encoder_and_changes_nothing(hands, tmp_path, monkeypatch):
+    """Its lines stand at the saves. encoder_best.pt is the encoder that scored lowest, also where a kill came
+    before it was written. The same weights are learned without a probe."""
+    scores = {3: 3.0, 6: 1.0, 9: 2.0}
+    seen = []
+    probe = LiveProbe.__call__
+
+    def spy(self, encoder):
+        seen.append({name: value.clone() for name, value in encoder.state_dict().items()})
+        return probe(self, encoder) | {"probe_ridge_mm": scores[3 * len(seen)]}
+
+    mim(hands, tmp_path / "plain", "--steps", 9)
+    monkeypatch.setattr(LiveProbe, "__call__", spy)
+    run = tmp_path / "run"
+    flags = ["--steps", 9, "--save-every", 3, "--probe", hands / "train"]
+    mim(hands, run, *flags)
+    plain, probed = weights(tmp_path / "plain"), weights(run)
+    assert all(torch.equal(value, probed[name]) for name, value in plain.items())
+    rows = [row for row in log(run) if "loss" not in row]
+    assert {row["step"]: row["probe_ridge_mm"] for row in rows} == scores
+    assert set(rows[0]) == {"step", "probe_ridge_mm", "probe_neighbour_mm", "probe_orientation_r2"}
+    assert {"probe.png", "probe_orientation.png"} <= {path.name for path in (run / "samples").iterdir()}
+
+    def assert_best_is_second():
+        best = torch.load(run / "encoder_best.pt", weights_only=True)
+        assert best["step"] == 6
+        assert all(torch.equal(value, seen[1][name]) for name, value in best["state_dict"].items())
+
+    assert_best_is_second()
+    (run / "last.prev.pt").replace(run / "last.pt")  # as a kill left it after the save of step 6
+    (run / "encoder_best.pt").unlink()
+    seen.pop()
+    mim(hands, run, *flags, "--resume")
+    assert_best_is_second()
+
+
 @pytest.mark.parametrize("switches", [
     ["--pose-loss", "class", "--pixel-loss", 0],
     ["--pose-loss", "none", "--patch-loss", 0, "--mask", "random"],
@@ -501,12 +538,13 @@ def test_every_switch_trains(hands, tmp_path, switches):
 def test_two_processes_compute_what_one_does(hands, pairs, tmp_path):
     """Twelve steps with every loss there is and with similar hands: each line of the log, diagnostics
     included, and the weights. Two processes keep the canvases in memory, which changes nothing."""
-    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1, "--pairs", pairs, "--neighbour", 0]
+    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1, "--pairs", pairs, "--neighbour", 0,
+            "--probe", hands / "train"]
     for processes, cache in ((1, "none"), (2, "device")):
         mim(hands, tmp_path / f"p{processes}", *more, "--cache", cache, processes=processes)
     for one, two in zip(*(log(tmp_path / f"p{n}") for n in (1, 2)), strict=True):
         for name in set(one) - {"images_per_second"}:
-            rel = 1e-5 if "gradient" not in name else 1e-3
+            rel = 1e-3 if "gradient" in name or "probe" in name else 1e-5
             assert two[name] == pytest.approx(one[name], rel=rel, abs=1e-7), (one["step"], name)
     one, two = (weights(tmp_path / f"p{n}") for n in (1, 2))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
@@ -530,7 +568,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, pairs, tmp_
     """Killed KILLS times (2) at logged steps that SEED (0) draws, wherever the process then is; both are read
     from the environment."""
     command = ["--steps", 24, "--save-every", 4, "--image-size", 32, "--mask-ratio", 0.3, 0.5,
-               "--pairs", pairs, "--pair-share", 0.7]
+               "--pairs", pairs, "--pair-share", 0.7, "--probe", hands / "train"]
     mim(hands, tmp_path / "whole", *command)
     killed = tmp_path / "killed"
     full = [sys.executable, str(ROOT / "pretrain_mim.py"), "--data", str(hands / "train"), "--out",
@@ -550,6 +588,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, pairs, tmp_
         run.wait()
     mim(hands, killed, *command, "--resume")
     one, two = weights(tmp_path / "whole"), weights(killed)
+    best = [torch.load(run / "encoder_best.pt", weights_only=True) for run in (tmp_path / "whole", killed)]
+    one, two = (found | best["state_dict"] for found, best in zip((one, two), best, strict=True))
     assert all(torch.equal(one[name], two[name]) for name in one)
     rows = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in log(run)]
             for run in (tmp_path / "whole", killed)]
@@ -624,6 +664,7 @@ def test_collapse_is_told_from_health():
     (["--image-size", "16"], "one patch"),
     (["--pose-loss", "none", "--pairs", "pairs.npz"], "no loss compares the two views"),
     (["--pairs", "nowhere.npz"], "nowhere.npz: no such file"),
+    (["--probe", "nowhere"], "nowhere is no index"),
     (["--batch-size", "0"], "--batch-size"),
     (["--data", "nowhere"], "nowhere")])
 def test_mistakes_get_one_line(hands, tmp_path, flags, words):

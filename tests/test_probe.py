@@ -1,5 +1,6 @@
 """probing.py against loops and laws that are known, and the command: the view, the split, what is refused."""
 
+import inspect
 import json
 from types import SimpleNamespace
 
@@ -10,11 +11,13 @@ from fixtures import call
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+import pretrain_contrastive
+import pretrain_mim
 import probe
 import probing
 from data import HandIndex, write_index
 from metrics import procrustes
-from model import build_encoder
+from model import build_encoder, load_encoder
 from runtime import Runtime
 from views import MEAN, STD
 
@@ -140,6 +143,49 @@ def test_a_feature_that_is_the_pose_probes_as_the_pose():
     assert pose["ridge_mpjpe_mm"] < 0.05 * noise["ridge_mpjpe_mm"]
     assert pose["orientation_r2"] > 0.95 and abs(noise["orientation_r2"]) < 0.1
     assert pose["flexion_r2"] > 0.8
+
+
+def test_align_2d_is_the_best_similarity_and_never_mirrors():
+    rng = np.random.default_rng(8)
+    points = rng.normal(size=(6, 21, 2))
+    angle = rng.uniform(-np.pi, np.pi, 6)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(6, 2, 2)
+    moved = rng.uniform(0.3, 3, (6, 1, 1)) * points @ turn + rng.normal(size=(6, 1, 2))
+    np.testing.assert_allclose(probing.align_2d(points, moved), moved, atol=1e-12)
+    other = rng.normal(size=(6, 21, 2))
+    aligned = probing.align_2d(points, other)
+
+    def error(found):
+        return ((found - other) ** 2).sum((1, 2))
+
+    for _ in range(20):  # no similarity nearby is better
+        small = np.eye(2) + 0.02 * rng.normal() * np.array([[0, 1], [-1, 0]]) + 0.02 * rng.normal() * np.eye(2)
+        assert (error(aligned @ small + 0.02 * rng.normal(size=2)) > error(aligned)).all()
+    assert np.linalg.norm(probing.align_2d(points * [-1, 1], points) - points, axis=2).mean() > 0.3
+
+
+def test_points_of_a_detector_are_probed_after_a_similarity():
+    """A feature that is the points' shape leaves no error, whatever place, size and turn; noise leaves the
+    error of the mean shape."""
+    rng = np.random.default_rng(9)
+    codes = rng.normal(size=(400, 3))
+    shapes = rng.normal(0, 0.3, (21, 2)) + np.einsum("nk,kij->nij", codes, rng.normal(0, 0.02, (3, 21, 2)))
+    angle = rng.uniform(-np.pi, np.pi, 400)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(400, 2, 2)
+    points = rng.uniform(0.5, 1.5, (400, 1, 1)) * shapes @ turn + rng.normal(size=(400, 1, 2))
+
+    def probed(x):
+        return probing.probe_points(x[:300], points[:300], x[300:], points[300:])
+
+    shape, noise, turns = (probed(x) for x in (codes, rng.normal(size=(400, 3)),
+                                               np.stack([np.cos(angle), np.sin(angle)], 1)))
+    mean = np.broadcast_to(probing.mean_shape(points[:300], probing.align_2d), (100, 21, 2))
+    guess = np.linalg.norm(probing.align_2d(mean, points[300:]) - points[300:], axis=2).mean()
+    assert noise["ridge_pa_2d_percent"] == pytest.approx(100 * guess, rel=0.05)
+    assert shape["ridge_pa_2d_percent"] < 0.2 * noise["ridge_pa_2d_percent"]
+    assert shape["nearest_pa_2d_percent"] < 0.5 * noise["nearest_pa_2d_percent"]
+    assert shape["ridge_pck_5"] > 0.99 > noise["ridge_pck_5"]
+    assert turns["orientation_r2"] > 0.9 and shape["orientation_r2"] < 0.1
 
 
 # -------------------------------------------------------------------------------------------------- the split
@@ -312,6 +358,42 @@ def test_the_command_splits_by_video(hands, encoder, tmp_path, monkeypatch):
     assert fitted and tested and not fitted & tested
 
 
+def test_without_joints_the_points_are_probed(hands, encoder, tmp_path):
+    train = HandIndex(hands / "train")
+    for points, others in (("joints2d", {"joints"}), ("keypoints", {"joints", "joints2d"})):
+        columns = {name: np.array(values) for name, values in train.columns.items() if name not in others}
+        write_index(tmp_path / points, columns, {"name": "copy"}, root=str(train.root.resolve()))
+    call("probe.py", encoder, "--data", tmp_path / "joints2d", "--out", tmp_path / "out")
+    table = read(tmp_path / "out")
+    assert table["count"] + table["train_count"] == 24
+    assert 0 < table["ridge_pa_2d_percent"] < 50 and table["mean_hand_pa_2d_percent"] > 0
+    assert not any(name.endswith("mm") for name in table)
+    refused = call("probe.py", encoder, "--data", tmp_path / "keypoints", "--out", tmp_path / "no", check=False)
+    assert refused.returncode == 2 and "at least 10 are needed" in refused.stderr  # the detector missed many
+
+
+def test_the_live_probe_is_that_of_the_command(hands, encoder, tmp_path):
+    """On the same hands and views: the same neighbours and directions, and a ridge to poses that are aligned
+    to another mean hand. Both pre-training stages open it in the same way."""
+    runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
+    live = pretrain_mim.open_probe(hands / "train", 32, runtime)(load_encoder(encoder).train())
+    call("probe.py", encoder, "--data", hands / "train", "--out", tmp_path / "out")
+    table = read(tmp_path / "out")
+    assert live["probe_neighbour_mm"] == pytest.approx(table["nearest_pa_mpjpe_mm"], rel=1e-5)
+    assert live["probe_orientation_r2"] == pytest.approx(table["orientation_r2"], rel=1e-4)
+    assert live["probe_ridge_mm"] == pytest.approx(table["ridge_pa_mpjpe_mm"], rel=0.05)
+
+    class Normed(torch.nn.BatchNorm2d):
+        def features(self, images):
+            found = self(images)
+            return found.mean((2, 3)), found
+
+    net = Normed(3).train()
+    pretrain_mim.open_probe(hands / "train", 32, runtime)(net)
+    assert net.training and net.num_batches_tracked == 0  # its statistics are not those of the probe
+    assert inspect.getsource(pretrain_mim.open_probe) == inspect.getsource(pretrain_contrastive.open_probe)
+
+
 def test_train_names_the_hands_to_fit_on(hands, encoder, tmp_path):
     pool = tmp_path / "pool"
     call("make_synthetic.py", "--out", pool, "--hands", 12, "--videos", 6, "--size", 96, "--seed", 2)
@@ -346,20 +428,20 @@ def without(index, names, folder):
     ("at least 10 are needed", "val", ["--train", "train"]),
     ("the hands of --data themselves", "train", ["--train", "train"]),
     ("no labels `joints` and `joints2d`", "train", ["--train", "unlabelled"]),
-    ("has no joints and no joints2d", "unlabelled", ["--train", "train"]),
-    ("has no joints2d", "half", []),
+    ("no joints with joints2d, and no keypoints", "unlabelled", ["--train", "train"]),
+    ("no joints with joints2d, and no keypoints", "half", []),
     ("all images in one folder", "unlabelled", []),
     ("neither an index nor a folder", "nowhere", []),
     ("--image-size 8: must lie in 16 .. 4096", "train", ["--image-size", 8]),
     ("--batch-size 0: must lie in", "train", ["--batch-size", 0]),
 ])
 def test_what_cannot_be_probed_is_refused_in_one_line(hands, encoder, tmp_path, words, data, flags):
-    labels = {"joints", "joints2d"}
+    labels = {"joints", "joints2d", "keypoints", "keypoints_score"}
     places = {"train": hands / "train", "val": hands / "val", "nowhere": tmp_path / "nowhere"}
     if "unlabelled" in (data, *flags):
         places["unlabelled"] = without(HandIndex(hands / "train"), labels, tmp_path / "unlabelled")
     if data == "half":
-        places["half"] = without(HandIndex(hands / "train"), {"joints2d"}, tmp_path / "half")
+        places["half"] = without(HandIndex(hands / "train"), labels - {"joints"}, tmp_path / "half")
     flags = [places.get(flag, flag) for flag in flags]
     out = tmp_path / "out"
     refused = call("probe.py", encoder, "--data", places[data], "--out", out, *flags, check=False)
