@@ -37,8 +37,8 @@ from mano import (
 from metrics import procrustes
 from model import ARCHS, HandMesh, MeshHead, choose_encoder, is_resnet, read_weights
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish, generator,
-    param_groups, parser, run, set_lr, setup, total_steps, update,
+    adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
+    finish, generator, param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
@@ -350,16 +350,8 @@ def flags():
     cli.add_argument("--mano", metavar="FILE",
                      help="MANO_RIGHT.pkl or .npz, from mano.is.tue.mpg.de (default: the synthetic hand)")
     group = cli.add_argument_group("network")
-    group.add_argument("--init", metavar="FILE",
-                       help="encoder to start from: an encoder.pt, or ViT or ResNet weights of others "
-                            "(docs/mesh.md lists them); or encoder and head: the last.pt of a run of this "
-                            "script (default: fresh)")
-    group.add_argument("--heads", type=int, metavar="N",
-                       help="attention heads of the ViT in --init, where weights of others do not say it "
-                            "(default: as usual for the width, with a note)")
-    group.add_argument("--pixels", choices=["imagenet", "half"],
-                       help="what a ViT of others in --init was trained on: ImageNet's mean and deviation, "
-                            "or .5 and .5 (default: half if its path holds augreg, else imagenet)")
+    add_init_flags(group, "an encoder.pt, or ViT or ResNet weights of others (docs/mesh.md lists them); or "
+                          "the last.pt of a run of this script, whose head is taken too")
     group.add_argument("--arch", choices=sorted(ARCHS),
                        help="architecture of the encoder (default: that of --init, else vit_small)")
     group.add_argument("--image-size", type=int, default=224,
@@ -404,12 +396,9 @@ def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
                         "lr": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT), "rotation": (0, 180),
-                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2),
-                        "heads": (1, 256)})
+                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2)})
     if args.zoom[0] > args.zoom[1]:
         raise ValueError("--zoom: the lower number comes first")
-    if (args.heads or args.pixels) and not args.init:
-        raise ValueError("--heads and --pixels say what --init does not: give --init, or leave them out")
     if args.head_width < 32 or args.head_width % 32:
         raise ValueError(f"--head-width {args.head_width}: must be a multiple of 32")
 

@@ -315,6 +315,8 @@ def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, s
     heads, pixels: as load_encoder's."""
     if saved:
         return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
+    if not init and (heads or pixels):
+        raise ValueError("--heads and --pixels say what --init does not: give --init, or leave them out")
     if not init:
         return build_encoder(arch or default, image_size, drop_path)
     encoder = load_encoder(init, image_size, drop_path, heads, pixels)

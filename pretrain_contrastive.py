@@ -33,8 +33,8 @@ from metrics import procrustes
 from model import ARCHS, ProjectionHead, choose_encoder
 from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, feed, finish, param_groups, parser,
-    run, set_lr, setup, total_steps, update,
+    adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, feed, finish,
+    param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_hsv, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
@@ -338,9 +338,8 @@ def flags():
                           "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
                           "far")
     group = cli.add_argument_group("network")
-    group.add_argument("--init", metavar="FILE",
-                       help="encoder to start from: an encoder.pt, or weights of ImageNet, MAE, DINO, PeCLR, "
-                            "SiMHand (default: fresh; the papers start from ImageNet)")
+    add_init_flags(group, "an encoder.pt, or weights of ImageNet, MAE, DINO, PeCLR, SiMHand and others "
+                          "(docs/mesh.md); the papers start from ImageNet")
     group.add_argument("--arch", choices=sorted(ARCHS),
                        help="architecture: resnet50 (default, the papers'), or a ViT; vit_micro on a CPU")
     group.add_argument("--image-size", type=int, default=128,
@@ -467,7 +466,8 @@ def main(argv=None):
         inputs["probe"] = index_fingerprint([probe.hands.indices[0].columns], probe.hands.labels[-1])
     state = check_run(args, runtime, "contrastive", inputs)
     encoder = choose_encoder(args.arch, args.init, args.image_size, "resnet50",
-                             saved=state["encoder"] if state else None)
+                             saved=state["encoder"] if state else None, heads=args.heads,
+                             pixels=args.pixels)
     out = start_run(args, runtime, state, inputs)
 
     gather = runtime.gather if args.gather else nn.Identity()  # (2,B,...) of one process or of all

@@ -41,8 +41,8 @@ from metrics import procrustes
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
 from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
 from runtime import (
-    adamw, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed, finish,
-    param_groups, parser, run, set_lr, setup, total_steps, update,
+    adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
+    finish, param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, normalise, random_theta,
@@ -397,8 +397,7 @@ def flags():
                           "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
                           "far")
     group = cli.add_argument_group("network")
-    group.add_argument("--init", help="encoder to start from: an encoder.pt, or ViT weights of timm, MAE, "
-                                      "DINO, iBOT (default: fresh)")
+    add_init_flags(group, "an encoder.pt, or ViT weights of timm, MAE, DINO, iBOT and others (docs/mesh.md)")
     group.add_argument("--arch", choices=sorted(ARCHS),
                        help="a ViT: vit_tiny on a CPU, vit_small on one GPU (default), vit_base on eight")
     group.add_argument("--image-size", type=int, default=224,
@@ -538,7 +537,8 @@ def main(argv=None):
     if probe:
         inputs["probe"] = index_fingerprint([probe.hands.indices[0].columns], probe.hands.labels[-1])
     state = check_run(args, runtime, "mim", inputs)
-    encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None)
+    encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None,
+                             heads=args.heads, pixels=args.pixels)
     if encoder.arch.startswith("resnet"):
         raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     patch = encoder.patch

@@ -112,6 +112,17 @@ def add_device_flags(cli, workers=True):
                            help="processes that decode images. -1: the free cores with a GPU, else 1")
 
 
+def add_init_flags(group, starts):
+    """--init, which names what a training `starts` from, and what weights of others do not say themselves."""
+    group.add_argument("--init", metavar="FILE", help=f"what to start from: {starts} (default: fresh)")
+    group.add_argument("--heads", type=int, metavar="N",
+                       help="attention heads of the ViT in --init, where weights of others do not say it "
+                            "(default: as usual for the width, with a note)")
+    group.add_argument("--pixels", choices=["imagenet", "half"],
+                       help="what a ViT of others in --init was trained on: ImageNet's mean and deviation, "
+                            "or .5 and .5 (default: half if its path holds augreg, else imagenet)")
+
+
 def add_training_flags(cli, batch_size, epochs):
     """The flags of every training command; the defaults that depend on the stage are arguments."""
     add_device_flags(cli)
