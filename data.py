@@ -676,6 +676,8 @@ def cut_canvas(image: Path | str | PackedFile, box, context: float, size: int):
     """Canvas and valid of crop_canvas, of the square that is `context` times the box, cut out of an image
     file. A large JPEG is decoded smaller."""
     centre_x, centre_y, side = square(box, context)
+    if not (0 < side < 1e7 and abs(centre_x) < 1e7 and abs(centre_y) < 1e7):
+        raise ValueError(f"{image}: its box {np.round(box, 1).tolist()} is empty or not finite")
     shrink = size / side  # a JPEG may be decoded smaller, down to this scale
     smallest = int(shrink * image_size(image)[0]) if shrink < 0.5 else None
     photograph, scale = read_image(image, smallest)

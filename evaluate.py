@@ -496,7 +496,7 @@ def predict_with_checkpoint(args, index, arrays, definition):
     file holds what is scored; the hand model's own joints; facts for the report."""
     runtime = setup(args, alone=True)
     state = load_checkpoint(args.checkpoint, "mesh")
-    if state["hand"] != hand_fingerprint(arrays):
+    if state.get("hand") != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "
                          "with --mano (none for the synthetic hand)")
     net = load_mesh(state, Mano(arrays)).to(runtime.device)

@@ -811,6 +811,8 @@ def load_mesh(state: dict, hand) -> HandMesh:
         head = {"scale_bound": 0} | state["head"]  # an older network has no bound
         net = HandMesh(encoder, MeshHead(hand, **head))
         net.load_state_dict(state["ema"])
+        if not 0 < state["box_scale"] < 100:
+            raise ValueError(f"box_scale {state['box_scale']}")
     except Exception as error:  # a damaged file can fail in any way
         reason = _reason(error)
         raise ValueError(f"--checkpoint: its network cannot be rebuilt ({reason}); is it damaged?") from None

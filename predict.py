@@ -212,7 +212,7 @@ def write_hand(folder, name, hand, image, faces):
         mark = PngInfo()
         mark.add_text("Software", OVERLAY)
         drawn = Image.fromarray(draw_hand(image, hand, faces))
-        drawn.save(part / f"{name}.png", pnginfo=mark)
+        drawn.save(part / f"{name}.png", pnginfo=mark, compress_level=1)
 
 
 def write_obj(path, vertices, faces):
@@ -245,7 +245,7 @@ def load_network(path, mano, device):
     """The network in a checkpoint, the side of its views over the box, and the arrays of its hand model."""
     state = load_checkpoint(path, "mesh")
     arrays = read_mano(mano) if mano else synthetic_mano()
-    if state["hand"] != hand_fingerprint(arrays):
+    if state.get("hand") != hand_fingerprint(arrays):
         raise ValueError(f"{path} was trained with another hand model than {mano or 'the synthetic hand'}: "
                          "pass its file with --mano")
     return load_mesh(state, Mano(arrays)).to(device), state["box_scale"], arrays

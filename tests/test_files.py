@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
@@ -444,6 +445,25 @@ def test_an_index_names_no_file_outside_of_its_root(tmp_path, name):
     with pytest.raises(ValueError, match="does not lie below `root`"):
         index.open_image(1)
     assert HandDataset([index], 32).batch([0, 1])["failed"].tolist() == [-1, 1]
+
+
+def test_a_box_that_is_none_is_an_unreadable_image(tmp_path):
+    """Not an OverflowError, which ends a run."""
+    picture(tmp_path / "good.png")
+    boxes = [[0, 0, 40, 40], [0, 0, np.inf, 40], [np.nan] * 4, [9, 9, 9, 9], [0, 0, 1e30, 9]]
+    write_index(tmp_path, {"image": np.array([b"good.png"] * 5), "box": [boxes[0]] * 5}, {"name": "x"})
+    np.save(tmp_path / "box.npy", np.float32(boxes))
+    assert HandDataset([HandIndex(tmp_path)], 32).batch(range(5))["failed"].tolist() == [-1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name, words", [("hand", "another hand model"), ("box_scale", "box_scale")])
+def test_a_checkpoint_without_a_value_is_refused_in_a_line(hands, checkpoint, tmp_path, name, words):
+    state = torch.load(checkpoint, weights_only=True)
+    del state[name]
+    torch.save(state, tmp_path / "last.pt")
+    ours = ["--checkpoint", tmp_path / "last.pt", "--out", tmp_path / "out"]
+    refused(words, "evaluate.py", "--data", hands / "val", *ours)
+    refused(words, "predict.py", picture(tmp_path / "a.png"), *ours)
 
 
 def test_readers_take_the_cores_that_are_lent_to_them(monkeypatch):

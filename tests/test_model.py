@@ -486,7 +486,7 @@ def test_head_reads_where_it_projects_and_stores_no_hand(arch, size):
     assert outputs[-1]["joints"][:, 0].abs().max() == 0
     assert not [name for name in net.state_dict() if "hand" in name or "template" in name]
     copy = load_mesh({"encoder": {"arch": arch, "config": encoder.config}, "head": net.head.config,
-                      "ema": net.state_dict()}, Square())
+                      "ema": net.state_dict(), "box_scale": 1.3}, Square())
     images = torch.randn(1, 3, size, size)
     torch.testing.assert_close(copy(images)[-1]["vertices"], net(images)[-1]["vertices"])
 
