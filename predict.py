@@ -19,6 +19,7 @@ NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z 
     side                                "right" or "left"
 """
 
+import math
 import os
 import sys
 from collections import Counter
@@ -46,6 +47,7 @@ from views import centre_theta, normalise, warp
 
 
 OBJ_MARK = "# hand by predict.py"  # first line of its .obj
+MOST_DRAWN = 25e6  # pixels of an overlay: a larger photograph is shown at a half, a third, ... of its size
 KEYS = {"vertices", "joints", "rotmats", "betas", "camera", "crop", "side", "translation", "focal"}  # .npz
 
 
@@ -141,17 +143,19 @@ def read_hand(path, box, side, box_scale, size):
 
 
 class Photographs:
-    """Reads photographs (H,W,3) u8 for drawing, and keeps the last: hands of one photograph follow each
-    other, and a large one takes hundreds of megabytes."""
+    """Reads photographs (H,W,3) u8 for drawing, and how many times smaller they are than their files. Keeps
+    the last: hands of one photograph follow each other, and a large one takes hundreds of megabytes."""
 
     path = image = None
 
     def read(self, path):
         if path != self.path:
             self.path = self.image = None  # freed before the next is decoded
-            self.image = np.asarray(read_image(path)[0])
+            image, _ = read_image(path)
+            self.factor = math.ceil(math.sqrt(image.width * image.height / MOST_DRAWN))
+            self.image = np.asarray(image.reduce(self.factor))
             self.path = path
-        return self.image
+        return self.image, self.factor
 
 
 @torch.no_grad()
@@ -195,15 +199,17 @@ def _faces_of(faces, side):
     return faces if side == "right" else faces[:, ::-1]
 
 
-def draw_hand(image, hand, faces):
-    """The mesh over the photograph, by the crop's weak perspective."""
+def draw_hand(image, factor, hand, faces):
+    """The mesh over the photograph, which is `factor` times smaller than its file, by the crop's weak
+    perspective."""
     x0, y0, x1, _ = hand["crop"]
     points = weak_perspective(torch.tensor(hand["vertices"])[None], torch.tensor(hand["camera"])[None])[0]
-    points = (points.numpy() + 1) / 2 * (x1 - x0) + [x0, y0]  # pixels
+    points = (points.numpy() + 1) / 2 * (x1 - x0) + [x0, y0]  # pixels of the file
+    points /= factor
     return overlay(image, np.concatenate([points, hand["vertices"][:, 2:]], axis=1), faces)
 
 
-def write_hand(folder, name, hand, image, faces):
+def write_hand(folder, name, hand, photograph, faces):
     """NAME.obj, NAME.npz and NAME.png in `folder`; the three appear together."""
     faces = _faces_of(faces, hand["side"])
     with staged_folder(folder) as part:
@@ -211,7 +217,7 @@ def write_hand(folder, name, hand, image, faces):
         np.savez(part / f"{name}.npz", **hand)
         mark = PngInfo()
         mark.add_text("Software", OVERLAY)
-        drawn = Image.fromarray(draw_hand(image, hand, faces))
+        drawn = Image.fromarray(draw_hand(*photograph, hand, faces))
         drawn.save(part / f"{name}.png", pnginfo=mark, compress_level=1)
 
 

@@ -357,6 +357,22 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     assert int(done.stdout.split()[-1]) < 700e3
 
 
+def test_an_overlay_of_a_very_large_photograph_is_smaller(checkpoint, tmp_path, monkeypatch):
+    """Drawing it takes a second for 2 megapixels of hand. The hand lies where it lies at full size."""
+    photo = picture(tmp_path / "photo.jpg", size=(301, 200))
+    ours = [photo, "--checkpoint", checkpoint, "--out"]
+    call("predict.py", *ours, tmp_path / "whole")
+    monkeypatch.setattr(predict, "MOST_DRAWN", 301 * 200 / 9)
+    call("predict.py", *ours, tmp_path / "small")
+    whole, small = (Image.open(tmp_path / name / "photo.png") for name in ("whole", "small"))
+    assert (whole.size, small.size) == ((301, 200), (101, 67))
+    off = np.asarray(whole.reduce(3), float) - np.asarray(small, float)
+    assert np.abs(off).mean() < 2
+    assert np.abs(np.asarray(small, float) - np.asarray(Image.open(photo).reduce(3))).mean() > 5
+    hand = [np.load(tmp_path / name / "photo.npz")["crop"] for name in ("whole", "small")]
+    np.testing.assert_array_equal(*hand)
+
+
 def test_canvases_that_a_killed_run_began_are_removed(hands, tmp_path):
     """Unless they were written to within the hour, maybe by another machine."""
     index = HandIndex(shutil.copytree(hands / "val", tmp_path / "val"))
