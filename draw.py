@@ -30,7 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 # first joint, second joint, finger. One colour a finger.
 BONES = [(joint - 1 if joint % 4 != 1 else 0, joint, (joint - 1) // 4) for joint in range(1, 21)]
 FINGER_COLORS = ((235, 64, 52), (240, 175, 32), (76, 190, 76), (56, 150, 240), (176, 90, 220))
-CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75))
+CURVE_COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75),
+                (227, 119, 194), (110, 110, 110))
 BLACK = (0, 0, 0)
 INK = (30, 30, 30)  # text of charts
 FRAME = (90, 90, 90)
@@ -414,18 +415,22 @@ def _fit(picture, side):
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label="", y_label="") -> np.ndarray:
+def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label="", y_label="",
+          bands: dict | None = None) -> np.ndarray:
     """Line chart.
 
     series: dict name -> (x, y), two sequences of equal length, not-a-number where a line breaks; size (W, H)
-    in pixels. Returns (H, W, 3) uint8.
+    in pixels. bands: dict name of a line -> (x, low, high), a strip around it in its colour. Returns
+    (H, W, 3) uint8.
     """
     width, height = size
     factor = 3  # lines are drawn large and averaged; text is written afterwards at its own size
     left, top, right, bottom = 62, 26, width - 14, height - 38
     lines = {name: np.array(line, np.float64).T for name, line in series.items()}  # (K, 2) each
     colors = dict(zip(lines, itertools.cycle(CURVE_COLORS), strict=False))
-    low, high = _limits(lines.values())
+    strips = {name: np.array([[*x, *x[::-1]], [*low, *high[::-1]]], np.float64).T  # (2K, 2), around the strip
+              for name, (x, low, high) in (bands or {}).items()}
+    low, high = _limits([*lines.values(), *strips.values()])
     x_ticks = _ticks(low[0], high[0])
     y_ticks = _ticks(low[1], high[1])
 
@@ -443,6 +448,11 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     for y in to_y(y_ticks) * factor:
         pen.line([x0, y, x1, y], fill=GRID, width=factor)
     pen.rectangle([x0, y0, x1, y1], outline=FRAME, width=factor)
+    for name, strip in strips.items():
+        places = np.stack([to_x(strip[:, 0]), to_y(strip[:, 1])], 1) * factor
+        shade = Image.new("L", page.size)
+        ImageDraw.Draw(shade).polygon(places.ravel().tolist(), fill=50)
+        page.paste(colors[name], mask=shade)
     for name, line in lines.items():
         places = np.stack([to_x(line[:, 0]), to_y(line[:, 1])], 1) * factor
         _draw_line(pen, places, colors[name], width=5)

@@ -186,6 +186,18 @@ def test_curve_takes_little(x, y):
     assert draw.curve({"line": (x, y)}).shape == draw.curve({}).shape == (320, 480, 3)
 
 
+def test_a_band_shades_between_its_edges_and_widens_the_chart():
+    x, y = [0, 1], [2.0, 2.0]
+    plain = draw.curve({"line": (x, y)}).astype(int)
+    banded = draw.curve({"line": (x, y)}, bands={"line": (x, [1.0, 1.0], [3.0, 3.0])}).astype(int)
+    column = banded[26:282, 200]  # inside the frame
+    blue = draw.CURVE_COLORS[0]
+    shade = np.round(255 + (np.array(blue) - 255) * 50 / 255)
+    shaded = (np.abs(column - shade) <= 2).all(1)
+    assert 0.7 < shaded.mean() < 0.95 and not (np.abs(plain[26:282, 200] - shade) <= 2).all(1).any()
+    assert shaded.argmax() > 5 and shaded[::-1].argmax() > 5  # the axis goes beyond the band
+
+
 def test_curves_of_a_log(tmp_path):
     curves = {"loss": [(1, 3.0), (4, 1.0)], "val": [(2, 7.0)], "hinge": []}
     pictures = {"training": ("loss", "hinge"), "validation": ("val",), "collapse": ("entropy",)}

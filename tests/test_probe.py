@@ -159,7 +159,8 @@ def test_align_2d_is_the_best_similarity_and_never_mirrors():
         return ((found - other) ** 2).sum((1, 2))
 
     for _ in range(20):  # no similarity nearby is better
-        small = np.eye(2) + 0.02 * rng.normal() * np.array([[0, 1], [-1, 0]]) + 0.02 * rng.normal() * np.eye(2)
+        turned, larger = 0.02 * rng.normal(size=2)
+        small = np.array([[1 + larger, turned], [-turned, 1 + larger]])
         assert (error(aligned @ small + 0.02 * rng.normal(size=2)) > error(aligned)).all()
     assert np.linalg.norm(probing.align_2d(points * [-1, 1], points) - points, axis=2).mean() > 0.3
 
@@ -368,8 +369,10 @@ def test_without_joints_the_points_are_probed(hands, encoder, tmp_path):
     assert table["count"] + table["train_count"] == 24
     assert 0 < table["ridge_pa_2d_percent"] < 50 and table["mean_hand_pa_2d_percent"] > 0
     assert not any(name.endswith("mm") for name in table)
-    refused = call("probe.py", encoder, "--data", tmp_path / "keypoints", "--out", tmp_path / "no", check=False)
-    assert refused.returncode == 2 and "at least 10 are needed" in refused.stderr  # the detector missed many
+    # of the detector's points too few are there
+    refused = call("probe.py", encoder, "--data", tmp_path / "keypoints", "--out", tmp_path / "no",
+                   check=False)
+    assert refused.returncode == 2 and "at least 10 are needed" in refused.stderr
 
 
 def test_the_live_probe_is_that_of_the_command(hands, encoder, tmp_path):
