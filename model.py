@@ -314,7 +314,11 @@ def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, s
     saved: {"arch", "config"} of a run's checkpoint, which brings the weights; `init` is then not read.
     heads, pixels: as load_encoder's."""
     if saved:
-        return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
+        try:
+            return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
+        except Exception as error:  # a damaged file can fail in any way
+            raise ValueError("--resume: the checkpoint's encoder cannot be rebuilt "
+                             f"({_reason(error)}); is last.pt damaged?") from None
     if not init and (heads or pixels):
         raise ValueError("--heads and --pixels say what --init does not: give --init, or leave them out")
     if not init:
@@ -353,9 +357,10 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     wanted = encoder.state_dict()
     absent = sorted(name for name in wanted if name not in weights)
     missing = [name for name in absent if not name.endswith("num_batches_tracked")]
-    wrong = sorted(name for name in wanted if name in weights and weights[name].shape != wanted[name].shape)
+    wrong = sorted(name for name in wanted
+                   if name in weights and getattr(weights[name], "shape", None) != wanted[name].shape)
     trunk = ("blocks.", "layer", "norm_pre", "reg_token")
-    extra = sorted(name for name in weights if name not in wanted and name.startswith(trunk))
+    extra = sorted(str(name) for name in weights if name not in wanted and str(name).startswith(trunk))
     if missing or wrong or extra:
         raise ValueError(f"{path}: not a plain {arch}: missing {missing[:4]}, other shapes {wrong[:4]}, "
                          f"unknown {extra[:4]}")

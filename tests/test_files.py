@@ -31,6 +31,7 @@ import video
 from cache import cache_canvases
 from data import (HandDataset, HandIndex, list_images, make_loader, match_boxes, read_boxes, read_image,
                   write_index)
+from model import choose_encoder, load_encoder
 from synthetic_hand import synthetic_mano
 
 
@@ -480,6 +481,17 @@ def test_a_checkpoint_without_a_value_is_refused_in_a_line(hands, checkpoint, tm
     ours = ["--checkpoint", tmp_path / "last.pt", "--out", tmp_path / "out"]
     refused(words, "evaluate.py", "--data", hands / "val", *ours)
     refused(words, "predict.py", picture(tmp_path / "a.png"), *ours)
+
+
+def test_an_encoder_of_other_things_than_tensors_is_refused_in_a_line(checkpoint, tmp_path):
+    whole = torch.load(checkpoint.with_name("encoder.pt"), weights_only=True)
+    name = next(name for name in whole["state_dict"] if name.startswith("blocks."))
+    for wrong in (-1, "text", None):
+        torch.save(whole | {"state_dict": whole["state_dict"] | {5: 0, name: wrong}}, tmp_path / "encoder.pt")
+        with pytest.raises(ValueError, match="encoder.pt: not a plain vit_micro"):
+            load_encoder(tmp_path / "encoder.pt")
+    with pytest.raises(ValueError, match="--resume: the checkpoint's encoder cannot be rebuilt"):
+        choose_encoder(None, None, 32, saved={"arch": 2 ** 31, "config": whole["config"]})
 
 
 def test_readers_take_the_cores_that_are_lent_to_them(monkeypatch):
