@@ -167,10 +167,10 @@ class _CanvasPlan:
         self.shared = path, False
 
     def _remove_stale(self):
-        """Removes files, maybe of many GB, that were begun here and not written to for an hour."""
+        """Removes files, maybe of many GB, that were begun here and not written to for a day."""
         for part in self.folder.glob("canvases_*.bin.*.part"):
             with contextlib.suppress(FileNotFoundError):  # another process was first
-                if time.time() - part.stat().st_mtime > 3600:
+                if time.time() - part.stat().st_mtime > 86400:
                     part.unlink()
 
     def open(self):

@@ -40,7 +40,7 @@ from runtime import (
     adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
     finish, generator, param_groups, parser, run, set_lr, setup, total_steps, update,
 )
-from saving import Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
+from saving import FORMATS, Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
 from views import (
     apply_color, apply_theta, centre_theta, choose_finer, invert_theta, normalise, random_color,
@@ -322,10 +322,12 @@ def load_head(head, path, hand):
     before = read_weights(path) if path else None
     if not isinstance(before, dict) or before.get("kind") != "mesh":
         return False
-    advice = "or give the encoder.pt beside it, for a fresh head"
+    advice = "give the encoder.pt beside it, for a fresh head"
+    if before.get("format", 1) != FORMATS["mesh"]:
+        raise ValueError(f"--init {path} is a mesh run of another version: {advice}")
     if before.get("hand") != hand:
         raise ValueError(f"--init {path} was trained with another hand model: pass its file with --mano, "
-                         f"{advice}")
+                         f"or {advice}")
     try:
         config = {"scale_bound": 0} | before["head"]  # an older network has no bound
         other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
@@ -334,10 +336,11 @@ def load_head(head, path, hand):
                                   if name.startswith("head.")})
     except Exception as error:  # a damaged file can fail in any way
         reason = type(error).__name__
-        raise ValueError(f"--init {path}: its head cannot be read ({reason}), {advice}") from None
+        raise ValueError(f"--init {path}: its head cannot be read ({reason}): {advice}") from None
     if other:
         had = ", ".join(f"{name} {config[name]}" for name in other)
-        raise ValueError(f"--init {path} has a head of {had}: set --head-width and --iterations so, {advice}")
+        flags = "set --head-width and --iterations so, or " if {"width", "iterations"} & set(other) else ""
+        raise ValueError(f"--init {path} has a head of {had}: {flags}{advice}")
     return True
 
 

@@ -3,7 +3,7 @@
 Reads the detector's `keypoints` and `keypoints_score` of indices (data.py), or with --labelled their
 `joints2d`. Each hand becomes 42 numbers without place and size, and 14 numbers by PCA. Its neighbours are the
 nearest by Euclidean distance among the hands of OTHER videos; the search is exact. Writes pairs.npz, and
-beside it pairs.png (random hands with their neighbours) and distances.png.
+beside it pairs.png (random hands with their neighbours) and pairs_distances.png.
 
   idx         (N,K) int32    rows of the neighbours, nearest first, in the indices one after the other;
                              -1: there is none
@@ -26,7 +26,7 @@ from data import PAIRS_FORMAT, HandDataset, HandIndex, index_fingerprint, mirror
 from draw import curve, draw_joints, grid, histogram, save_image
 from metrics import procrustes
 from runtime import check_ranges, cores, finish, parser, run, setup
-from saving import save_arrays
+from saving import save_arrays, staged_folder
 
 LEAF = 32  # points of a leaf
 CELL = 16  # leaves of a cell
@@ -410,8 +410,8 @@ def _draw_pairs(indices, column, found, seed, hands=8, neighbours=5, size=144):
     return grid(tiles, neighbours + 1, names)
 
 
-def _report(indices, points, found, reasons, column, args):
-    """Prints what was mined and draws the pictures."""
+def _report(indices, points, found, reasons, column, args, pictures):
+    """Prints what was mined and draws the two pictures: of pairs, of distances."""
     idx = found["idx"]
     is_used = np.isfinite(points).all((1, 2))
     is_paired = idx[:, 0] >= 0
@@ -425,8 +425,8 @@ def _report(indices, points, found, reasons, column, args):
     bins = np.linspace(0, np.quantile(distances["random"], 0.99), 60)
     series = {name: histogram(values, bins) for name, values in distances.items()}
     picture = curve(series, title="share of the pairs", x_label="distance")
-    save_image(args.out.with_name("distances.png"), picture)
-    save_image(args.out.with_name("pairs.png"), _draw_pairs(indices, column, found, args.seed))
+    save_image(pictures[0], _draw_pairs(indices, column, found, args.seed))
+    save_image(pictures[1], picture)
 
     for reason in reasons[0]:
         hands = sum(of_index[reason] for of_index in reasons)
@@ -444,7 +444,7 @@ def _report(indices, points, found, reasons, column, args):
     print(f"{args.out}: {int(is_paired.sum())} of {len(points)} hands paired; {args.components} components "
           f"hold {found['explained'].sum():.1%} of the variance; median distance {near:.3f} of the nearest, "
           f"{far:.3f} of neighbour {args.neighbours}, {chance:.3f} of random pairs; the most frequent "
-          f"neighbour serves {busiest} hands; look at {args.out.with_name('pairs.png')}")
+          f"neighbour serves {busiest} hands; look at {args.out.with_suffix('.png')}")
     joints = true_joints(indices)
     if joints is not None:
         first = some[idx[some, 0] >= 0]
@@ -460,7 +460,7 @@ def _flags():
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX",
                      help="indices of hands with keypoints and videos")
     cli.add_argument("--out", required=True, type=Path,
-                     help="file to write, pairs.npz; pairs.png and distances.png are written beside it")
+                     help="file to write, pairs.npz; pairs.png and pairs_distances.png are written beside it")
     cli.add_argument("--neighbours", type=int, default=10,
                      help="neighbours of each hand (default 10; training uses the first)")
     cli.add_argument("--least-distance", type=float, default=0.0,
@@ -488,8 +488,10 @@ def main(argv=None):
                         "least_distance": (0, 1e3), "workers": (0, 1024), "seed": (0, 2**31)})
     if args.out.suffix != ".npz":
         raise ValueError(f"--out {args.out}: must end in .npz")
-    if args.out.exists():
-        raise ValueError(f"--out {args.out} exists: choose another name or delete it first")
+    names = [args.out.name, f"{args.out.stem}.png", f"{args.out.stem}_distances.png"]
+    for path in map(args.out.with_name, names):
+        if path.exists():
+            raise ValueError(f"--out: {path} exists: choose another name or folder, or delete it first")
     runtime = setup(argparse.Namespace(device=args.device, precision="fp32"))
     column = "joints2d" if args.labelled else "keypoints"
     indices = [HandIndex(path) for path in args.data]
@@ -510,11 +512,11 @@ def main(argv=None):
     if (found["idx"] < 0).all():
         raise ValueError("--data: all comparable hands are of one video: nothing to pair")
     if runtime.is_main:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         fingerprint = index_fingerprint([index.columns for index in indices], column)
-        _report(indices, points, found, [reasons for _, reasons in poses], column, args)
-        # Last: where it is there, so are the pictures.
-        save_arrays(args.out, **found, fingerprint=fingerprint, format=PAIRS_FORMAT)
+        with staged_folder(args.out.parent) as folder:
+            file, *pictures = (folder / name for name in names)
+            _report(indices, points, found, [reasons for _, reasons in poses], column, args, pictures)
+            save_arrays(file, **found, fingerprint=fingerprint, format=PAIRS_FORMAT)
     finish()
 
 

@@ -26,6 +26,7 @@ import json
 import re
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -346,15 +347,16 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     try:
         arch, config, weights = _encoder_in(path, content, heads, pixels)
         config["image_size"] = image_size or config["image_size"]
-        encoder = build_encoder(arch, drop_path=drop_path, **config)
         if not is_resnet(arch):
-            positions = weights["pos_embed"].float()
-            weights["pos_embed"] = resize_positions(positions, encoder.pos_embed.shape[1] - 1)
+            _check_depth(config["depth"], weights)
+            side = config["image_size"] // config["patch"]
+            weights["pos_embed"] = resize_positions(weights["pos_embed"].float(), side * side)
+        with torch.device("meta"):  # takes no memory: a file may ask for any size
+            wanted = build_encoder(arch, **config).state_dict()
     except _Unfit as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path}: its encoder cannot be rebuilt ({_reason(error)})") from None
-    wanted = encoder.state_dict()
     absent = sorted(name for name in wanted if name not in weights)
     missing = [name for name in absent if not name.endswith("num_batches_tracked")]
     wrong = sorted(name for name in wanted
@@ -364,12 +366,20 @@ def load_encoder(path: Path | str, image_size: int | None = None, drop_path: flo
     if missing or wrong or extra:
         raise ValueError(f"{path}: not a plain {arch}: missing {missing[:4]}, other shapes {wrong[:4]}, "
                          f"unknown {extra[:4]}")
-    encoder.load_state_dict({name: weights.get(name, tensor) for name, tensor in wanted.items()})
+    encoder = build_encoder(arch, drop_path=drop_path, **config)
+    encoder.load_state_dict({name: weights.get(name, fresh) for name, fresh in encoder.state_dict().items()})
     return encoder.eval()
 
 
 class _Unfit(ValueError):
     """Why a file has no encoder for us, without its path."""
+
+
+def _check_depth(depth, weights):
+    """A file of one weight can ask for any number of blocks, which take minutes to make."""
+    blocks = {name.split(".")[1] for name in map(str, weights) if name.startswith("blocks.")}
+    if depth > len(blocks):
+        raise _Unfit(f"a ViT of {depth} blocks, of which it has {len(blocks)}")
 
 
 def _encoder_in(path, content, heads, pixels):
@@ -392,10 +402,10 @@ def _encoder_in(path, content, heads, pixels):
             arch, config = _resnet_of(weights), {"image_size": 224}
         else:
             arch, config, weights = _vit_of(names, weights)
-            heads = heads or _known_heads(path, names, config["dim"])
-            if config["dim"] % heads:
+            heads = _known_heads(path, names, config["dim"]) if heads is None else heads
+            if heads < 1 or config["dim"] % heads:
                 raise _Unfit(f"a ViT of width {config['dim']}, which {heads} heads do not share evenly")
-            if pixels is None and "augreg" in str(path):
+            if pixels is None and re.search(r"vit_[^/]*\.augreg", str(path)):  # timm's own names
                 pixels = "half"
                 print(f"note: {path}: taken for an augreg ViT, whose pixels have mean and deviation .5",
                       file=sys.stderr)
@@ -526,9 +536,15 @@ def read_weights(path: Path | str):
         with open(path, "rb") as file:
             if file.read(9)[8:] == b"{":
                 return _read_safetensors(path)
+        parts = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else ()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("it is compressed, which torch.save does not do")
         with torch.serialization.safe_globals(_STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in _tensors(content)):
+            raise ValueError("a tensor is larger than its numbers")
+        return content
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such weight file") from None
     except Exception as error:  # a damaged file can fail in any way
@@ -537,6 +553,15 @@ def read_weights(path: Path | str):
         reason = f"it names {named[1]}, which was not run" if named else told[1] if told else _reason(error)
         raise ValueError(f"{path}: no weight file of plain tensors ({reason}); save plain ones where it came "
                          "from: torch.save(model.state_dict(), PATH)") from None
+
+
+def _tensors(content):
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict | list | tuple):
+        for each in content.values() if isinstance(content, dict) else content:
+            yield from _tensors(each)
 
 
 def _read_safetensors(path):

@@ -32,7 +32,7 @@ from metrics import procrustes
 from model import build_encoder, load_encoder
 from probing import (LEAST_HANDS, PROBE_HANDS, PROBE_WINDOW, align_2d, encode, hand_groups, leave_one_out,
                      mean_distance_mm, mean_shape, probe_points, probe_pose, split_groups, spread_rows)
-from runtime import add_device_flags, check_ranges, parser, run, setup
+from runtime import add_device_flags, add_weights_flags, check_ranges, parser, run, setup
 from saving import read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
@@ -132,8 +132,9 @@ def probe_poses(networks, index, labels, args, runtime):
     else:
         train = index
         train_rows, test_rows = split_groups(hand_groups(index.pose_ids(), index.columns.get("video")))
-    train_rows, test_rows = (spread_rows(rows[has_points(hands, labels[0])[rows]], PROBE_HANDS)
-                             for hands, rows in ((train, train_rows), (index, test_rows)))
+    is_known = [np.all([has_points(hands, name) for name in labels], axis=0) for hands in (train, index)]
+    train_rows, test_rows = (spread_rows(rows[known[rows]], PROBE_HANDS)
+                             for known, rows in zip(is_known, (train_rows, test_rows), strict=True))
     _refuse_few(train_rows, test_rows)
     train_x, known, train_unread = read_features(networks, train, train_rows, labels, args, runtime)
     test_x, test_known, test_unread = read_features(networks, index, test_rows, labels, args, runtime)
@@ -211,6 +212,7 @@ def flags():
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
     cli.add_argument("--mano", metavar="FILE",
                      help="MANO file; poses are aligned to its mean hand (default: the synthetic hand)")
+    add_weights_flags(cli, "ENCODER")
     add_device_flags(cli)
     return cli
 

@@ -297,7 +297,8 @@ class LiveProbe:
 
     hands: a dataset like data.HandDataset of one index, with the labels joints and joints2d, or 2-D points
     alone. is_usable (N,): hands whose points are known. see: canvases -> views as the encoder sees them.
-    align: as probe_pose's. runtime: its device, autocast(), and is_main, the process that decodes and calls.
+    align: as probe_pose's. runtime: its device, autocast(), and is_main, the process that decodes (in as many
+    threads) and calls.
 
     LIVE_HANDS at most are fitted, and tested; no pose or video is in both. They are always the same, so that
     runs can be compared. ValueError where there are too few.
@@ -305,7 +306,7 @@ class LiveProbe:
     score: name of the number that says which encoder is the best; lower is better.
     """
 
-    def __init__(self, hands, is_usable, see, align, runtime):
+    def __init__(self, hands, is_usable, see, align, runtime, threads=1):
         self.hands = hands
         self.see = see
         self.align = align
@@ -318,18 +319,23 @@ class LiveProbe:
             raise ValueError(f"--probe {index.path}: {len(halves[0])} hands to fit on and {len(halves[1])} "
                              f"of other videos to test on: at least {LEAST_HANDS} are needed")
         if runtime.is_main:
-            self._decode(np.concatenate(halves), np.repeat([True, False], list(map(len, halves))))
+            self._decode(np.concatenate(halves), np.repeat([True, False], list(map(len, halves))), threads)
 
-    def _decode(self, rows, is_fitted):
+    def _decode(self, rows, is_fitted, threads):
         """Keeps canvases and labels of the rows (M,) whose images can be read."""
         chunks = [rows[first:first + 64].tolist() for first in range(0, len(rows), 64)]
-        with ThreadPoolExecutor() as pool:
-            batches = list(pool.map(self.hands.batch, chunks))
-        whole = {name: torch.cat([batch[name] for batch in batches])
-                 for name in ("failed", "canvas", *self.hands.labels)}
+        whole = {}  # name -> values of all rows, filled chunk by chunk: large canvases are there only once
+        with ThreadPoolExecutor(threads) as pool:
+            for chunk, batch in enumerate(pool.map(self.hands.batch, chunks)):
+                for name in ("failed", "canvas", *self.hands.labels):
+                    value = batch[name]
+                    whole.setdefault(name, value.new_empty(len(rows), *value.shape[1:]))
+                    whole[name][64 * chunk:][:len(value)] = value
         is_read = whole.pop("failed") < 0
-        self.canvases = whole.pop("canvas")[is_read].split(64)
-        self.labels = {name: _to_numpy(value[is_read]) for name, value in whole.items()}
+        if not is_read.all():
+            whole = {name: value[is_read] for name, value in whole.items()}
+        self.canvases = whole.pop("canvas").split(64)
+        self.labels = {name: _to_numpy(value) for name, value in whole.items()}
         self.is_fitted = is_fitted[is_read.numpy()]
         if min(self.is_fitted.sum(), (~self.is_fitted).sum()) < LEAST_HANDS:
             raise ValueError(f"--probe {self.hands.indices[0].path}: {int((~is_read).sum())} of "

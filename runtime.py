@@ -113,14 +113,19 @@ def add_device_flags(cli, workers=True):
 
 
 def add_init_flags(group, starts):
-    """--init, which names what a training `starts` from, and what weights of others do not say themselves."""
+    """--init, which names what a training `starts` from, --heads and --pixels."""
     group.add_argument("--init", metavar="FILE", help=f"what to start from: {starts} (default: fresh)")
+    add_weights_flags(group, "--init")
+
+
+def add_weights_flags(group, file):
+    """--heads and --pixels: what the weights of others in `file` do not say themselves."""
     group.add_argument("--heads", type=int, metavar="N",
-                       help="attention heads of the ViT in --init, where weights of others do not say it "
+                       help=f"attention heads of the ViT in {file}, where weights of others do not say it "
                             "(default: as usual for the width, with a note)")
     group.add_argument("--pixels", choices=["imagenet", "half"],
-                       help="what a ViT of others in --init was trained on: ImageNet's mean and deviation, "
-                            "or .5 and .5 (default: half if its path holds augreg, else imagenet)")
+                       help=f"what a ViT of others in {file} was trained on: ImageNet's mean and deviation, "
+                            "or .5 and .5 (default: half for timm's names with augreg, else imagenet)")
 
 
 def add_training_flags(cli, batch_size, epochs):

@@ -16,6 +16,8 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import contextlib
 import errno
+import functools
+import glob
 import json
 import math
 import os
@@ -37,8 +39,8 @@ from tqdm import tqdm
 # Flags that may differ when a run is continued. The first change where and how fast it runs. Of paths, what
 # lies there is compared (inputs of check_run). The last change what is computed from then on, as logged.
 FREE_ON_RESUME = {"resume", "out", "workers", "cache", "device", "compile", "log_every", "save_every",
-                  "save_minutes", "eval_every"}
-PATHS = {"data", "val", "pairs", "probe", "mano", "init"}
+                  "save_minutes", "eval_every", "init"}
+PATHS = {"data", "val", "pairs", "probe", "mano"}
 CHANGE_ON_RESUME = {"lr", "precision", "accumulate", "steps", "epochs"}
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
@@ -94,10 +96,12 @@ def _checkpoint_to_continue(out, kind, flags, inputs, resume):
         raise ValueError(f"{config}: a run of another version (format {before.get('format', 1)}, needed "
                          f"{FORMATS['run']}), whose flags or draws have changed since: start a new --out")
     for name, value in flags.items():
-        if name not in FREE_ON_RESUME | PATHS | CHANGE_ON_RESUME and before.get(name, value) != value:
+        then = before.get(name, value)
+        is_path = name in PATHS  # may be written otherwise, and lie elsewhere: `inputs` has what it holds
+        differs = (then is None) != (value is None) if is_path else then != value
+        if differs and name not in FREE_ON_RESUME | CHANGE_ON_RESUME:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {value}, but {config} says {before[name]}: resume with the same "
-                             "flags")
+            raise ValueError(f"{flag} is {value}, but {config} says {then}: resume with the same flags")
     for name, fingerprint in inputs.items():
         if before.get("inputs", {}).get(name, fingerprint) != fingerprint:
             raise ValueError(f"--{name} holds something else than when {out} was started: give the same "
@@ -265,8 +269,9 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     ends well; else they go."""
     out = Path(out)
     is_new = not out.exists()
-    folder = out.with_name(f".{out.name}.part") if is_new else out / ".part"
-    shutil.rmtree(folder, ignore_errors=True)  # of a command that was killed
+    parent, name = (out.parent, out.name) if is_new else (out, "results")
+    _remove_stale(parent, name)
+    folder = parent / f".{name}.{platform.node()}.{os.getpid()}.part"
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -277,6 +282,20 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@functools.cache  # once: predict.py comes here with every hand
+def _remove_stale(parent, name):
+    """Removes the staged folders of commands that were killed: those whose process runs no more."""
+    begin = f".{name}.{platform.node()}."
+    for folder in parent.glob(f"{glob.escape(begin)}*.part") if os.name == "posix" else ():
+        number = folder.name.removeprefix(begin).removesuffix(".part")
+        try:
+            os.kill(int(number), 0)  # asks only
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):  # no folder of ours, or another's that runs
+            continue
 
 
 def save_arrays(path: Path | str, **arrays):

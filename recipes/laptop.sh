@@ -50,6 +50,7 @@ mesh=(
     --eval-every 550
     --save-every 550
 )
+mkdir -p "$out"
 # Side by side, each on half of the cores: small steps gain little from more cores.
 export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
 "$python" finetune_mesh.py --out "$out/scratch" --arch vit_micro "${mesh[@]}" >"$out/scratch.log" 2>&1 &

@@ -669,7 +669,7 @@ def test_mining_as_a_command_in_one_process_and_in_two(hands, pairs, tmp_path):
     assert found["components"].shape == (14, 42) and found["format"] == PAIRS_FORMAT
     video = np.asarray(HandIndex(hands / "train").columns["video"])
     assert (video[found["idx"]] != video[:, None]).all()
-    assert pairs.with_name("pairs.png").is_file() and pairs.with_name("distances.png").is_file()
+    assert pairs.with_name("pairs.png").is_file() and pairs.with_name("pairs_distances.png").is_file()
     done = call("mine_pairs.py", "--data", hands / "train", "--out", tmp_path / "two.npz", "--neighbours", 3,
                 "--labelled", processes=2)
     errors = re.search(r"PA-MPJPE in mm: (\S+) of .*, (\S+) of .*, (\S+) of", done.stdout).groups()
@@ -793,6 +793,7 @@ def test_refusals_say_what_to_do(hands, pairs, tmp_path):
     bare = {name: lone[name] for name in ("image", "box")}
     write_index(tmp_path / "bare", bare, {"name": "bare"}, root=hands / "train")
     (tmp_path / "broken.npz").write_text("no pairs")
+    (tmp_path / "photo.png").touch()
     with np.load(pairs) as file:
         np.savez(tmp_path / "later.npz", **{name: file[name] for name in file} | {"format": 99})
     learn, mining = "pretrain_contrastive.py", "mine_pairs.py"
@@ -813,6 +814,7 @@ def test_refusals_say_what_to_do(hands, pairs, tmp_path):
             (mining, ("--data", tmp_path / "lone", "--labelled"), "one video"),
             (mining, ("--data", tmp_path / "bare"), "no column keypoints"),
             (mining, ("--data", hands / "train", "--out", pairs), "exists"),
+            (mining, ("--data", hands / "train", "--out", tmp_path / "photo.npz"), "photo.png exists"),
             (mining, ("--data", hands / "train", "--out", tmp_path / "x.txt"), "npz"),
             (mining, ("--data", hands / "train", "--components", 43), "--components")):
         out = tmp_path / ("out.npz" if command == mining else "out")

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import types
+import zipfile
 from itertools import accumulate
 
 import numpy as np
@@ -280,6 +281,25 @@ def test_what_else_timm_has_is_refused_in_a_line(name, reason, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+def test_a_small_file_that_asks_for_much_is_refused_before_it_gets_it(tmp_path, monkeypatch):
+    """Else a file of kilobytes takes minutes or all memory: nothing large may be built for it."""
+    monkeypatch.setattr(model, "build_encoder", lambda *args, **config: pytest.fail("built"))
+    state = ViT("test", 32, dim=64, depth=1, heads=1).state_dict()
+    own = {"arch": "vit", "config": {"dim": 64, "depth": 10**6, "heads": 1, "patch": 16, "image_size": 32}}
+    torch.save(state | {"blocks.1000000.norm1.weight": torch.zeros(64)}, tmp_path / "deep.pth")
+    torch.save(own | {"state_dict": state}, tmp_path / "own.pt")
+    torch.save(state | {"head.weight": torch.zeros(1).expand(10**5, 10**5)}, tmp_path / "one_number.pth")
+    torch.save(state | {"head.weight": torch.zeros(10**6)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, \
+            zipfile.ZipFile(tmp_path / "zipped.pth", "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name in whole.namelist():
+            zipped.writestr(name, whole.read(name))
+    for name, reason in (("deep.pth", "1000001 blocks, of which it has 2"), ("own.pt", "of which it has 1"),
+                         ("one_number.pth", "larger than its numbers"), ("zipped.pth", "compressed")):
+        with pytest.raises(ValueError, match=f"{name}.*{reason}"):
+            load_encoder(tmp_path / name, heads=1 if name == "deep.pth" else None)
+
+
 # -------------------------------------------------------------------------------- what the weights do not say
 def test_the_number_of_heads_is_known_given_or_said(tmp_path, capsys):
     """MoCo v3's small ViT has 12 heads of 32; DeiT's, of the same shapes, 6 of 64."""
@@ -295,8 +315,9 @@ def test_the_number_of_heads_is_known_given_or_said(tmp_path, capsys):
         assert not capsys.readouterr().err
     assert not torch.allclose(load_encoder(tmp_path / "plain.pth")(images), vit(images), atol=1e-3)
     assert "plain.pth: 6 attention heads assumed" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="share evenly"):
-        load_encoder(tmp_path / "plain.pth", heads=7)
+    for heads in (7, 0, -6):
+        with pytest.raises(ValueError, match="share evenly"):
+            load_encoder(tmp_path / "plain.pth", heads=heads)
     odd = ViT("test", 64, dim=96, depth=1, heads=2)
     torch.save(odd.state_dict(), tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="width 96.*--heads"):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -188,6 +189,11 @@ def test_a_run_is_continued_with_its_own_flags_and_hands(tmp_path):
         begin(arguments(out, resume="yes", ema=0.2))
     with pytest.raises(ValueError, match="--data holds something else"):
         begin(arguments(out, resume="yes"), {"data": "other hands"})
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(json.dumps(json.loads(config) | {"pairs": "pairs.npz"}))
+    with pytest.raises(ValueError, match="--pairs is None, but .* says pairs.npz"):
+        begin(arguments(out, resume="yes", pairs=None))
+    (out / "config.json").write_text(config)
     with pytest.raises(ValueError, match="kind 'mim', needed 'mesh'"):
         begin(arguments(out, resume="yes"), kind="mesh")
     with pytest.raises(ValueError, match="no run in"):
@@ -275,11 +281,19 @@ def test_a_full_disk_is_one_line_and_the_last_save_stays(tmp_path, monkeypatch):
 
 def test_a_folder_of_results_appears_at_once_and_what_a_kill_left_goes(tmp_path, monkeypatch):
     out = tmp_path / "results"
-    (tmp_path / ".results.part" / "deep").mkdir(parents=True)
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    of_killed = f".results.{platform.node()}.{killed.pid}.part"
+    of_running = f".results.{platform.node()}.{os.getppid()}.part"
+    for name in (of_killed, of_running, ".results.part"):  # the last is the user's
+        (tmp_path / name / "deep").mkdir(parents=True)
     with pytest.raises(KeyError), staged_folder(out) as folder:
         (folder / "half").touch()
         raise KeyError
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {of_running, ".results.part"}
+    for name in (of_running, ".results.part"):
+        (tmp_path / name / "deep").rmdir()
+        (tmp_path / name).rmdir()
     with staged_folder(out) as folder:
         (folder / "index.json").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["results", "index.json"]
