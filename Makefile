@@ -14,7 +14,7 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# Draws hands, pre-trains and trains on them, scores, predicts: ten minutes on two cores.
+# Draws hands, pre-trains and trains on them, scores, predicts: nine minutes on two slow cores.
 demo: $(VENV)/installed
 	rm -rf out/demo
 	PYTHON=$(RUN) bash recipes/laptop.sh out/demo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash recipes/laptop.sh [DIR]: draws hands, trains a mesh network from scratch and one from a HandMIM
-# encoder, scores both, predicts. About eight minutes on two cores. Writes DIR (default out/demo). This is
+# encoder, scores both, predicts. About nine minutes on two slow cores. Writes DIR (default out/demo). This is
 # `make demo`, which makes an environment first. PYTHON= another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -561,8 +561,8 @@ def test_hands_whose_wrist_is_never_known_are_left_out_or_refused_in_a_line(hand
         call(*command, "--data", index, *tiny, "--out", tmp_path / command[0])
         losses = [row["loss"] for row in log(tmp_path / command[0]) if "loss" in row]
         assert np.isfinite(losses).all()
-    refused("only the protocols assemblyhands and interhand leave out missing joints", "evaluate.py", "--data",
-            index, "--checkpoint", checkpoint, "--out", out)
+    refused("only the protocols assemblyhands and interhand leave out missing joints", "evaluate.py",
+            "--data", index, "--checkpoint", checkpoint, "--out", out)
 
 
 def test_pictures_that_are_in_two_videos_are_told(hands, tmp_path):
