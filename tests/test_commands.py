@@ -643,14 +643,14 @@ def test_a_run_of_an_older_version_is_not_continued(hands, tmp_path, script, kin
         refused(*command, other, "--resume", words=["last.pt", "format 1", "reads 2"])
 
 
-def test_a_run_of_another_stage_is_not_continued_or_used(hands, mesh, tmp_path):
-    """A whole run is no encoder to start from, and the network of one stage none of another."""
+def test_a_run_of_another_stage_is_not_continued_or_used(hands, tmp_path):
+    """A whole pre-training is no encoder to start from, and the network of one stage none of another."""
     torch.save({"kind": "mim", "step": 1, "student": {}}, tmp_path / "last.pt")
     out = ["--out", tmp_path / "out"]
     photo = HandIndex(hands / "val").image_path(0)
     refused("predict.py", photo, *out, "--checkpoint", tmp_path / "last.pt", words=["last.pt", "'mim'"])
     refused("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", *out, *TINY, "--steps", 1,
-            "--init", mesh / "last.pt", words=["whole run", "encoder.pt"])
+            "--init", tmp_path / "last.pt", words=["whole run", "encoder.pt"])
 
 
 def test_pairs_without_a_number_are_read_and_of_other_hands_refused(hands, tmp_path):
