@@ -2,8 +2,8 @@
 one process against two, killed against uninterrupted, every switch, collapse seen."""
 
 import copy
-import math
 import itertools
+import math
 import os
 import random
 import shutil
@@ -593,7 +593,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(hands, pairs, tmp_
     one, two = (found | best["state_dict"] for found, best in zip((one, two), best, strict=True))
     assert all(torch.equal(one[name], two[name]) for name in one)
     rows = [log(run) for run in (tmp_path / "whole", killed)]
-    numbers = [[{k: row.pop(k) for k in list(row) if k.startswith("probe_")} for row in part] for part in rows]
+    numbers = [[{name: row.pop(name) for name in list(row) if name.startswith("probe_")} for row in part]
+               for part in rows]
     for row in itertools.chain(*rows):
         row.pop("images_per_second", None)
     assert rows[0] == rows[1]
