@@ -1083,8 +1083,7 @@ def read_pairs(path: Path | str, indices: list[HandIndex], *points: str):
     except FileNotFoundError:
         raise FileNotFoundError(f"--pairs {path}: no such file; make it with mine_pairs.py") from None
     except Exception as error:  # zipfile and numpy raise a dozen types
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({reason})") from None
+        raise ValueError(f"--pairs {path}: no pairs of mine_pairs.py ({type(error).__name__})") from None
     if number != PAIRS_FORMAT:
         raise ValueError(f"--pairs {path}: format {number}, this version reads {PAIRS_FORMAT}: mine again")
     if made_for not in [index_fingerprint([index.columns for index in indices], name) for name in points]:

@@ -459,8 +459,9 @@ def check_flags(args):
         raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
     if args.tta > 1 and not args.checkpoint:
         raise ValueError("--tta does nothing here: it needs --checkpoint")
-    if args.compare and (args.mano or args.definitions):
-        raise ValueError(f"{'--mano' if args.mano else '--definitions'} does nothing here: leave it out")
+    for name in ("data", "mano", "definitions"):
+        if args.compare and getattr(args, name):
+            raise ValueError(f"--{name} does nothing here: leave it out")
     if args.predictions and args.out.resolve() in Path(args.predictions).resolve().parents:
         raise ValueError(f"--out {args.out} holds --predictions {args.predictions}, which would be "
                          "overwritten: choose another folder")

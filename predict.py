@@ -57,7 +57,11 @@ def find_images(paths, out):
 
     What lies in `out`, indices and results below a folder are left out; what was not taken is printed."""
     images = []
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder")
     for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such photograph or folder")
         left_out = Counter()
         below = list_images(path, skip=out, left_out=left_out) if path.is_dir() else [path]
         folder = path if path.is_dir() else path.parent
@@ -136,6 +140,9 @@ def read_hand(path, box, side, box_scale, size):
     photograph_size = image_size(path)
     if box is None:
         box = whole_box(photograph_size, box_scale)
+    x0, y0, x1, y1 = (float(place) for place in box)
+    if x0 >= photograph_size[0] or y0 >= photograph_size[1] or x1 <= 0 or y1 <= 0:
+        raise ValueError(f"{path}: the box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of it")
     canvas, _ = cut_canvas(path, box, CONTEXT, canvas_size(size))
     if side == "left":
         canvas = canvas[:, ::-1]

@@ -428,11 +428,12 @@ def flags():
                        help="pairs.npz of mine_pairs.py for the same --data: view v then shows a similar "
                             "hand of another video, view u the hand itself (ours; default: two views of a "
                             "hand)")
-    group.add_argument("--pair-share", type=float, default=0.5,
+    group.add_argument("--pair-share", type=float,
                        help="share of the hands, drawn anew in each step, whose view v shows a similar one "
                             "(default .5); hands without a neighbour are always their own")
-    group.add_argument("--neighbour", type=int, default=1,
-                       help="which mined neighbour it is: 1 the nearest (default), 0 any at random")
+    group.add_argument("--neighbour", type=int,
+                       help="which mined neighbour it is, the last where a hand has fewer: 1 the nearest "
+                            "(default), 0 any at random")
     group = cli.add_argument_group("masks")
     group.add_argument("--mask", choices=["block", "random"], default="block",
                        help="shape of the masks: rectangles (default, iBOT) or single patches")
@@ -470,10 +471,15 @@ def flags():
 
 
 def check_flags(args):
-    """Fills in --align; ValueError that names the first flag out of its range or at odds with another."""
+    """Fills in what another flag decides; ValueError that names the first flag out of its range or at odds
+    with another."""
     on_keypoints = args.pose_loss == "keypoints"
     if args.align is None:
         args.align = 1.0 if on_keypoints else 0.0
+    if not args.pairs and (args.pair_share, args.neighbour) != (None, None):
+        raise ValueError("--pair-share and --neighbour do nothing without --pairs: leave them out")
+    args.pair_share = 0.5 if args.pair_share is None else args.pair_share
+    args.neighbour = 1 if args.neighbour is None else args.neighbour
     weights = ("patch_loss", "pixel_loss", "hog", "align", "contrast")
     check_ranges(args, dict.fromkeys(weights, (0, 1e4)) | {
         "image_size": (16, 4096), "prototypes": (2, 1e6), "keypoints": (2, 1024),

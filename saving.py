@@ -44,6 +44,8 @@ PATHS = {"data", "val", "pairs", "probe", "mano"}
 CHANGE_ON_RESUME = {"lr", "precision", "accumulate", "steps", "epochs"}
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
+WRITERS = {"encoder": "a pre-training", "mesh": "finetune_mesh.py", "mim": "pretrain_mim.py",
+           "contrastive": "pretrain_contrastive.py"}
 FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 3}
 MOST_POINTS = 4000  # of a curve
 MANY_SKIPPED = 20  # steps in a row without a finite gradient that end a run
@@ -348,7 +350,8 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
         raise ValueError(f"{path}: no checkpoint of plain tensors and values ({_reason(error)})") from None
     found = state.get("kind") if isinstance(state, dict) else None
     if found != kind:
-        raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}")
+        raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}: the last.pt "
+                         f"of {WRITERS[kind]}")
     if not isinstance(state.get("step"), int) or state["step"] < 0:
         raise ValueError(f"{path}: damaged (step {state.get('step')!r})")
     number = state.get("format", 1)
@@ -360,6 +363,8 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
 
 def _reason(error):
     """The first line of an error's text, or its kind."""
+    if "Weights only load failed" in str(error):  # torch goes on with advice to load it unsafely
+        return "torch.save did not write it"
     return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
 
 
