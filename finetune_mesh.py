@@ -20,6 +20,7 @@ Left hands come mirrored. The average of the weights (EMA) is what is validated,
 """
 
 import copy
+import sys
 from functools import partial
 
 import numpy as np
@@ -314,11 +315,11 @@ def estimate_picture(views, joints2d, estimate, faces):
     return grid(tiles, 8, ["true joints", "estimate"] * len(views), cell=144)
 
 
-def load_head(head, path, hand):
+def load_head(head, path, hand, size, box_scale):
     """Loads the averaged head where `path`, of --init, is the last.pt of a run of this script; True if so.
 
-    ValueError: it was trained with another hand model than that of the fingerprint `hand`, or has another
-    shape."""
+    Says so where that run had views of another size or another box_scale. ValueError: it was trained with
+    another hand model than that of the fingerprint `hand`, or has another shape."""
     before = read_weights(path) if path else None
     if not isinstance(before, dict) or before.get("kind") != "mesh":
         return False
@@ -330,6 +331,7 @@ def load_head(head, path, hand):
                          f"or {advice}")
     try:
         config = {"scale_bound": 0} | before["head"]  # an older network has no bound
+        then = before["encoder"]["config"]["image_size"], before["box_scale"]
         other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
         if not other:
             head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in before["ema"].items()
@@ -341,6 +343,9 @@ def load_head(head, path, hand):
         had = ", ".join(f"{name} {config[name]}" for name in other)
         flags = "set --head-width and --iterations so, or " if {"width", "iterations"} & set(other) else ""
         raise ValueError(f"--init {path} has a head of {had}: {flags}{advice}")
+    if then != (size, box_scale):
+        print(f"note: {path} was trained with --image-size {then[0]} --box-scale {then[1]:g}, not {size} and "
+              f"{box_scale:g}: other views cost it accuracy", file=sys.stderr)
     return True
 
 
@@ -441,7 +446,7 @@ def main(argv=None):
                              state["encoder"] if state else None, args.heads, args.pixels)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=is_resnet(encoder.arch),
                     iterations=args.iterations, width=args.head_width, dropout=args.dropout)
-    if state is None and not load_head(head, args.init, inputs["mano"]):
+    if state is None and not load_head(head, args.init, inputs["mano"], size, args.box_scale):
         head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()

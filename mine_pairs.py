@@ -419,10 +419,10 @@ def _report(indices, points, found, reasons, column, args, pictures):
     some, random = rng.choice(np.flatnonzero(is_used), (2, 20000))  # random pairs of rows
     x = normalise_pose(points[some]) @ found["components"].T
     y = normalise_pose(points[random]) @ found["components"].T
-    distances = {"nearest": found["dist"][:, 0], f"neighbour {args.neighbours}": found["dist"][:, -1],
-                 "random": np.linalg.norm(x - y, axis=1)}
+    distances = {"the nearest": found["dist"][:, 0], f"neighbour {args.neighbours}": found["dist"][:, -1],
+                 "random pairs": np.linalg.norm(x - y, axis=1)}
     distances = {name: values[np.isfinite(values)] for name, values in distances.items()}
-    bins = np.linspace(0, np.quantile(distances["random"], 0.99), 60)
+    bins = np.linspace(0, np.quantile(distances["random pairs"], 0.99), 60)
     series = {name: histogram(values, bins) for name, values in distances.items()}
     picture = curve(series, title="share of the pairs", x_label="distance")
     save_image(pictures[0], _draw_pairs(indices, column, found, args.seed))
@@ -440,18 +440,20 @@ def _report(indices, points, found, reasons, column, args, pictures):
     if alone:
         print(f"{alone} hands have no neighbour: all comparable hands are of their own video")
     busiest = np.bincount(idx[is_paired, 0]).max(initial=0)
-    near, far, chance = (np.median(values) if len(values) else np.nan for values in distances.values())
+    medians = {name: np.median(values) for name, values in distances.items() if len(values)}
+    text = ", ".join(f"{median:.3f} of {name}" for name, median in medians.items())
     print(f"{args.out}: {int(is_paired.sum())} of {len(points)} hands paired; {args.components} components "
-          f"hold {found['explained'].sum():.1%} of the variance; median distance {near:.3f} of the nearest, "
-          f"{far:.3f} of neighbour {args.neighbours}, {chance:.3f} of random pairs; the most frequent "
-          f"neighbour serves {busiest} hands; look at {args.out.with_suffix('.png')}")
+          f"hold {found['explained'].sum():.1%} of the variance; median distance {text}; the most "
+          f"frequent neighbour serves {busiest} hands; look at {args.out.with_suffix('.png')}")
     joints = true_joints(indices)
     if joints is not None:
         first = some[idx[some, 0] >= 0]
         last = some[idx[some, -1] >= 0]
-        print(f"labelled pose, median PA-MPJPE in mm: {pose_error(joints, first, idx[first, 0]):.2f} of the "
-              f"nearest, {pose_error(joints, last, idx[last, -1]):.2f} of neighbour {args.neighbours}, "
-              f"{pose_error(joints, some, random):.2f} of random pairs")
+        errors = {"the nearest": pose_error(joints, first, idx[first, 0]),
+                  f"neighbour {args.neighbours}": pose_error(joints, last, idx[last, -1]),
+                  "random pairs": pose_error(joints, some, random)}
+        text = ", ".join(f"{error:.2f} of {name}" for name, error in errors.items() if np.isfinite(error))
+        print(f"labelled pose, median PA-MPJPE in mm: {text}")
 
 
 # ------------------------------------------------------------------------------------------------------- main

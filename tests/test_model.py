@@ -587,7 +587,9 @@ def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
     call(*data, "--arch", "resnet18", "--iterations", 2, "--out", tmp_path / "first", "--ema", 0)
     run = tmp_path / "first/last.pt"
     for name, init in (("next", run), ("fresh", tmp_path / "first/encoder.pt")):
-        call(*data, "--init", init, "--iterations", 2, "--out", tmp_path / name, "--lr", 0, "--seed", 1)
+        done = call(*data, "--init", init, "--iterations", 2, "--out", tmp_path / name, "--lr", 0,
+                    "--seed", 1, "--box-scale", 1.5)
+        assert ("trained with --image-size" in done.stderr) == (name == "next")
     first, after, fresh = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
                            for name in ("first", "next", "fresh"))
     for name in ("encoder.layer1.0.conv1.weight", "head.regress.1.fc1.weight", "head.mean_state"):
