@@ -1050,12 +1050,14 @@ def pair_rows(failed, pairs):
     return torch.where(failed[rows] < 0, rows, rows.flip(0))
 
 
-def has_points(index, column):
-    """(N,) True where all 21 points of a hand are there. column: "joints", "joints2d" or "keypoints"."""
-    if column not in index.columns:
+def has_points(index, *columns):
+    """(N,) True where all 21 points of a hand are there, in each of the columns: "joints", "joints2d",
+    "keypoints"."""
+    if not set(columns) <= set(index.columns):
         return np.zeros(len(index), bool)
-    is_known = np.isfinite(index.columns[column]).all((1, 2))  # of the labels' rows
-    if column == "keypoints" and "keypoints_score" in index.columns:
+    # Of the labels' rows.
+    is_known = np.all([np.isfinite(index.columns[name]).all((1, 2)) for name in columns], axis=0)
+    if "keypoints" in columns and "keypoints_score" in index.columns:
         is_known &= (np.asarray(index.columns["keypoints_score"]) > 0).all(1)
     return is_known[index.pose_ids()]
 

@@ -44,8 +44,8 @@ from runtime import (
 from saving import FORMATS, Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
 from views import (
-    apply_color, apply_theta, centre_theta, choose_finer, invert_theta, normalise, random_color,
-    random_theta, theta_rotation, to_pixels, to_rgb, warp,
+    apply_color, apply_theta, choose_finer, invert_theta, normalise, random_color, random_theta,
+    theta_rotation, to_pixels, to_rgb, upright_views, warp,
 )
 
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
@@ -155,12 +155,6 @@ def draw_color(batch, generator, strength):
 def make_views(canvas, theta, size, finer, color):
     """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them. finer: as warp's."""
     return normalise(apply_color(warp(canvas, theta, size, finer), color))
-
-
-def upright_views(canvas, box_scale, size):
-    """The usual windows of canvases (B,3,H,W) u8 -> views (B,3,size,size), for validation."""
-    theta = centre_theta(len(canvas), box_scale / CONTEXT).to(canvas.device)
-    return normalise(warp(canvas, theta, size))
 
 
 def make_target(labels, theta, hands_mean):
@@ -276,7 +270,8 @@ def validate(net, loader, runtime, box_scale, size, arrays, definition):
         is_read = batch["failed"] < 0
         unread += (~is_read).sum()
         with runtime.autocast():
-            estimate = net(upright_views(batch["canvas"].to(runtime.device), box_scale, size))[-1]
+            views = upright_views(batch["canvas"].to(runtime.device), box_scale / CONTEXT, size)
+            estimate = net(views)[-1]
         was_left = batch["mirrored"].to(runtime.device) > 0
         joints = labelled_joints(estimate["vertices"], estimate["joints"], arrays, definition, was_left)
         predicted = {"joints": joints, "vertices": estimate["vertices"]}
@@ -470,7 +465,7 @@ def main(argv=None):
     shown_rows = np.linspace(0, len(val_index) - 1, 8).astype(int)
     shown_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, shown_rows)
     shown = next(iter(make_loader(shown_dataset, batch_size=8)))
-    shown_views = upright_views(shown["canvas"].to(device), args.box_scale, size)
+    shown_views = upright_views(shown["canvas"].to(device), args.box_scale / CONTEXT, size)
     shown_joints2d = shown["joints2d"] * CONTEXT / args.box_scale  # canvas -> view
     names = [joint_definition(index) for index in indices]
     definitions = {name: torch.tensor([each == name for each in names], device=device) for name in names}

@@ -43,7 +43,7 @@ from model import load_mesh
 from runtime import add_device_flags, parser, run, setup
 from saving import load_checkpoint, staged_folder
 from synthetic_hand import synthetic_mano
-from views import centre_theta, normalise, warp
+from views import upright_views
 
 
 OBJ_MARK = "# hand by predict.py"  # first line of its .obj
@@ -168,8 +168,8 @@ class Photographs:
 @torch.no_grad()
 def estimate_hands(net, canvases, box_scale, arrays, runtime):
     """Canvases (B,3,S,S) u8 of right hands -> the last estimate, numpy; joints as FreiHAND defines them."""
-    theta = centre_theta(len(canvases), box_scale / CONTEXT).to(runtime.device)
-    views = normalise(warp(canvases.to(runtime.device), theta, net.encoder.config["image_size"]))
+    size = net.encoder.config["image_size"]
+    views = upright_views(canvases.to(runtime.device), box_scale / CONTEXT, size)
     with runtime.autocast():
         estimate = net(views)[-1]
     estimate["joints"] = joints_from_vertices(estimate["vertices"], arrays)

@@ -442,8 +442,7 @@ def open_probe(path, size, runtime):
     index = HandIndex(path)
     hands = HandDataset([index], canvas_size(size), CONTEXT, pose_labels(index), substitute=False)
     see = partial(upright_views, scale=PROBE_WINDOW / CONTEXT, size=size)
-    is_known = np.all([has_points(index, name) for name in hands.labels], axis=0)  # (N,)
-    return LiveProbe(hands, is_known, see, procrustes, runtime, cores())
+    return LiveProbe(hands, has_points(index, *hands.labels), see, procrustes, runtime, cores())
 
 
 def main(argv=None):

@@ -38,7 +38,7 @@ from draw import draw_hog, draw_points, grid, save_curves, save_image
 from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
                      mask_sampler, normalise_patches, random_mask, to_patches)
 from metrics import procrustes
-from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder
+from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder, is_resnet
 from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
 from runtime import (
     adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
@@ -386,8 +386,7 @@ def open_probe(path, size, runtime):
     index = HandIndex(path)
     hands = HandDataset([index], canvas_size(size), CONTEXT, pose_labels(index), substitute=False)
     see = partial(upright_views, scale=PROBE_WINDOW / CONTEXT, size=size)
-    is_known = np.all([has_points(index, name) for name in hands.labels], axis=0)  # (N,)
-    return LiveProbe(hands, is_known, see, procrustes, runtime, cores())
+    return LiveProbe(hands, has_points(index, *hands.labels), see, procrustes, runtime, cores())
 
 
 def flags():
@@ -489,7 +488,7 @@ def check_flags(args):
     for name in ("mask_ratio", "zoom"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
-    if args.arch and args.arch.startswith("resnet"):
+    if args.arch and is_resnet(args.arch):
         raise ValueError(f"--arch {args.arch}: masks need a ViT")
     for name in ("align", "contrast"):
         if getattr(args, name) and not on_keypoints:
@@ -546,7 +545,7 @@ def main(argv=None):
     state = check_run(args, runtime, "mim", inputs)
     encoder = choose_encoder(args.arch, args.init, size, saved=state["encoder"] if state else None,
                              heads=args.heads, pixels=args.pixels)
-    if encoder.arch.startswith("resnet"):
+    if is_resnet(encoder.arch):
         raise ValueError(f"--init {args.init} holds {encoder.arch}: masks need a ViT")
     patch = encoder.patch
     side = size // patch

@@ -132,9 +132,8 @@ def probe_poses(networks, index, labels, args, runtime):
     else:
         train = index
         train_rows, test_rows = split_groups(hand_groups(index.pose_ids(), index.columns.get("video")))
-    is_known = [np.all([has_points(hands, name) for name in labels], axis=0) for hands in (train, index)]
-    train_rows, test_rows = (spread_rows(rows[known[rows]], PROBE_HANDS)
-                             for known, rows in zip(is_known, (train_rows, test_rows), strict=True))
+    train_rows, test_rows = (spread_rows(rows[has_points(hands, *labels)[rows]], PROBE_HANDS)
+                             for hands, rows in ((train, train_rows), (index, test_rows)))
     _refuse_few(train_rows, test_rows)
     train_x, known, train_unread = read_features(networks, train, train_rows, labels, args, runtime)
     test_x, test_known, test_unread = read_features(networks, index, test_rows, labels, args, runtime)

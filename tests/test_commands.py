@@ -228,7 +228,7 @@ def test_views_and_colours_are_drawn_as_the_flags_say():
 def test_validation_sees_the_usual_window_upright():
     """Its views are --box-scale x the box, where the canvas is 2 x the box: the middle 65 % of it for 1.3."""
     canvas = torch.randint(0, 256, (2, 3, 80, 80), dtype=torch.uint8)
-    found = finetune_mesh.upright_views(canvas, 1.3, 52)  # one canvas pixel a pixel
+    found = finetune_mesh.upright_views(canvas, 1.3 / 2, 52)  # one canvas pixel a pixel
     assert_near(found, normalise(canvas[:, :, 14:66, 14:66] / 255), 1e-3)
 
 
