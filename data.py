@@ -27,6 +27,7 @@ hands open in milliseconds and the loader's processes share the pages.
     extrinsics  (3,4) f4     [R | t], world to camera, metres
     scale       f4           length of the middle finger's proximal bone, metres
     keypoints   (21,2) f4    what a detector saw, with keypoints_score (21,) f4; score 0: nothing
+    keypoints3d (21,3) f4    its points in space: metres about the hand's middle, axes of the camera
 
 `index.json` holds: format, name, count, labels, root, columns, and
 
@@ -85,7 +86,7 @@ HAND_COLUMNS = {"image": None, "mask": None, "box": (4,), "size": (2,), "side": 
                 "number": (), "image_place": (3,), "mask_place": (3,)}
 LABEL_COLUMNS = {"joints2d": (21, 2), "visible": (21,), "joints": (21, 3), "vertices": (778, 3),
                  "pose": (48,), "betas": (10,), "K": (3, 3), "extrinsics": (3, 4), "scale": (),
-                 "keypoints": (21, 2), "keypoints_score": (21,)}
+                 "keypoints": (21, 2), "keypoints3d": (21, 3), "keypoints_score": (21,)}
 DTYPES = {"side": np.uint8, "video": np.int32, "label": np.int32, "size": np.int32, "number": np.int32,
           "image_place": np.int64, "mask_place": np.int64}
 PACK = "pack_{:04d}.bin"  # files of a packed index
@@ -895,7 +896,7 @@ class HandDataset(torch.utils.data.Dataset):
 def mirror(name: str, value):
     """A label of a left hand as that of the right hand in the mirrored image, and back: it is its own
     inverse."""
-    if name in ("joints2d", "keypoints", "joints", "vertices"):
+    if name in ("joints2d", "keypoints", "keypoints3d", "joints", "vertices"):
         return value * np.float32([-1] + [1] * (value.shape[-1] - 1))
     if name == "pose":  # diag(-1,1,1) R diag(-1,1,1) as axis-angle
         return value * np.tile(np.float32([1, -1, -1]), 16)

@@ -246,7 +246,7 @@ def from_videos(root, args):
     """Hands of the videos and folders of frames below ROOT, cut out."""
     typed = root
     root = root.resolve()
-    detections = read_detections(args.detections) if args.detections else None
+    detections = read_detections(args.detections, args.world) if args.detections else None
     left_out = Counter()
     paths = list_videos(root, skip=args.out, left_out=left_out)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -271,6 +271,8 @@ def from_videos(root, args):
     facts = [root, args.every]
     if args.detections:
         facts.append(hashlib.sha256(args.detections.read_bytes()).hexdigest())
+    if args.world:
+        facts.append(hashlib.sha256(args.world.read_bytes()).hexdigest())
     columns, dropped = cut_videos(videos, args.out, facts)
     return columns, {"name": root.name}, args.out, dropped
 
@@ -390,8 +392,7 @@ def cut_video(name, frames, out, number):
             rows.append({"image": os.fsencode(path.relative_to(out)), "video": number, "size": crop.size,
                          "side": hand["side"] == "left", "box": labels["box"],
                          "keypoints": labels["keypoints"], "keypoints_score": labels["score"]})
-            if "hand_id" in hand:
-                rows[-1]["hand_id"] = hand["hand_id"]
+            rows[-1] |= {name: hand[name] for name in ("hand_id", "keypoints3d") if name in hand}
     columns = _columns(rows) if rows else {}
     return columns | {"unread": np.array(unread, dtype=str), "small": np.array(small, dtype=str)}
 
@@ -453,7 +454,7 @@ def report(index, columns, dropped):
     """Prints what was kept, and what was left out and why."""
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     videos = len(set(np.unique(index.columns["video"])) - {-1}) if "video" in index.columns else 0
-    labelled = (set(LABEL_COLUMNS) - {"keypoints", "keypoints_score"}) & set(columns)
+    labelled = (set(LABEL_COLUMNS) - {"keypoints", "keypoints3d", "keypoints_score"}) & set(columns)
     labels = f"{index.meta['labels']} labels" if labelled else "no labels"
     of_videos = f" of {videos} videos" if videos else ""
     print(f"{index.path}: {len(index)} hands ({left} left){of_videos}, {labels}; look at "
@@ -475,7 +476,7 @@ MAKERS |= {"folder": from_folder, "video": from_videos, "hand100m": from_hand100
 FLAGS = {"freihand": {"split", "skip_missing"}, "ho3d": {"split", "mano", "workers"},
          "dexycb": {"split", "setup", "mano", "workers"}, "assemblyhands": {"split"},
          "interhand": {"split", "mano"}, "folder": {"boxes", "side"},
-         "video": {"every", "detections", "pack"},
+         "video": {"every", "detections", "world", "pack"},
          "hand100m": {"source", "scale", "pack"}, "pack": set()}
 
 
@@ -510,6 +511,9 @@ def flags():
                           "of a video file is its number with six digits), side, keypoints (M,21,2) in "
                           "pixels in FreiHAND's order, and score, (M,) or (M,21); or .csv "
                           "image,side,score,x0,y0,...,x20,y20. An empty cell is a point that was not seen")
+    cli.add_argument("--world", type=Path,
+                     help="video: the detector's points in space, .npy (M,21,3) with a row for each entry of "
+                          "--detections: metres, x right, y down, z away. They become keypoints3d")
     cli.add_argument("--source", default="Ego4D", choices=["Ego4D", "100DOH"],
                      help="hand100m: whose videos (default Ego4D)")
     cli.add_argument("--scale", default="50k", choices=["50k", "100k", "500k", "1m"],
@@ -527,6 +531,8 @@ def check_flags(cli, args):
             raise ValueError(f"--{name.replace('_', '-')} does nothing for {args.kind}: leave it out")
     if args.every < 1:
         raise ValueError("--every must be at least 1")
+    if args.world and not args.detections:
+        raise ValueError("--world needs --detections, whose rows it goes with")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
     content = {path.name for path in args.out.iterdir()} if args.out.is_dir() else {"a file"}

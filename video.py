@@ -39,6 +39,7 @@ from PIL import Image, ImageOps
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MOST_LOST = 10_000  # frames in a row that cannot be read: a header may declare any number
+LARGEST = 0.5  # metres from one side of a hand to the other: beyond it the points are in another unit
 SMALLEST = 8  # pixels of a hand or a crop below which cut_hand gives none
 
 
@@ -242,7 +243,7 @@ def mediapipe_detector(least: float = 0.5) -> Callable[[Image.Image], list[dict]
 
 
 # ---------------------------------------------------------------------------------------- detections in files
-def read_detections(path: Path | str) -> dict[str, list[dict]]:
+def read_detections(path: Path | str, world: Path | str | None = None) -> dict[str, list[dict]]:
     """The hands that any detector wrote into a file, as {frame: [hand, ...]}.
 
     A frame is called VIDEO/NAME below the folder of the videos; NAME is as read_frames gives it. Names have
@@ -251,6 +252,9 @@ def read_detections(path: Path | str) -> dict[str, list[dict]]:
 
       .npz   image (M,), side (M,) "right" or "left", keypoints (M,21,2) pixels, score (M,) or (M,21)
       .csv   the header image,side,score,x0,y0,...,x20,y20; a point is not seen where a cell is NaN or empty
+
+    world: a .npy (M,21,3) with the points in space of the same entries: metres, x right, y down, z away from
+    the camera. Each hand then has keypoints3d (21,3).
 
     FileNotFoundError, or a ValueError that names the file and, where one is wrong, the entry.
     """
@@ -266,6 +270,7 @@ def read_detections(path: Path | str) -> dict[str, list[dict]]:
     count = len(images)
     if keypoints.shape != (count, 21, 2) or len(sides) != count:
         raise ValueError(f"{path}: keypoints have shape {keypoints.shape}, needed ({count}, 21, 2)")
+    points3d = None if world is None else _read_world(world, count)
     missing = np.isnan(keypoints).any(2)  # (M,21)
     keypoints = np.where(missing[..., None], 0, keypoints)
     scores = np.where(missing, 0, scores)
@@ -276,8 +281,26 @@ def read_detections(path: Path | str) -> dict[str, list[dict]]:
         if side not in ("left", "right") or not finite:
             raise ValueError(f"{path}: entry {entry} needs side right or left, and finite numbers")
         hand = {"side": side, "keypoints": keypoints[entry], "score": scores[entry]}
+        if world is not None:
+            hand["keypoints3d"] = points3d[entry]
         hands.setdefault(frame_key(image), []).append(hand)
     return hands
+
+
+def _read_world(path, count):
+    """Points in space (M,21,3) of `count` entries; ValueError names the file and its first wrong entry."""
+    try:
+        points = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file of points in space") from None
+    except Exception as error:  # a damaged file can fail in any way
+        raise ValueError(f"{path}: no .npy array ({type(error).__name__})") from None
+    if not isinstance(points, np.ndarray) or points.shape != (count, 21, 3) or points.dtype.kind != "f":
+        raise ValueError(f"{path}: needs numbers of the shape ({count}, 21, 3), a row for each detection")
+    wrong = ~(np.ptp(points, axis=1).max(1) < LARGEST)  # so also where one is NaN
+    if wrong.any():
+        raise ValueError(f"{path}: entry {int(np.argmax(wrong))} is no hand in metres ({wrong.sum()} such)")
+    return points.astype(np.float32)
 
 
 def frame_key(name: str) -> str:

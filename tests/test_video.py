@@ -224,6 +224,32 @@ def test_hands_are_cut_out_of_frames_whoever_detected_them(frames, tmp_path):
     assert len(HandIndex(tmp_path / "some")) == 4
 
 
+def test_points_in_space_go_with_their_hand(frames, tmp_path):
+    """Also where hands are left out, and entries are in no order; a left hand is mirrored like its image."""
+    root, truth = frames
+    entries = [truth[k] for k in (4, 0, 5, 2, 1, 3)]
+    entries[2] = (*entries[2][:2], entries[2][2] / 100)  # a hand of a few pixels
+    points3d = np.random.default_rng(0).normal(scale=0.05, size=(6, 21, 3)).astype(np.float32)
+    write_csv(tmp_path / "seen.csv", entries)
+    np.save(tmp_path / "world.npy", points3d)
+    command = ("prepare_data.py", "video", root, "--every", 1, "--detections", tmp_path / "seen.csv")
+    call(*command, "--world", tmp_path / "world.npy", "--out", tmp_path / "index")
+    index = HandIndex(tmp_path / "index")
+    check(index, root, truth[:5], 1e-4)
+    kept = np.array(index.columns["keypoints3d"])
+    assert np.array_equal(kept, points3d[[1, 4, 3, 5, 0]])
+    item = HandDataset([index], 64, 2.0, ("keypoints3d",))[1]
+    assert item["has_keypoints3d"] == 1 and item["known_keypoints3d"].all()
+    assert np.array_equal(item["keypoints3d"], kept[1] * np.float32([-1, 1, 1]))
+    points3d[3] *= 1000
+    np.save(tmp_path / "mm.npy", points3d)
+    np.save(tmp_path / "short.npy", points3d[:5])
+    for name, message in (("mm.npy", "entry 3"), ("short.npy", "(6, 21, 3)"), ("none.npy", "no such file")):
+        done = call(*command, "--world", tmp_path / name, "--out", tmp_path / "out", check=False)
+        assert done.returncode == 2 and name in done.stderr and message in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_hands_can_be_packed_at_once(frames, tmp_path):
     """The same index, whose crops lie in one file; also where the last step was stopped."""
     write_csv(tmp_path / "seen.csv", frames[1])
