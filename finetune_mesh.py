@@ -44,8 +44,9 @@ from runtime import (
 from saving import FORMATS, Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
 from synthetic_hand import synthetic_mano
 from views import (
-    apply_color, apply_theta, choose_finer, invert_theta, normalise, random_color, random_theta,
-    theta_rotation, to_pixels, to_rgb, upright_views, warp,
+    apply_color, apply_cover, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
+    random_color, random_cover, random_theta, rows_to_blur, strong_color, theta_rotation, to_pixels, to_rgb,
+    upright_views, warp,
 )
 
 LABELS = ("joints2d", "visible", "joints", "vertices", "pose", "betas")
@@ -66,7 +67,8 @@ RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
 WEIGHT_DECAY = 0.05  # not on 1-D tensors (MAE)
 WARMUP = 0.05  # share of the steps in which the rate rises (MAE)
 CLIP = 1.0  # largest norm of the gradient (ViTPose)
-THETA, COLOR, DROPOUT = 0, 1, 2  # random streams: of (seed, step, stream), of DROPOUT also of the process
+# Random streams: of (seed, step, stream), of DROPOUT also of the process.
+THETA, COLOR, DROPOUT, LIGHT, FACTORS, BLUR, COVER = range(7)
 FRACTION = 77  # random stream of --label-fraction
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
@@ -152,9 +154,23 @@ def draw_color(batch, generator, strength):
     return random_color(batch, generator, 0.4 * strength, 0.2 * strength, 0.3 * strength, 0.3 * strength)
 
 
-def make_views(canvas, theta, size, finer, color):
-    """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them. finer: as warp's."""
-    return normalise(apply_color(warp(canvas, theta, size, finer), color))
+def make_views(canvas, theta, size, finer, color, spoiled=None):
+    """Canvases (B,3,H,W) u8 -> views (B,3,size,size) as the encoder sees them. finer: as warp's. spoiled: of
+    draw_spoiled."""
+    views = apply_color(warp(canvas, theta, size, finer), color)
+    if spoiled:
+        views = apply_strong_color(apply_cover(views, spoiled["cover"]), **spoiled["looks"])
+    return normalise(views)
+
+
+def draw_spoiled(draw_rows, strength, size):
+    """What makes views worse, as photographs are (ours): tinted light, grey, blur, and a piece of the picture
+    in front of the hand in a third of the views. draw_rows: (stream, draw) -> tensor of this process."""
+    draw_light, draw_factors, draw_sigma = strong_color(strength, size)
+    sigma = draw_rows(BLUR, draw_sigma)
+    looks = {"light": draw_rows(LIGHT, draw_light), "color": draw_rows(FACTORS, draw_factors),
+             "sigma": sigma, "blurred": rows_to_blur(sigma)}
+    return {"cover": draw_rows(COVER, partial(random_cover, share=strength / 3)), "looks": looks}
 
 
 def make_target(labels, theta, hands_mean):
@@ -325,7 +341,7 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path} was trained with another hand model: pass its file with --mano, "
                          f"or {advice}")
     try:
-        config = {"scale_bound": 0} | before["head"]  # an older network has no bound
+        config = {"scale_bound": 0, "hidden": 1024} | before["head"]  # older networks do not say them
         then = before["encoder"]["config"]["image_size"], before["box_scale"]
         other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
         if not other:
@@ -336,7 +352,9 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path}: its head cannot be read ({reason}): {advice}") from None
     if other:
         had = ", ".join(f"{name} {config[name]}" for name in other)
-        flags = "set --head-width and --iterations so, or " if {"width", "iterations"} & set(other) else ""
+        known = {"width": "--head-width", "iterations": "--iterations", "hidden": "--head-hidden"}
+        flags = " and ".join(known[name] for name in other if name in known)
+        flags = f"set {flags} so, or " if flags else ""
         raise ValueError(f"--init {path} has a head of {had}: {flags}{advice}")
     if then != (size, box_scale):
         print(f"note: {path} was trained with --image-size {then[0]} --box-scale {then[1]:g}, not {size} and "
@@ -366,6 +384,8 @@ def flags():
                        help="dropout of the head's regressors (default .1; PyMAF: .5, from scratch)")
     group.add_argument("--head-width", type=int, default=256,
                        help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
+    group.add_argument("--head-hidden", type=int, default=1024,
+                       help="width of the head's regressors (default 1024, PyMAF; 256 is enough at toy sizes)")
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
                        help="estimates of the head, each corrects the last one (default 3, PyMAF)")
     group = cli.add_argument_group("optimisation")
@@ -389,6 +409,9 @@ def flags():
     group.add_argument("--color", type=float, default=1.0,
                        help="strength of the random colours: gains, brightness, contrast, saturation; 0 "
                             "none, 2 the most (default 1)")
+    group.add_argument("--spoil", type=float, default=0.0,
+                       help="how much views are made worse, as photographs are: tinted light, grey, blur, a "
+                            "piece of the picture in front of the hand; 0 to 2 (default 0; 1 for real ones)")
     add_training_flags(cli, batch_size=64, epochs=100)
     cli.add_argument("--eval-every", type=int, default=500,
                      help="steps between validations (default 500); the last step always validates")
@@ -399,7 +422,9 @@ def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
                         "lr": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT), "rotation": (0, 180),
-                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2)})
+                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2), "spoil": (0, 2)})
+    if args.head_hidden < 16:
+        raise ValueError(f"--head-hidden {args.head_hidden}: must be 16 or more")
     if args.zoom[0] > args.zoom[1]:
         raise ValueError("--zoom: the lower number comes first")
     if args.head_width < 32 or args.head_width % 32:
@@ -440,7 +465,8 @@ def main(argv=None):
     encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
                              state["encoder"] if state else None, args.heads, args.pixels)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=is_resnet(encoder.arch),
-                    iterations=args.iterations, width=args.head_width, dropout=args.dropout)
+                    iterations=args.iterations, width=args.head_width, hidden=args.head_hidden,
+                    dropout=args.dropout)
     if state is None and not load_head(head, args.init, inputs["mano"], size, args.box_scale):
         head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
@@ -478,8 +504,11 @@ def main(argv=None):
 
     def draw(step):
         """What is random in a step, of this process's hands."""
-        return {"theta": runtime.draw(theta_of, args.batch_size, args.seed, step, THETA),
-                "color": runtime.draw(color_of, args.batch_size, args.seed, step, COLOR)}
+        def rows(stream, draw_one):
+            return runtime.draw(draw_one, args.batch_size, args.seed, step, stream)
+
+        drawn = {"theta": rows(THETA, theta_of), "color": rows(COLOR, color_of)}
+        return drawn | ({"spoiled": draw_spoiled(rows, args.spoil, size)} if args.spoil else {})
 
     announce(runtime, out, model, len(rows), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
@@ -496,7 +525,7 @@ def main(argv=None):
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
         canvas = batch.pop("canvas")  # (B, 3, C, C) u8
         theta = drawn["theta"]  # (B, 2, 3)
-        views = make_views(canvas, theta, size, finer, drawn["color"])  # (B, 3, S, S)
+        views = make_views(canvas, theta, size, finer, drawn["color"], drawn.get("spoiled"))  # (B, 3, S, S)
         target = make_target(batch, theta, hand.hands_mean)
         if step == 0 and runtime.is_main:
             save_image(out / "samples" / "views.png", label_picture(views[:16], target["joints2d"][:16]))

@@ -35,17 +35,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Patches of 16 x 16 pixels. Sizes of DeiT (Touvron et al. 2021); vit_micro is ours, for minutes on a CPU.
+# Patches of 16 x 16 pixels. Sizes of DeiT (Touvron et al. 2021); vit_micro and resnet_micro are ours, for
+# minutes on a CPU.
 ARCHS = {
     "vit_micro": {"dim": 192, "depth": 4, "heads": 3},
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
     "vit_small": {"dim": 384, "depth": 12, "heads": 6},
     "vit_base": {"dim": 768, "depth": 12, "heads": 12},
     "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
-    "resnet18": {"blocks": (2, 2, 2, 2), "expansion": 1},
-    "resnet50": {"blocks": (3, 4, 6, 3), "expansion": 4},
-    "resnet101": {"blocks": (3, 4, 23, 3), "expansion": 4},
-    "resnet152": {"blocks": (3, 8, 36, 3), "expansion": 4},
+    "resnet_micro": {"blocks": (2, 2, 2, 2), "expansion": 1, "width": 32},
+    "resnet18": {"blocks": (2, 2, 2, 2), "expansion": 1, "width": 64},
+    "resnet50": {"blocks": (3, 4, 6, 3), "expansion": 4, "width": 64},
+    "resnet101": {"blocks": (3, 4, 23, 3), "expansion": 4, "width": 64},
+    "resnet152": {"blocks": (3, 8, 36, 3), "expansion": 4, "width": 64},
 }
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in views.py; a test holds them equal
 STD = (0.229, 0.224, 0.225)
@@ -258,7 +260,8 @@ def _shortcut(channels, out, stride):
 class ResNet(nn.Module):
     """ResNet (He et al. 2016; stride in the 3x3 convolution and names as torchvision) without its classifier.
 
-    forward(images (B,3,S,S)) -> the last map (B,D,S/32,S/32), D = 512 for resnet18, else 2048.
+    forward(images (B,3,S,S)) -> the last map (B,D,S/32,S/32), D = 256 for resnet_micro, 512 for resnet18, else
+    2048.
     """
 
     def __init__(self, arch="resnet50", image_size=224):
@@ -266,13 +269,13 @@ class ResNet(nn.Module):
         self.arch = arch
         self.config = {"image_size": image_size}
         expansion = ARCHS[arch]["expansion"]
+        channels = ARCHS[arch]["width"]
         block = Bottleneck if expansion == 4 else BasicBlock
-        self.dim = 512 * expansion
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        channels = 64
+        self.dim = 8 * channels * expansion
+        self.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
         for i, blocks in enumerate(ARCHS[arch]["blocks"]):
-            width = 64 * 2 ** i
+            width = ARCHS[arch]["width"] * 2 ** i
             layer = []
             for j in range(blocks):
                 layer.append(block(channels, width, 2 if i and j == 0 else 1))
@@ -679,12 +682,12 @@ class MeshHead(nn.Module):
     in [-1,1] of the view."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
-                 grid=21, dropout=0.1, scale_bound=2.0):
+                 grid=21, dropout=0.1, scale_bound=2.0, hidden=1024):
         super().__init__()
         self.hand = hand
         self.config = {"channels": channels, "summary": summary, "strides": strides, "iterations": iterations,
                        "width": width, "mesh_points": mesh_points, "grid": grid, "dropout": dropout,
-                       "scale_bound": scale_bound}
+                       "scale_bound": scale_bound, "hidden": hidden}
         self.scale_bound = scale_bound
         if strides:
             first = _deconv(channels, width)
@@ -694,7 +697,7 @@ class MeshHead(nn.Module):
         samples = [grid * grid] + [mesh_points] * (iterations - 1)
         self.reduce = nn.ModuleList(PointReducer(width) for _ in samples)
         self.norm = nn.LayerNorm(summary) if summary else None
-        self.regress = nn.ModuleList(Regressor(5 * points + summary, dropout) for points in samples)
+        self.regress = nn.ModuleList(Regressor(5 * points + summary, dropout, hidden) for points in samples)
         self.register_buffer("mesh_points", farthest_points(hand.template, mesh_points), persistent=False)
         line = torch.arange(grid) * 2 / (grid - 1) - 1
         grid_points = torch.cartesian_prod(line, line).flip(1)  # (441, 2) x, y
@@ -764,11 +767,11 @@ class Regressor(nn.Module):
     """Features and state -> correction of the state (B,109). Ours: GELU between the layers, where PyMAF has
     nothing."""
 
-    def __init__(self, features, dropout):
+    def __init__(self, features, dropout, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(features + 109, 1024)
-        self.fc2 = nn.Linear(1024, 1024)
-        self.heads = nn.ModuleList(nn.Linear(1024, n) for n in (96, 10, 3))
+        self.fc1 = nn.Linear(features + 109, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.heads = nn.ModuleList(nn.Linear(hidden, n) for n in (96, 10, 3))
         self.dropout = nn.Dropout(dropout)
         for head in self.heads:
             nn.init.xavier_uniform_(head.weight, gain=0.01)
@@ -838,7 +841,7 @@ def load_mesh(state: dict, hand) -> HandMesh:
     MeshHead's."""
     try:
         encoder = build_encoder(state["encoder"]["arch"], **state["encoder"]["config"])
-        head = {"scale_bound": 0} | state["head"]  # an older network has no bound
+        head = {"scale_bound": 0, "hidden": 1024} | state["head"]  # older networks do not say them
         net = HandMesh(encoder, MeshHead(hand, **head))
         net.load_state_dict(state["ema"])
         if not 0 < state["box_scale"] < 100:

@@ -258,6 +258,27 @@ def apply_strong_color(images, light, color, sigma, blurred):
     return images.unflatten(0, leading)
 
 
+def random_cover(batch, generator, share):
+    """Rectangles (B,4) = x0, y0, x1, y1 in [-1,1] for a share of the views, empty ones for the others. Middle
+    U(-1, 1), sides U(.3, 1) in both directions (ours)."""
+    numbers = torch.rand(5, batch, generator=generator)
+    middle = 2 * numbers[:2] - 1  # (2, B)
+    half = (0.3 + 0.7 * numbers[2:4]) / 2 * (numbers[4] < share)
+    return torch.cat([middle - half, middle + half]).T
+
+
+def apply_cover(images, boxes):
+    """Images (B,3,S,S) that show, inside the rectangles of random_cover, what lies opposite in the image: a
+    piece of background, or of the hand where none belongs."""
+    size = images.shape[-1]
+    line = (torch.arange(size, device=images.device) + 0.5) * 2 / size - 1  # (S,)
+    x0, y0, x1, y1 = boxes.T[..., None]  # (B, 1) each
+    across = (line > x0) & (line < x1)  # (B, S)
+    down = (line > y0) & (line < y1)
+    inside = down[:, None, :, None] & across[:, None, None]  # (B, 1, S, S)
+    return torch.where(inside, images.flip(2, 3), images)
+
+
 def two_views(draw):
     """A draw (batch, generator) -> (batch,...) as one for two views: (batch, generator) -> (2,batch,...)."""
     return lambda batch, generator: draw(2 * batch, generator).unflatten(0, (2, batch))
