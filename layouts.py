@@ -6,6 +6,7 @@
   assemblyhands AssemblyHands, the headset's cameras (Ohkawa et al., CVPR 2023)
   interhand     InterHand2.6M v1.0 (Moon et al., ECCV 2020)
   hand100m      Hand100M, the annotations of SiMHand (Lin et al., ICLR 2025)
+  own_joints    a CSV of joints that somebody labelled on photographs of theirs
 
 Each of the first five takes (root, split, ...) and returns four things: columns, meta, the folder of the
 images, and {reason: names} of what was left out. Columns are arrays with a row a hand, or a row a label where
@@ -48,10 +49,12 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
 
 import contextlib
+import csv
 import json
 import os
 import pickle
 import re
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -751,6 +754,80 @@ def find_hand100m_frame(root: Path | str, name: str) -> Path:
         if ".." not in parts and not below.is_absolute() and path.is_file():
             return path
     raise FileNotFoundError(f"{Path(root) / name}: no such frame")
+
+
+# ---------------------------------------------------------------------------------------- labels of one's own
+IN_PICTURE = [f"{axis}{k}" for k in range(21) for axis in "xy"]
+IN_SPACE = [f"{axis}{k}" for k in range(21) for axis in "XYZ"]
+
+
+def own_joints(path: Path | str) -> dict[str, list[tuple]]:
+    """The hands of a CSV, as {image as written: [(side, points (21,2), points in space (21,3), line), ...]}.
+
+    The header: image, then if wanted side, x0,y0,...,x20,y20 (pixels) and X0,Y0,Z0,...,X20,Y20,Z20 (metres).
+    side: "right", "left" or None where it is not said. An empty cell is not known, and NaN here, as are the
+    other coordinates of its point. A line on stderr names columns that are not known. ValueError names the
+    file and the line of what is no number, no side, no hand in metres, or in another frame than the camera's.
+    """
+    hands = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.DictReader(line.replace("\0", " ") for line in file)
+            reader.fieldnames = _own_header(reader.fieldnames or (), path)
+            for row in reader:
+                hand = _own_hand(row, f"{path}, line {reader.line_num}")
+                hands.setdefault(row["image"], []).append((*hand, reader.line_num))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file of joints") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+    return hands
+
+
+def _own_header(names, path):
+    """The names of the columns without blanks; `image` and `side` without case, but x0 and X0 are two."""
+    header = [name.strip().lower() if len(name.strip()) > 3 else name.strip() for name in names]
+    needed = {"image"}
+    for cells in (IN_PICTURE, IN_SPACE):
+        if set(cells) & set(header):
+            needed |= set(cells)
+    if len(needed) == 1 or not needed <= set(header) or len(set(header)) < len(header):
+        raise ValueError(f"{path}: the first line must be image,side, then x0,y0,...,x20,y20 and/or X0,Y0,Z0,"
+                         "...,X20,Y20,Z20, with commas and each once")
+    unknown = sorted(set(header) - needed - {"side"})
+    if unknown:
+        print(f"warning: {path}: not read: column {', '.join(unknown)}", file=sys.stderr)
+    return header
+
+
+def _own_hand(row, place):
+    """side, points (21,2) and points in space (21,3) of a line; ValueError that begins with `place`."""
+    side = (row.get("side") or "").strip().lower() or None
+    if side not in ("right", "left", None) or not row["image"] or None in row:
+        raise ValueError(f"{place}: needs an image, side right, left or nothing, and no more cells than the "
+                         "first line")
+    points = _own_points(row, IN_PICTURE, place)
+    points3d = _own_points(row, IN_SPACE, place)
+    is_known = np.isfinite(points3d).all(1)
+    if is_known.any() and np.ptp(points3d[is_known], axis=0).max() > 0.5:
+        raise ValueError(f"{place}: X, Y, Z are no hand in metres: it is more than 0.5 across")
+    is_known &= np.isfinite(points).all(1)
+    flat, deep = (each[is_known] for each in (points, points3d[:, :2]))
+    if len(flat) > 4 and ((flat - flat.mean(0)) * (deep - deep.mean(0))).sum() < 0:  # mirrored, or y up
+        raise ValueError(f"{place}: X, Y, Z run against x, y: they are the camera's, right, down and away")
+    return side, points, points3d
+
+
+def _own_points(row, cells, place):
+    """The 21 points of a line, (21,2) or (21,3); NaN where a cell is empty or its column is missing."""
+    try:
+        numbers = [float((row.get(cell) or "").strip() or "nan") for cell in cells]
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}; a cell is a number, or empty where it is not known") from None
+    points = np.reshape(numbers, (21, -1))
+    if (np.abs(points) > 1e6).any():
+        raise ValueError(f"{place}: {np.nanmax(np.abs(points)):g} is no coordinate")
+    return np.where(np.isnan(points).any(1, keepdims=True), np.nan, points)
 
 
 # ---------------------------------------------------------------------------------------- geometry and checks

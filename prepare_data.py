@@ -17,7 +17,8 @@ index is packed.
         --source, --scale) over frames that you have extracted below ROOT. Hands are cut out as from
         videos, and the authors' positives are written as pairs.npz.
   folder ROOT   any folder of hand photographs, sub-folders included. Each sub-folder counts as one video.
-        Without --boxes the hand is taken to fill the image, up to the usual margin.
+        Without --boxes the hand is taken to fill the image, up to the usual margin. --joints brings labels of
+        your own, for finetune_mesh.py; boxes are then drawn around the points.
   video ROOT   videos, and folders of frames, anywhere below ROOT. Hands are found in one frame of --every
         and cut out, with side and keypoints, by MediaPipe (requirements-video.txt) or as --detections
         says. A stopped command goes on when it is given again. torchrun shares the videos among processes.
@@ -61,7 +62,7 @@ from data import (
     write_index,
 )
 from draw import draw_joints, grid, save_image
-from mano import Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
+from mano import TIPS, Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
 from runtime import barrier, finish, parser, run, setup
 from saving import read_json, save_arrays, staged_folder, write_atomically
 from video import (
@@ -201,34 +202,86 @@ def from_folder(root, args):
     images = list_images(root, skip=args.out, left_out=left_out)
     _print_left_out(root, left_out)
     paths = [path.relative_to(root).as_posix() for path in images]
-    without_image = []
+    hands_of, labels_of = [[(None, None)]] * len(images), None
+    dropped = {}
     if args.boxes:
-        boxes = read_boxes(args.boxes)
-        hands_of, without_image = match_boxes(boxes, [(path, root) for path in images], args.boxes)
-        if not any(hands_of):
-            raise ValueError(f"{args.boxes}: no image below {root} has a box; names are relative to ROOT, as "
-                             f"{next(iter(paths), '-')}, and here {next(iter(boxes), 'there is none')}")
+        hands_of, dropped["box without an image"] = _match(read_boxes(args.boxes), images, root, args.boxes)
+    if args.joints:
+        labels_of, dropped["joints without an image"] = _match(layouts.own_joints(args.joints), images, root,
+                                                               args.joints)
     folders = sorted({os.path.dirname(path) for path in paths})
     video_of_folder = {folder: video for video, folder in enumerate(folders)}
     rows = []
-    dropped = {"not a readable image": [], "no box": [], "box without an image": without_image}
+    dropped |= {"not a readable image": [], "no box": [], "no joints": []}
     for number, path in enumerate(tqdm(paths, desc="images", leave=False)):
         try:
             size = image_size(root / path)
         except ValueError as error:
             dropped["not a readable image"].append(str(error))
             continue
-        hands = hands_of[number] if args.boxes else [(whole_box(size, BOX_SCALE), None)]
+        hands = [{"box": box, "side": side} for box, side in hands_of[number]]
         if not hands:
             dropped["no box"].append(path)
-        video = video_of_folder[os.path.dirname(path)] if len(folders) > 1 else -1
-        for box, side in hands:
-            rows.append({"image": os.fsencode(path), "box": box, "size": size})
-            rows[-1]["side"] = (side or args.side) == "left"
-            rows[-1]["video"] = video
+        elif args.joints:
+            hands = _with_joints(hands, labels_of[number], path, args)
+            if not hands:
+                dropped["no joints"].append(path)
+        for hand in hands:
+            box = whole_box(size, BOX_SCALE) if hand["box"] is None else hand["box"]
+            rows.append(hand | {"image": os.fsencode(path), "size": size, "box": box})
+            rows[-1]["side"] = (hand["side"] or args.side) == "left"
+            rows[-1]["video"] = video_of_folder[os.path.dirname(path)] if len(folders) > 1 else -1
     if not rows:
         raise ValueError(f"{root}: no readable image with a hand ({_counts(dropped)})")
-    return drop_uncroppable(_columns(rows), {"name": root.name}, root, dropped)
+    columns = _columns(rows)
+    meta = {"name": root.name}
+    for name in {"joints", "joints2d"} & set(columns):
+        unknown = np.isnan(columns[name])
+        if unknown.all():
+            del columns[name]
+        elif unknown.any():
+            meta["partial"] = True
+    if "joints" in columns:
+        meta["joints"] = args.definition
+        if np.isnan(columns["joints"]).any():
+            meta["protocol"] = "assemblyhands"  # which scores the joints that are known
+    if args.joints and not args.boxes:
+        meta["box"] = "drawn around the labelled joints"
+    return drop_uncroppable(columns, meta, root, dropped)
+
+
+def _match(hands, images, root, path):
+    """match_boxes of images below root; ValueError where no image has a hand of the file `path`."""
+    matched = match_boxes(hands, [(image, root) for image in images], path)
+    if not any(matched[0]):
+        here = next((image.relative_to(root).as_posix() for image in images), "-")
+        raise ValueError(f"{path}: no image below {root} is in it; names are as below ROOT, as {here}, but "
+                         f"here {next(iter(hands), 'there is none')}")
+    return matched
+
+
+def _with_joints(hands, labels, path, args):
+    """The hands of an image with what --joints says of them; its n-th line of an image is its n-th box.
+
+    Without --boxes the box is around the points, and None where there are none. Lines without a known point
+    are left out. ValueError where boxes and lines do not fit."""
+    if not args.boxes:
+        hands = [{"box": None, "side": None}] * len(labels)
+    if labels and len(labels) != len(hands):
+        raise ValueError(f"{args.joints}, line {labels[0][3]}: {path} has {len(labels)} lines there and "
+                         f"{len(hands)} in {args.boxes}: one of each for a hand, in the same order")
+    labelled = []
+    for hand, (side, points, points3d, line) in zip(hands, labels, strict=False):
+        if hand["side"] and side and hand["side"] != side:
+            raise ValueError(f"{args.joints}, line {line}: a {side} hand, but a {hand['side']} one in "
+                             f"{args.boxes}: lines and boxes of an image come in the same order")
+        box = hand["box"]
+        if box is None and np.isfinite(points).any():
+            box = layouts.tight_boxes(points[None])[0]
+        if np.isfinite(points).any() or np.isfinite(points3d).any():
+            labelled.append({"box": box, "side": side or hand["side"], "joints2d": points,
+                             "joints": points3d})
+    return labelled
 
 
 def _print_left_out(root, left_out):
@@ -475,7 +528,7 @@ MAKERS = dict.fromkeys(layouts.SPLITS, from_data_set)
 MAKERS |= {"folder": from_folder, "video": from_videos, "hand100m": from_hand100m, "pack": from_index}
 FLAGS = {"freihand": {"split", "skip_missing"}, "ho3d": {"split", "mano", "workers"},
          "dexycb": {"split", "setup", "mano", "workers"}, "assemblyhands": {"split"},
-         "interhand": {"split", "mano"}, "folder": {"boxes", "side"},
+         "interhand": {"split", "mano"}, "folder": {"boxes", "side", "joints", "definition"},
          "video": {"every", "detections", "world", "pack"},
          "hand100m": {"source", "scale", "pack"}, "pack": set()}
 
@@ -502,8 +555,15 @@ def flags():
                      help="freihand: leave out labels whose image is missing, instead of refusing")
     cli.add_argument("--boxes", type=Path,
                      help="folder: CSV image,x0,y0,x1,y1[,side], pixels, image relative to ROOT or with ROOT")
+    cli.add_argument("--joints", type=Path,
+                     help="folder: CSV of your own labels, image,side,x0,y0,...,x20,y20 in pixels of the "
+                          "upright image and/or X0,Y0,Z0,...,X20,Y20,Z20 in metres (right, down, away), in "
+                          "FreiHAND's order. An empty cell is not known. A line is a hand")
+    cli.add_argument("--definition", default="freihand",
+                     choices=sorted({*TIPS, "assemblyhands", "interhand"}),
+                     help="folder: how X, Y, Z of --joints are defined (default freihand; mano.py)")
     cli.add_argument("--side", default="right", choices=["right", "left"],
-                     help="folder: side of the hands where --boxes does not say (default right)")
+                     help="folder: side of the hands where --boxes or --joints do not say (default right)")
     cli.add_argument("--every", type=int, default=30,
                      help="video: frames from one that is read to the next (default 30, as SiMHand)")
     cli.add_argument("--detections", type=Path,
@@ -531,6 +591,8 @@ def check_flags(cli, args):
             raise ValueError(f"--{name.replace('_', '-')} does nothing for {args.kind}: leave it out")
     if args.every < 1:
         raise ValueError("--every must be at least 1")
+    if args.definition != "freihand" and not args.joints:
+        raise ValueError("--definition says how --joints are defined: give it, or leave --definition out")
     if args.world and not args.detections:
         raise ValueError("--world needs --detections, whose rows it goes with")
     if (args.out / "index.json").exists():

@@ -3,6 +3,7 @@ millimetre; damaged copies."""
 import json
 import os
 import pickle
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -780,6 +781,112 @@ def test_damage_is_named_and_leaves_nothing(roots, tmp_path, name, monkeypatch):
     if file.endswith(".json") and what not in ("missing", "truncated", "images"):
         places = ("annotation 1", "seq 000001", "capture 0 frame 1")
         assert any(f"(entry {place})" in errors[0] for place in places), errors[0]
+
+
+# --------------------------------------------------------------------------------------- labels of one's own
+@pytest.fixture
+def photographs(tmp_path):
+    """ROOT with seven pictures, joints2d (6,21,2) and joints (6,21,3) of six, of which some are unknown, and
+    a function that writes these as a CSV."""
+    joints = posed(6, 3)["joints"]
+    points = project(joints)
+    for k in range(7):  # the last one has no labels
+        image(tmp_path / "mine" / f"{k}.png")
+    points[1, [4, 8]] = np.nan  # two tips are hidden
+    joints[1, 3] = np.nan
+    points[2] = np.nan  # known in space alone
+    joints[3] = np.nan  # known in the picture alone
+    points[5] = joints[5] = np.nan  # nothing is known
+
+    def write_joints(path, flat=True, deep=True):
+        head = [f"{axis}{k}" for k in range(21) for axis in "xy"] * flat
+        head += [f"{axis}{k}" for k in range(21) for axis in "XYZ"] * deep
+        lines = [",".join(["image", "Side", *head])]
+        for k in range(6):
+            numbers = [*points[k].flat] * flat + [*joints[k].flat] * deep
+            cells = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
+            lines.append(",".join([f"{k}.png", ("", "left")[k == 1], *cells]))
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return tmp_path / "mine", points, joints, write_joints
+
+
+def test_own_joints_come_back_with_their_gaps(photographs, tmp_path):
+    root, points, joints, write_joints = photographs
+    path = write_joints(tmp_path / "joints.csv")
+    command = ("prepare_data.py", "folder", root, "--joints", path, "--definition", "ho3d")
+    done = call(*command, "--out", tmp_path / "index")
+    assert "5 hands (1 left), 5 labels" in done.stdout and "no joints: 2: 5.png; 6.png" in done.stdout
+    index = HandIndex(tmp_path / "index")
+    assert index.meta["joints"] == "ho3d" and index.meta["partial"]
+    for name, truth in (("joints2d", points), ("joints", joints)):
+        assert np.allclose(index.columns[name], truth[:5], atol=1e-4, equal_nan=True)
+    boxes = np.array(index.columns["box"])
+    seen = np.delete(points[1], [4, 8], axis=0) + 0.5
+    assert np.allclose(boxes[1], [*seen.min(0), *seen.max(0)], atol=1e-3)
+    assert np.ptp(boxes[2].reshape(2, 2), axis=0) == pytest.approx(640 / 1.3)  # the whole picture
+    hand = HandDataset([index], 64, 2.0, ("joints2d", "joints"))[1]
+    assert hand["mirrored"] == 1
+    assert np.flatnonzero(hand["known_joints2d"] == 0).tolist() == [4, 8]
+    assert np.flatnonzero(hand["known_joints"] == 0).tolist() == [3]
+    assert np.allclose(hand["joints"][0], joints[1, 0] * [-1, 1, 1], atol=1e-5)
+    lines = [f"{k}.png,{10 + k},20,300,400,{('right', 'left')[k == 1]}" for k in range(6)]
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("\n".join(["image,x0,y0,x1,y1,side", *lines]))
+    call(*command, "--boxes", boxes, "--out", tmp_path / "boxed")
+    found = HandIndex(tmp_path / "boxed").columns["box"]
+    assert np.array_equal(found, [[10 + k, 20, 300, 400] for k in range(5)])
+    boxes.write_text("\n".join(["image,x0,y0,x1,y1,side", *lines, lines[2]]))
+    done = call(*command, "--boxes", boxes, "--out", tmp_path / "two", check=False)
+    assert done.returncode == 2 and "line 4: 2.png has 1 lines there and 2" in done.stderr
+
+
+@pytest.mark.commands
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_own_joints_train_and_are_scored(photographs, tmp_path):
+    """In the picture, in space, or both: each loss that has labels, and no other."""
+    root, _, _, write_joints = photographs
+    labelled = {"flat": {"joints2d"}, "deep": {"joints"}, "both": {"joints2d", "joints", "camera"}}
+    for kind, learnt in labelled.items():
+        path = write_joints(tmp_path / f"{kind}.csv", kind != "deep", kind != "flat")
+        index = tmp_path / kind
+        call("prepare_data.py", "folder", root, "--joints", path, "--out", index)
+        call("finetune_mesh.py", "--data", index, "--val", index, "--out", tmp_path / f"run_{kind}", "--arch",
+             "vit_micro", "--image-size", 32, "--head-width", 32, "--batch-size", 8, "--steps", 1,
+             "--workers", 0)
+        row = next(row for row in log(tmp_path / f"run_{kind}") if "loss" in row)
+        losses = ("rotations", "articulation", "betas", "camera", "joints2d", "joints", "vertices")
+        assert {name for name in losses if row[name] > 0} == learnt
+        assert np.isfinite(row["loss"])
+    done = call("evaluate.py", "--data", index, "--checkpoint", tmp_path / "run_both/last.pt", "--out",
+                tmp_path / "score")
+    assert "joints mm" in done.stdout
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace(",Z20", ",depth", 1), "the first line"),
+    (lambda text: text.replace("0.png,,", "0.png,both,", 1), "line 2: needs an image, side"),
+    (lambda text: text.replace("1.png,left,", "1.png,left,far,", 1), "line 3"),
+    (lambda text: re.sub(r"(?m)^0.png,,[^,]*", "0.png,,far", text), "line 2: could not convert"),
+    (lambda text: re.sub(r"(?m)(^0.png.*,)[^,]*$", r"\g<1>700", text), "line 2: X, Y, Z are no hand in met"),
+    (lambda text: text.replace(".png", ".jpg"), "no image below"),
+])
+def test_own_joints_that_are_wrong_are_named(photographs, tmp_path, change, message):
+    root, _, _, write_joints = photographs
+    path = write_joints(tmp_path / "joints.csv")
+    path.write_text(change(path.read_text()))
+    done = call("prepare_data.py", "folder", root, "--joints", path, "--out", tmp_path / "index", check=False)
+    assert done.returncode == 2 and "joints.csv" in done.stderr and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "index").exists()
+
+
+def test_own_joints_lie_in_the_cameras_frame(photographs, tmp_path):
+    root, _, joints, write_joints = photographs
+    joints[..., 1:] *= -1  # y up, as OpenGL has it
+    path = write_joints(tmp_path / "joints.csv")
+    with pytest.raises(ValueError, match="run against x, y"):
+        layouts.own_joints(path)
 
 
 # -------------------------------------------------------------------------------------------------- training

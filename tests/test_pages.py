@@ -84,6 +84,9 @@ def write_downloads(folder):
     head = ["image", "side", "score", *(f"{axis}{k}" for k in range(21) for axis in "xy")]
     row = ["film/frame_000000.png", "right", "0.9", *points]
     (folder / "keypoints.csv").write_text(",".join(head) + "\n" + ",".join(row) + "\n")
+    joints = ",".join(["image", "side", *head[3:]]) + "\n" + ",".join(["photo.jpg", "left", *points]) + "\n"
+    for name in ("joints.csv", "others.csv"):
+        (folder / name).write_text(joints)
 
 
 @pytest.mark.commands
