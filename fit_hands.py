@@ -264,7 +264,8 @@ def main(argv=None):
         parts.append(fit(hand, arrays, points[some], score[some], **space, steps=args.steps))
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     error = found["error"].numpy()
-    rows = np.flatnonzero(np.isfinite(error) & (error <= args.most_error))
+    is_seen = score.amax(1).cpu().numpy() > 0
+    rows = np.flatnonzero(is_seen & np.isfinite(error) & (error <= args.most_error))
     if not len(rows):
         raise ValueError(f"--data {args.data}: no fit is nearer than --most-error {args.most_error:g}")
     found = {name: value[rows] for name, value in found.items()}
