@@ -13,6 +13,7 @@ recipe is ours. `surfaces.py` (hand, arm, objects) and `photo.py` (light, camera
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
 import photo
+import rooms
 import surfaces
-from data import mirror, write_index
+from data import list_images, mirror, read_image, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import check_ranges, cores, parser, run
@@ -175,26 +177,54 @@ class Person:
     drift: np.ndarray  # (n, 3) metres beside it in each frame
 
 
-def random_person(rng, frames):
-    skin = surfaces.random_skin(rng)
-    arm = surfaces.random_arm(rng)
-    held = surfaces.random_object(rng) if rng.random() < 0.3 else None
+@dataclass
+class Look:
+    """What chooses how the pictures look. Each function takes a random generator."""
+
+    skin: Callable  # -> surfaces.Skin
+    arm: Callable  # -> surfaces.Arm
+    light: Callable  # -> photo.Light
+    camera: Callable  # -> photo.Camera
+    rooms: float  # part of the backgrounds that show rooms; the others are photo.random_background's
+    held: float  # part of the hands that hold an object
+    occluders: float  # part that has one in front
+
+
+LOOKS = {
+    "everyday": Look(surfaces.everyday_skin, surfaces.everyday_arm, photo.everyday_light,
+                     photo.everyday_camera, rooms=0.9, held=0.2, occluders=0.15),
+    "plain": Look(surfaces.random_skin, surfaces.random_arm, photo.random_light, photo.random_camera,
+                  rooms=0, held=0.3, occluders=0.2),
+}
+PHOTOGRAPHED = 0.7  # part of the backgrounds that are cut out of --backgrounds
+
+
+def random_person(rng, frames, look):
+    skin = look.skin(rng)
+    arm = look.arm(rng)
+    held = surfaces.random_object(rng) if rng.random() < look.held else None
     grip = rng.normal(0, 0.008, 3)
-    occluder = surfaces.random_object(rng) if rng.random() < 0.2 else None
+    occluder = surfaces.random_object(rng) if rng.random() < look.occluders else None
     covers = int(rng.integers(21))
     drift = between_keys(rng.normal(0, 0.025, (key_frames(frames), 2)), frames)
     return Person(skin, arm, held, grip, occluder, covers, np.pad(drift, ((0, 0), (0, 1))))
 
 
-def random_background(rng, size):
+def random_background(rng, size, look, photographs):
+    """(3, H, H), H = 1.25 size. photographs: paths, of which most backgrounds are cut where there are any."""
+    if photographs and rng.random() < PHOTOGRAPHED:
+        path = photographs[rng.integers(len(photographs))]
+        return rooms.cut_of(rng, read_image(path, smallest=2 * size)[0], int(1.25 * size))
+    if look.rooms and rng.random() < look.rooms:
+        return rooms.random_room(rng, int(1.25 * size), surfaces.SKIN_TONES)
     return photo.random_background(rng, size, tones=surfaces.SKIN_TONES)
 
 
-def random_scene(rng, size):
+def random_scene(rng, size, look, photographs):
     """Light, camera and background of a video."""
-    light = photo.random_light(rng)
-    camera = photo.random_camera(rng)
-    return light, camera, random_background(rng, size)
+    light = look.light(rng)
+    camera = look.camera(rng)
+    return light, camera, random_background(rng, size, look, photographs)
 
 
 def painted(vertices, faces, colors, closed=True):
@@ -246,11 +276,12 @@ def hand_mask(vertex, count):
 TOOLS = {}  # what a process needs to draw; start_worker fills it once
 
 
-def start_worker(arrays):
+def start_worker(arrays, look="plain", photographs=()):
     torch.set_num_threads(1)
     normals = vertex_normals(arrays["v_template"], arrays["f"])
     surface = surfaces.HandSurface(arrays, normals, TIPS["freihand"])
-    TOOLS.update(arrays=arrays, hand=Mano(arrays).double(), surface=surface)
+    TOOLS.update(arrays=arrays, hand=Mano(arrays).double(), surface=surface, look=LOOKS[look],
+                 photographs=photographs)
 
 
 @dataclass
@@ -272,14 +303,16 @@ class Video:
 def draw_video(video):
     """Draws one video, writes its pictures and returns its labels, name -> (n, ...)."""
     size = video.size
+    look = TOOLS["look"]
+    photographs = TOOLS["photographs"]
     freihand = video.layout == "freihand"
     many = video.versions > 1  # FreiHAND's training hands: first on a green screen, then anywhere
     rng = np.random.default_rng(video.key)
     labels = random_labels(rng, TOOLS["hand"], TOOLS["arrays"], video.frames, size,
                            video.tilt, video.anywhere)
-    person = random_person(rng, video.frames)
+    person = random_person(rng, video.frames, look)
     left = bool(rng.random() < 0.3) and not freihand
-    scenes = [random_scene(rng, size) for _ in range(video.versions)]
+    scenes = [random_scene(rng, size, look, photographs) for _ in range(video.versions)]
     keypoints = np.zeros((video.frames, 21, 2))
     score = np.zeros((video.frames, 21))
     for frame in range(video.frames):
@@ -293,7 +326,7 @@ def draw_video(video):
             if many and version == 0:
                 background = np.full_like(background, np.reshape(GREEN_SCREEN, (3, 1, 1)))
             elif many:
-                background = random_background(rng, size)
+                background = random_background(rng, size, look, photographs)
             layer = photo.illuminate(seen, light, rasterise)
             image = photo.photograph(rng, camera, light, background, layer, motion)
             if left:
@@ -342,11 +375,12 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
         first += frames
     workers = min(args.workers, videos)
     threads = torch.get_num_threads()
+    tools = (arrays, args.look, args.photographs)
     pool = None
     if workers > 1:  # spawned: forking a process that holds torch's threads can hang
-        pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, (arrays,))
+        pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, tools)
     else:
-        start_worker(arrays)
+        start_worker(*tools)
     drawn = []
     try:
         with tqdm(total=hands * versions, unit="image", desc=f"drawing {folder}", smoothing=0.05) as bar:
@@ -444,6 +478,11 @@ def flags():
                           "10 is easy)")
     cli.add_argument("--anywhere", type=float, default=0.25,
                      help="part of the videos seen from any direction, 0 to 1 (default 0.25)")
+    cli.add_argument("--look", choices=list(LOOKS), default="everyday",
+                     help="everyday (default): rooms, people's skin, light as people photograph in. plain: as "
+                          "it was drawn for the tables up to docs/experiments.md's drawn hands")
+    cli.add_argument("--backgrounds", type=Path,
+                     help="folder of photographs without hands, of which 70 %% of the backgrounds are cut")
     cli.add_argument("--mano", type=Path,
                      help="MANO_RIGHT.pkl or .npz of the hand to draw (default: the synthetic hand)")
     cli.add_argument("--seed", type=int, default=0,
@@ -452,6 +491,16 @@ def flags():
                      help="processes that draw (default: one a core, at most 8, fewer for a small set); the "
                           "bytes do not change")
     return cli
+
+
+def find_photographs(folder):
+    """Paths of the images of --backgrounds. Refuses a folder without any, or with one that cannot be read."""
+    if not folder.is_dir():
+        raise ValueError(f"--backgrounds {folder}: not a folder")
+    found = list_images(folder)
+    if not found:
+        raise ValueError(f"--backgrounds {folder}: no images there; give a folder of photographs")
+    return found
 
 
 def main(argv=None):
@@ -469,6 +518,7 @@ def main(argv=None):
                         "workers": (1, 512)})
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
+    args.photographs = find_photographs(args.backgrounds) if args.backgrounds else []
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     if np.diff(arrays["J"][[0, 4], 0]) > 0:  # MANO's right hand points to -x
         raise ValueError(f"--mano {args.mano}: a left hand; give MANO_RIGHT.pkl, which is mirrored")

@@ -61,6 +61,10 @@ def _enlarge(picture, side):
     return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
+def _reduce(picture, side):
+    return picture.resize((side, side), Image.Resampling.BOX)
+
+
 def _planes(image, change, value):
     """change(picture, value) of each channel of (C, H, W) uint8: (C, H', W') float32."""
     return np.stack([np.asarray(change(Image.fromarray(plane), value), f4) for plane in image])
@@ -80,6 +84,8 @@ class Light:
     sky: np.ndarray
     bounce: np.ndarray
     casts_shadow: bool  # on the background
+    wall: float = 0.1  # how far the background lies behind, in sides of the picture
+    backdrop: float = 1.0  # how bright the background is: above 1 behind a hand against the light
 
 
 @dataclass
@@ -88,6 +94,10 @@ class Camera:
     noise: float  # standard deviation, in levels of 0..255
     defocus: float  # pixels of an image of 128
     quality: int  # of the JPEG file
+    contrast: float = 0.0  # 0..1, how much darker the dark half becomes and brighter the bright one
+    vignette: float = 0.0  # part of the light that the corners lack
+    coarseness: float = 1.0  # the picture was taken at this many times fewer pixels
+    grey: bool = False
 
 
 def random_light(rng: np.random.Generator) -> Light:
@@ -112,6 +122,52 @@ def random_camera(rng: np.random.Generator) -> Camera:
     defocus = pick(rng, 0.0, 0.0, 0.4, 0.8)
     quality = int(rng.integers(55, 96))
     return Camera(gain, noise, defocus, quality)
+
+
+def everyday_light(rng: np.random.Generator) -> Light:
+    """Light as people photograph in: soft or sunny, a window beside the hand, a lamp at the camera, or a bright
+    background behind a dark hand."""
+    kind = rng.choice(5, p=(0.4, 0.22, 0.13, 0.15, 0.1))
+    level = np.exp(rng.normal(0.05, 0.18))
+    warmth = rng.normal(0.02, 0.07)
+    tint = np.array([1 + warmth, 1, 1 - warmth])
+    x, y, z = rng.normal(0, 1, 3)
+    casts_shadow = rng.random() < 0.35
+    wall = rng.uniform(0.03, 0.2)
+    backdrop = np.exp(rng.normal(-0.1, 0.15))
+    if kind == 0:  # lamps and walls all around
+        direction, key_part = (0.6 * x, -0.8 + 0.4 * y, -0.7 + 0.4 * z), rng.uniform(0.25, 0.6)
+    elif kind == 1:  # a window
+        direction, key_part = (np.copysign(1, x), -0.2 + 0.4 * y, -0.2 + 0.35 * z), rng.uniform(0.5, 0.85)
+    elif kind == 2:  # a lamp at the camera: a shadow with a sharp edge, close by
+        direction, key_part = (0.25 * x, -0.1 + 0.25 * y, -1), rng.uniform(0.55, 0.85)
+        casts_shadow = rng.random() < 0.7
+        wall = rng.uniform(0.02, 0.08)
+    elif kind == 3:  # against the light
+        direction, key_part = (0.6 * x, -0.7 + 0.3 * y, 0.6 + 0.4 * abs(z)), rng.uniform(0.2, 0.6)
+        level *= rng.uniform(0.25, 0.75)
+        backdrop *= rng.uniform(1, 1.3)
+        casts_shadow = False
+    else:  # the sun
+        direction, key_part = (0.8 * x, -0.9 + 0.3 * y, -0.4 + 0.5 * z), rng.uniform(0.7, 0.9)
+        level *= 1.25
+    key = 1.5 * level * key_part * tint
+    sky = 1.25 * level * (1 - key_part) * (2 - tint)
+    bounce = level * (1 - key_part) * rng.uniform(0.6, 1.1) * rng.uniform(0.9, 1.1, 3)
+    return Light(unit(np.array(direction, float)), key, sky, bounce, casts_shadow, wall, backdrop)
+
+
+def everyday_camera(rng: np.random.Generator) -> Camera:
+    """A telephone or a webcam: its white balance errs, its picture may be coarse, dark, blurred or grey."""
+    warmth = rng.normal(0, 0.05)
+    gain = np.exp(rng.normal(0, 0.1)) * np.array([1 + warmth, 1 + rng.normal(0, 0.02), 1 - warmth])
+    noise = pick(rng, 0.5, 1.0, 2.0, 5.0)
+    defocus = pick(rng, 0.0, 0.0, 0.3, 0.6, 1.0)
+    quality = int(rng.integers(40, 96))
+    contrast = rng.uniform(-0.1, 0.6)
+    vignette = pick(rng, 0.0, 0.0, 0.15, 0.4)
+    coarseness = pick(rng, 1.0, 1.0, 1.0, rng.uniform(1.3, 2.6))
+    return Camera(gain, noise, defocus, quality, contrast, vignette, coarseness, rng.random() < 0.05)
 
 
 def random_background(rng: np.random.Generator, size: int, tones=()) -> np.ndarray:
@@ -431,27 +487,39 @@ def photograph(rng: np.random.Generator, camera: Camera, light: Light, backgroun
     uncovered = 1 - layer[3]
     if light.casts_shadow:
         uncovered = uncovered * (1 - _shadow(layer[3], light) * f4(0.5 / 255))
-    image = image * uncovered + layer[:3]
+    image = image * (uncovered * f4(light.backdrop)) + layer[:3]
     image *= (255 * camera.gain).astype(f4)[:, None, None]
+    if camera.vignette > 0:
+        across = np.linspace(-1, 1, size, dtype=f4) ** 2
+        image *= 1 - f4(camera.vignette / 2) * (across + across[:, None])
     if rng.random() < 0.15:
         direction = unit(motion + rng.normal(0, 0.5, 2))
         image = _motion_blur(image, direction[::-1] * rng.uniform(0.005, 0.025) * size)
     if camera.defocus > 0:
         image = _planes(image.clip(0, 255).astype(np.uint8), _blur, camera.defocus * size / 128)
+    if camera.coarseness > 1:
+        coarse = _planes(image.clip(0, 255).astype(np.uint8), _reduce, round(size / camera.coarseness))
+        image = _planes(coarse.astype(np.uint8), _enlarge, size)
     image = image + rng.standard_normal(image.shape, dtype=f4) * f4(camera.noise)
     np.clip(image, 0, 255, out=image)
     picture = np.empty((size, size, 3), np.uint8)
     picture[:] = image.transpose(1, 2, 0)
+    if camera.grey:
+        picture[:] = picture.mean(2, keepdims=True)
+    if camera.contrast:
+        x = np.linspace(0, 1, 256)
+        curve = x + camera.contrast * (x * x * (3 - 2 * x) - x)
+        picture = np.round(255 * curve).astype(np.uint8)[picture]
     return picture
 
 
 def _shadow(coverage, light):
     """(size, size) uint8: the layer's shadow on a wall behind it, soft."""
     size = len(coverage)
-    dx, dy = light.direction[:2] * size * 0.1
+    dx, dy = light.direction[:2] * size * light.wall
     shadow = Image.fromarray((coverage * f4(255)).astype(np.uint8))
     shadow = shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, dx, 0, 1, dy))
-    return np.asarray(_blur(shadow, size / 24))
+    return np.asarray(_blur(shadow, size / 24 * (light.wall / 0.1)))
 
 
 def _motion_blur(image, reach):

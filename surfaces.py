@@ -152,6 +152,8 @@ class Skin:
     nail: np.ndarray  # (3,)
     waves: np.ndarray  # (3, 6) rad/m, and
     phases: np.ndarray  # (6,) rad: the mottling
+    lines: float = 0.0  # depth of the palm's three lines, 0..1
+    blush: float = 0.0  # redness of palm and knuckles, in large spots
 
 
 def random_skin(rng: np.random.Generator) -> Skin:
@@ -168,6 +170,19 @@ def random_skin(rng: np.random.Generator) -> Skin:
     waves = rng.normal(0, 1, (3, 6)) * MOTTLING_WAVES
     phases = rng.uniform(0, 6.3, 6)
     return Skin(color, tone / (len(SKIN_TONES) - 1), gloss, redness, nail, waves, phases)
+
+
+def everyday_skin(rng: np.random.Generator) -> Skin:
+    """As random_skin, with lines in the palm, red knuckles, colours nearer to people's and rarely varnish."""
+    skin = random_skin(rng)
+    pinkness = rng.normal(0.03, 0.03)
+    grey = skin.color.mean() + rng.uniform(0.75, 1.0) * (skin.color - skin.color.mean())
+    skin.color = np.clip(grey + pinkness * np.array([0.6, -0.5, 0.1]), 0.05, 0.98)
+    if rng.random() < 0.85:
+        skin.nail = np.clip(skin.color * 0.8 + [0.16, 0.1, 0.1] + rng.uniform(-0.04, 0.06), 0.04, 0.97)
+    skin.lines = rng.uniform(0.08, 0.35)
+    skin.blush = rng.uniform(0.0, 0.25)
+    return skin
 
 
 def skin_color(skin: Skin, coordinates: np.ndarray):
@@ -206,6 +221,12 @@ def skin_color(skin: Skin, coordinates: np.ndarray):
     shade[rim] *= f4(0.78)
     redness = f4(skin.redness * (1 - 0.6 * skin.darkness))
     fingertip = _bump(from_last_joint - f4(0.02), 0.008) * redness
+    if skin.lines:
+        shade *= 1 - f4(skin.lines) * palmness * _palm_lines(place, first < NO_CREASE / 2)
+    if skin.blush:
+        spots = np.sin(place[0] * f4(120) + f4(skin.phases[0])) * np.sin(place[2] * f4(150) + f4(skin.phases[1]))
+        red = palmness * (f4(0.5) + f4(0.5) * spots) + (1 - palmness) * _bump(crease, 0.008)
+        fingertip += red * f4(skin.blush * (1 - 0.6 * skin.darkness))
 
     color = np.empty((3, len(back)), f4)
     for c, tint in enumerate((0.12, -0.3, -0.2)):
@@ -217,6 +238,18 @@ def skin_color(skin: Skin, coordinates: np.ndarray):
     gloss = np.full(len(back), skin.gloss, f4)
     gloss[nail] *= 6
     return color, gloss
+
+
+def _palm_lines(place, on_finger):
+    """(P,) 0..1: the three lines of a palm at rest, as curves over the width of MANO's frame."""
+    x, _, z = place
+    heart = x - (f4(0.0145) - f4(0.45) * z - f4(6) * z * z)
+    head = x - (f4(0.030) - f4(0.37) * z + f4(3) * z * z)
+    life = np.sqrt((x - f4(0.065)) ** 2 + (z - f4(0.038)) ** 2) - f4(0.044)
+    depth = _bump(heart, 0.0011) * (z < f4(0.012))
+    depth += _bump(head, 0.0011) * (z > f4(-0.026))
+    depth += _bump(life, 0.0012) * (z < f4(0.03))
+    return np.minimum(depth, f4(1)) * ~on_finger
 
 
 def _bump(x, width):
@@ -240,6 +273,14 @@ def random_arm(rng: np.random.Generator) -> Arm:
     looseness = rng.uniform(1.12, 1.4)
     cloth = rng.uniform(0.05, 0.9, 3)
     return Arm(bend, sleeve, looseness, cloth)
+
+
+def everyday_arm(rng: np.random.Generator) -> Arm:
+    """As random_arm, with cloth that people wear, mostly dark and grey."""
+    arm = random_arm(rng)
+    grey = arm.cloth.mean()
+    arm.cloth = (grey + rng.uniform(0, 0.6) * (arm.cloth - grey)) * rng.uniform(0.1, 1.0)
+    return arm
 
 
 def forearm(surface: HandSurface, arm: Arm, vertices: np.ndarray, rotmat: np.ndarray):

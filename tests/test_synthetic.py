@@ -293,7 +293,7 @@ def test_an_object_is_a_closed_lump():
 def test_meshes_of_a_scene_look_outwards(surface, arrays):
     """Objects are lit where they face the light only if their faces run counter-clockwise."""
     rng = np.random.default_rng(0)
-    person = make_synthetic.random_person(rng, 1)
+    person = make_synthetic.random_person(rng, 1, make_synthetic.LOOKS["plain"])
     person.held = surfaces.random_object(rng)
     person.occluder = surfaces.random_object(rng)
     make_synthetic.start_worker(arrays)
