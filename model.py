@@ -152,11 +152,11 @@ class ViT(nn.Module):
         x = self.patch_embed(images)  # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = x + resize_positions(self.pos_embed, x.shape[1] - 1)  # (B, 1+N, D)
         tokens = x.shape[1]
         if self.reg_token is not None:  # last, because attention knows no order
-            x = torch.cat([x, self.reg_token.expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x, self.reg_token.expand(x.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
         x = x[:, :tokens]
@@ -713,8 +713,8 @@ class MeshHead(nn.Module):
         self.mean_scale.fill_(scale)
 
     def forward(self, feature_map, summary=None):
-        state = self.mean_state.expand(len(feature_map), -1)  # (B, 109)
-        points = self.grid_points.expand(len(feature_map), -1, -1)
+        state = self.mean_state.expand(feature_map.shape[0], -1)  # (B, 109)
+        points = self.grid_points.expand(feature_map.shape[0], -1, -1)
         outputs = []
         for make_map, reduce, regress in zip(self.maps, self.reduce, self.regress, strict=True):
             feature_map = make_map(feature_map)  # F_t
