@@ -31,7 +31,7 @@ from data import list_images, mirror, read_image, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import check_ranges, cores, parser, run
-from synthetic_hand import synthetic_mano
+from synthetic_hand import gestures, synthetic_mano
 
 MIDDLE = 9  # joint whose place FreiHAND's labels hold
 FREE_COMPONENTS = 8  # of the pose prior: the others move a quarter as much, so that similar poses recur
@@ -78,19 +78,25 @@ def first_view(rng, tilt, anywhere):
     return turn_about(random_axis(rng), rng.normal(0, tilt)) * held
 
 
-def random_poses(rng, arrays, frames, tilt, anywhere):
-    """pose (n, 48), axis-angle: the global rotation, then offsets to `hands_mean`."""
+def random_poses(rng, arrays, frames, tilt, anywhere, signs=()):
+    """pose (n, 48), axis-angle: the global rotation, then offsets to `hands_mean`.
+
+    signs (M, 45): offsets of gestures. Where there are any, every second video shows them.
+    """
     keys = key_frames(frames)
     known = arrays["hands_coeffs"]
     coeffs = known[rng.integers(len(known), size=keys)]
     coeffs = coeffs + 0.2 * rng.standard_normal(coeffs.shape)  # near a known pose, so that poses recur
     coeffs[:, FREE_COMPONENTS:] *= 0.25
+    shown = coeffs @ arrays["hands_components"]  # (M, 45)
+    if len(signs) and rng.random() < 0.5:
+        shown = signs[rng.integers(len(signs), size=keys)]
     views = [first_view(rng, tilt, anywhere)]
     for degrees in rng.normal(0, 0.8 * tilt, keys - 1):
         views.append(turn_about(random_axis(rng), degrees) * views[0])
     times = between_keys(np.arange(keys, dtype=float), frames)
     view = Slerp(np.arange(keys), Rotation.concatenate(views))(times).as_rotvec()  # (n, 3)
-    fingers = between_keys(coeffs @ arrays["hands_components"], frames)  # (n, 45)
+    fingers = between_keys(shown, frames)  # (n, 45)
     return np.concatenate([view, fingers], 1)
 
 
@@ -118,13 +124,13 @@ def place_before_camera(rng, joints, size):
     return offset[:, None], K
 
 
-def random_labels(rng, hand, arrays, frames, size, tilt, anywhere):
+def random_labels(rng, hand, arrays, frames, size, tilt, anywhere, signs=()):
     """Labels of one video of right hands, float64.
 
     pose (n, 48), betas (n, 10); vertices (n, V, 3) and joints (n, 21, 3) in metres in the camera's frame;
     joints2d (n, 21, 2) in pixels, K (n, 3, 3), scale (n,).
     """
-    pose = random_poses(rng, arrays, frames, tilt, anywhere)
+    pose = random_poses(rng, arrays, frames, tilt, anywhere, signs)
     betas = np.clip(rng.normal(0, 0.9, (1, 10)), -2.2, 2.2)
     betas = np.repeat(betas, frames, 0)
     angles = torch.from_numpy(pose + np.r_[np.zeros(3), arrays["hands_mean"]]).reshape(-1, 16, 3)
@@ -183,18 +189,21 @@ class Look:
 
     skin: Callable  # -> surfaces.Skin
     arm: Callable  # -> surfaces.Arm
+    thing: Callable  # -> an object, in the hand or before it
     light: Callable  # -> photo.Light
     camera: Callable  # -> photo.Camera
     rooms: float  # part of the backgrounds that show rooms; the others are photo.random_background's
     held: float  # part of the hands that hold an object
     occluders: float  # part that has one in front
+    signs: bool  # hands count and spell in every second video
 
 
 LOOKS = {
-    "everyday": Look(surfaces.everyday_skin, surfaces.everyday_arm, photo.everyday_light,
-                     photo.everyday_camera, rooms=0.9, held=0.2, occluders=0.15),
-    "plain": Look(surfaces.random_skin, surfaces.random_arm, photo.random_light, photo.random_camera,
-                  rooms=0, held=0.3, occluders=0.2),
+    "everyday": Look(surfaces.everyday_skin, surfaces.everyday_arm, surfaces.everyday_object,
+                     photo.everyday_light, photo.everyday_camera,
+                     rooms=0.92, held=0.18, occluders=0.12, signs=True),
+    "plain": Look(surfaces.random_skin, surfaces.random_arm, surfaces.random_object,
+                  photo.random_light, photo.random_camera, rooms=0, held=0.3, occluders=0.2, signs=False),
 }
 PHOTOGRAPHED = 0.7  # part of the backgrounds that are cut out of --backgrounds
 
@@ -202,9 +211,9 @@ PHOTOGRAPHED = 0.7  # part of the backgrounds that are cut out of --backgrounds
 def random_person(rng, frames, look):
     skin = look.skin(rng)
     arm = look.arm(rng)
-    held = surfaces.random_object(rng) if rng.random() < look.held else None
+    held = look.thing(rng) if rng.random() < look.held else None
     grip = rng.normal(0, 0.008, 3)
-    occluder = surfaces.random_object(rng) if rng.random() < look.occluders else None
+    occluder = look.thing(rng) if rng.random() < look.occluders else None
     covers = int(rng.integers(21))
     drift = between_keys(rng.normal(0, 0.025, (key_frames(frames), 2)), frames)
     return Person(skin, arm, held, grip, occluder, covers, np.pad(drift, ((0, 0), (0, 1))))
@@ -276,12 +285,15 @@ def hand_mask(vertex, count):
 TOOLS = {}  # what a process needs to draw; start_worker fills it once
 
 
-def start_worker(arrays, look="plain", photographs=()):
+def start_worker(arrays, look="plain", photographs=(), ours=True):
+    """ours: the hand is synthetic_mano()."""
     torch.set_num_threads(1)
     normals = vertex_normals(arrays["v_template"], arrays["f"])
+    # They fit our hand alone: another hand's joints bend about other axes.
+    signs = gestures() - arrays["hands_mean"] if LOOKS[look].signs and ours else ()
     surface = surfaces.HandSurface(arrays, normals, TIPS["freihand"])
     TOOLS.update(arrays=arrays, hand=Mano(arrays).double(), surface=surface, look=LOOKS[look],
-                 photographs=photographs)
+                 photographs=photographs, signs=signs)
 
 
 @dataclass
@@ -309,7 +321,7 @@ def draw_video(video):
     many = video.versions > 1  # FreiHAND's training hands: first on a green screen, then anywhere
     rng = np.random.default_rng(video.key)
     labels = random_labels(rng, TOOLS["hand"], TOOLS["arrays"], video.frames, size,
-                           video.tilt, video.anywhere)
+                           video.tilt, video.anywhere, TOOLS["signs"])
     person = random_person(rng, video.frames, look)
     left = bool(rng.random() < 0.3) and not freihand
     scenes = [random_scene(rng, size, look, photographs) for _ in range(video.versions)]
@@ -375,7 +387,7 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
         first += frames
     workers = min(args.workers, videos)
     threads = torch.get_num_threads()
-    tools = (arrays, args.look, args.photographs)
+    tools = (arrays, args.look, args.photographs, not args.mano)
     pool = None
     if workers > 1:  # spawned: forking a process that holds torch's threads can hang
         pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, tools)
@@ -479,8 +491,8 @@ def flags():
     cli.add_argument("--anywhere", type=float, default=0.25,
                      help="part of the videos seen from any direction, 0 to 1 (default 0.25)")
     cli.add_argument("--look", choices=list(LOOKS), default="everyday",
-                     help="everyday (default): rooms, people's skin, light as people photograph in. plain: as "
-                          "it was drawn for the tables up to docs/experiments.md's drawn hands")
+                     help="everyday (default): rooms, everyday light, people's skin, hands that count and "
+                          "spell. plain: as the hands of docs/experiments.md were drawn")
     cli.add_argument("--backgrounds", type=Path,
                      help="folder of photographs without hands, of which 70 %% of the backgrounds are cut")
     cli.add_argument("--mano", type=Path,

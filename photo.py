@@ -125,8 +125,10 @@ def random_camera(rng: np.random.Generator) -> Camera:
 
 
 def everyday_light(rng: np.random.Generator) -> Light:
-    """Light as people photograph in: soft or sunny, a window beside the hand, a lamp at the camera, or a bright
-    background behind a dark hand."""
+    """Light as people photograph in.
+
+    It is soft, or the sun's, or a window's beside the thing, or a lamp's at the camera, or comes from behind.
+    """
     kind = rng.choice(5, p=(0.4, 0.22, 0.13, 0.15, 0.1))
     level = np.exp(rng.normal(0.05, 0.18))
     warmth = rng.normal(0.02, 0.07)

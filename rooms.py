@@ -91,7 +91,7 @@ def random_room(rng: np.random.Generator, side: int, tones: np.ndarray) -> np.nd
 
 
 def _seen_from_the_side(canvas, side, tilt, grain):
-    """A part of the canvas, turned by `tilt` degrees, in uneven light, with grain and more or less blurred."""
+    """A part of the canvas, turned by `tilt` degrees, in uneven light, with grain, more or less blurred."""
     rng = canvas.rng
     angle = np.deg2rad(tilt)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -101,7 +101,8 @@ def _seen_from_the_side(canvas, side, tilt, grain):
     corners *= min(1, 0.5 / np.abs(corners).max())
     corners += 0.5 + rng.uniform(-1, 1, 2) * (0.5 - np.abs(corners).max())
     quad = (corners * 2 * side).ravel().tolist()
-    picture = canvas.picture.transform((side, side), Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
+    size = (side, side)
+    picture = canvas.picture.transform(size, Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
     radius = (0, 0.4, 1.0, 2.2)[rng.integers(4)] * side / 160
     if radius:
         picture = picture.filter(ImageFilter.GaussianBlur(radius))
@@ -115,7 +116,7 @@ def _seen_from_the_side(canvas, side, tilt, grain):
     return np.ascontiguousarray((image * glow * (1 + f4(2 * grain) * noise)).clip(0, 1))
 
 
-# ------------------------------------------------------------------------------------------------------ things
+# ----------------------------------------------------------------------------------------------------- things
 def _edges(canvas):
     """A corner of the room, a door frame or a skirting board: lines over the whole wall."""
     rng = canvas.rng
@@ -180,7 +181,8 @@ def _screen(canvas, left, top, right, bottom):
     lit = canvas.color(np.array([(0.04, 0.04, 0.05), (0.75, 0.85, 0.95), (0.1, 0.2, 0.4)]))
     canvas.box(left + 0.015, top + 0.015, right - 0.015, bottom - 0.015, lit)
     for y in np.arange(top + 0.04, bottom - 0.03, 0.025):  # lines of text
-        canvas.line([(left + 0.03, y), (left + 0.03 + rng.random() * (right - left - 0.06), y)], 0.6 * lit, 0.006)
+        end = left + 0.03 + rng.random() * (right - left - 0.06)
+        canvas.line([(left + 0.03, y), (end, y)], 0.6 * lit, 0.006)
 
 
 def _radiator(canvas, left, top, right, bottom):
@@ -299,16 +301,17 @@ def _person(canvas, skin):
     canvas.ellipse(x, y + 0.1 * head, head, 1.25 * head, skin)
     for side in (-0.4, 0.4):
         canvas.ellipse(x + side * head, y - 0.1 * head, 0.16 * head, 0.09 * head, 0.3 * skin)
-        canvas.line([(x + (side - 0.2) * head, y - 0.35 * head), (x + (side + 0.2) * head, y - 0.35 * head)],
-                    hair, 0.1 * head)
+        brow = y - 0.35 * head
+        ends = [(x + (side - 0.2) * head, brow), (x + (side + 0.2) * head, brow)]
+        canvas.line(ends, hair, 0.1 * head)
     canvas.line([(x, y), (x, y + 0.35 * head)], 0.85 * skin, 0.12 * head)
-    canvas.line([(x - 0.3 * head, y + 0.7 * head), (x + 0.3 * head, y + 0.7 * head)], skin * [0.8, 0.5, 0.5],
-                0.14 * head)
+    mouth = y + 0.7 * head
+    canvas.line([(x - 0.3 * head, mouth), (x + 0.3 * head, mouth)], skin * [0.8, 0.5, 0.5], 0.14 * head)
     if rng.random() < 0.3:  # a beard
         canvas.ellipse(x, y + 1.1 * head, 0.6 * head, 0.3 * head, hair)
 
 
-# ------------------------------------------------------------------------------------------------- photographs
+# ------------------------------------------------------------------------------------------------ photographs
 def cut_of(rng: np.random.Generator, photograph: Image.Image, side: int) -> np.ndarray:
     """(3, side, side): a square cut at random out of an RGB photograph, at least half as wide as it, mirrored
     half of the times."""

@@ -175,9 +175,9 @@ def random_skin(rng: np.random.Generator) -> Skin:
 def everyday_skin(rng: np.random.Generator) -> Skin:
     """As random_skin, with lines in the palm, red knuckles, colours nearer to people's and rarely varnish."""
     skin = random_skin(rng)
-    pinkness = rng.normal(0.03, 0.03)
-    grey = skin.color.mean() + rng.uniform(0.75, 1.0) * (skin.color - skin.color.mean())
-    skin.color = np.clip(grey + pinkness * np.array([0.6, -0.5, 0.1]), 0.05, 0.98)
+    pinkness = skin.color.mean() * rng.normal(0.03, 0.04)
+    skin.color = _duller(skin.color, rng.uniform(0.7, 1.0)) + pinkness * np.array([0.6, -0.5, 0.1])
+    skin.color = skin.color.clip(0.05, 0.98)
     if rng.random() < 0.85:
         skin.nail = np.clip(skin.color * 0.8 + [0.16, 0.1, 0.1] + rng.uniform(-0.04, 0.06), 0.04, 0.97)
     skin.lines = rng.uniform(0.08, 0.35)
@@ -224,7 +224,8 @@ def skin_color(skin: Skin, coordinates: np.ndarray):
     if skin.lines:
         shade *= 1 - f4(skin.lines) * palmness * _palm_lines(place, first < NO_CREASE / 2)
     if skin.blush:
-        spots = np.sin(place[0] * f4(120) + f4(skin.phases[0])) * np.sin(place[2] * f4(150) + f4(skin.phases[1]))
+        spots = np.sin(place[0] * f4(120) + f4(skin.phases[0]))
+        spots *= np.sin(place[2] * f4(150) + f4(skin.phases[1]))
         red = palmness * (f4(0.5) + f4(0.5) * spots) + (1 - palmness) * _bump(crease, 0.008)
         fingertip += red * f4(skin.blush * (1 - 0.6 * skin.darkness))
 
@@ -278,8 +279,7 @@ def random_arm(rng: np.random.Generator) -> Arm:
 def everyday_arm(rng: np.random.Generator) -> Arm:
     """As random_arm, with cloth that people wear, mostly dark and grey."""
     arm = random_arm(rng)
-    grey = arm.cloth.mean()
-    arm.cloth = (grey + rng.uniform(0, 0.6) * (arm.cloth - grey)) * rng.uniform(0.1, 1.0)
+    arm.cloth = _duller(arm.cloth, rng.uniform(0, 0.6)) * rng.uniform(0.1, 1.0)
     return arm
 
 
@@ -360,6 +360,18 @@ def random_object(rng: np.random.Generator):
     radii = size * np.array([1, rng.uniform(0.7, 1.3), rng.uniform(0.9, 2.4)])
     faces = tube(np.arange(24), 24, 12)[:, ::-1]  # the rings run clockwise seen from where they begin
     return points * radii, faces, colors
+
+
+def everyday_object(rng: np.random.Generator):
+    """As random_object, in the duller colours of household things."""
+    vertices, faces, colors = random_object(rng)
+    return vertices, faces, _duller(colors, rng.uniform(0, 0.7)) * rng.uniform(0.4, 1.05)
+
+
+def _duller(colors, part):
+    """Colours (..., 3) of which this part of the saturation is left."""
+    grey = colors.mean(-1, keepdims=True)
+    return grey + part * (colors - grey)
 
 
 def _signed_power(x, power):

@@ -550,7 +550,13 @@ def _poses(rng, frames, n=1554):
     mix = rng.beta(0.7, 0.7, (n, 1))
     mixed = (1 - mix) * postures[first] + mix * postures[second]
     mixed = mixed + rng.normal(0, 1, (n, 14)) * _POSTURE_NOISE  # (n, 14)
-    spread, fingers, thumb = np.split(mixed, [1, 9], axis=1)
+    return _articulated(rng, frames, mixed)
+
+
+def _articulated(rng, frames, postures):
+    """(n, 45) axis-angle, rad, of postures (n, 14), with the limits and the noise of a hand's joints."""
+    n = len(postures)
+    spread, fingers, thumb = np.split(postures, [1, 9], axis=1)
 
     degrees = np.zeros((n, 15, 3))  # flexion, sideways, turn
     for i, (name, splay) in enumerate(_SPLAY.items()):
@@ -567,6 +573,44 @@ def _poses(rng, frames, n=1554):
     degrees += rng.normal(0, 1.5, degrees.shape)  # no joint is a perfect hinge
     axes = np.stack([frames.flexion, frames.dorsal, frames.bone])  # (3, 15, 3)
     return np.einsum("njk,kjc->njc", np.deg2rad(degrees), axes).reshape(n, 45)
+
+
+# Degrees: the thumb of a gesture, and what it needs: the finger (0 to 3) whose tip it touches.
+_THUMBS = (
+    ((-10, -8, 0, -5, -10), None),  # away
+    ((8, 0, -5, 5, 8), None),  # beside the index finger
+    ((38, 26, -42, 30, 20), None),  # over bent fingers
+    ((42, 7, -23, 48, 0), None),
+    ((37, 0, -44, 26, 7), None),  # across the palm
+    ((35, 11, -19, 14, 10), 0),
+    ((42, 12, -19, 16, 10), 1),
+    ((45, 11, -13, 29, 20), 2),
+    ((45, -12, 4, 55, 3), 3),
+)
+_TOUCHING = ((45, 40), (48, 44), (50, 46), (52, 44))  # flexion of a finger that touches the thumb
+
+
+def gestures(seed: int = 0, n: int = 2000) -> np.ndarray:
+    """(n, 45) axis-angle, rad: hands that count, spell and point, for the hand synthetic_mano(0).
+
+    Each finger is straight or bent on its own, the thumb takes one of nine places. The pose prior mixes whole
+    postures and rarely has such hands. An entry is the whole pose, not an offset to hands_mean. Ours.
+    """
+    rng = np.random.default_rng([seed, 45])
+    frames = _joint_frames(_skeleton(rng, spread=0.0))
+    straight = rng.random((n, 4, 1)) < 0.5
+    curled = np.where(rng.random((n, 1, 1)) < 0.35, rng.uniform(0, 0.6, (n, 1, 1)), 0.02)  # C, O, a pinch
+    bent = np.where(rng.random((n, 1, 1)) < 0.75, 1, rng.uniform(0.5, 1, (n, 1, 1)))  # now and then loosely
+    fingers = np.where(straight, curled, bent) * (79, 94)  # (n, 4, 2)
+    kind = rng.integers(len(_THUMBS), size=n)
+    thumb = np.array([place for place, _ in _THUMBS], dtype=float)[kind]
+    touched = np.array([-1 if finger is None else finger for _, finger in _THUMBS])[kind]
+    for finger, flexion in enumerate(_TOUCHING):
+        fingers[touched == finger, finger] = flexion
+    spread = rng.normal(2, 5, (n, 1))
+    postures = np.concatenate([spread, fingers.reshape(n, 8), thumb], axis=1)
+    postures = postures + 0.6 * rng.normal(0, 1, (n, 14)) * _POSTURE_NOISE
+    return _articulated(rng, frames, postures)
 
 
 def _pose_prior(rng, frames):

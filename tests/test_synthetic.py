@@ -12,12 +12,17 @@ from PIL import Image
 import draw
 import make_synthetic
 import photo
+import rooms
 import surfaces
 from data import HandIndex
 from mano import TIPS, Mano, joints_from_vertices, mirror_arrays, rotmat_from_axis_angle
 from synthetic_hand import synthetic_mano
 
-INDEX_FLAGS = ["--hands", "14", "--videos", "7", "--seed", "1", "--size", "64"]
+# Of the fixture `freihand`: of the pictures' mean colours the mean and the deviation; the mean joint.
+PLAIN_MEAN = (105.009, 106.806, 79.252)
+PLAIN_DEVIATION = (38.235, 29.477, 23.392)
+PLAIN_JOINT = (0.01004631, -0.00985113, 0.38854949)
+INDEX_FLAGS = ["--hands", "14", "--videos", "7", "--seed", "3", "--size", "64"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,8 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="module")
 def freihand(tmp_path_factory):
     out = tmp_path_factory.mktemp("synthetic") / "freihand"
-    flags = ["--layout", "freihand", "--hands", "5", "--videos", "3", "--size", "96", "--workers", "1"]
+    flags = ["--look", "plain", "--layout", "freihand", "--hands", "5", "--videos", "3", "--size", "96",
+             "--workers", "1"]
     make_synthetic.main(["--out", str(out), *flags])
     return out
 
@@ -208,11 +214,55 @@ def test_pictures_show_the_labelled_hand(freihand, arrays):
         assert (screen & mask).sum() < 0.05 * mask.sum() and screen.mean() > 0.15
 
 
+def test_the_plain_look_stays_what_it_was(freihand):
+    """Measured before there was another look. Mean colours, because other processors round other bits."""
+    colors = [np.asarray(Image.open(path)).mean((0, 1)) for path in sorted(freihand.glob("*/rgb/*.jpg"))]
+    assert len(colors) == 17
+    np.testing.assert_allclose(np.mean(colors, 0), PLAIN_MEAN, atol=0.05)
+    np.testing.assert_allclose(np.std(colors, 0), PLAIN_DEVIATION, atol=0.05)
+    joints = np.array(json.loads((freihand / "training_xyz.json").read_text()))
+    np.testing.assert_allclose(joints.mean((0, 1)), PLAIN_JOINT, atol=1e-6)
+
+
+def test_looks_differ(tmp_path, index):
+    make_synthetic.main(["--out", str(tmp_path / "a"), *INDEX_FLAGS, "--workers", "1", "--look", "plain"])
+    for row in range(14):
+        new, old = (np.asarray(Image.open(path / f"images/{row:08d}.jpg"), float)
+                    for path in (index.path, tmp_path / "a"))
+        assert np.abs(new - old).mean() > 5
+
+
+def test_backgrounds_are_cut_from_the_photographs(tmp_path):
+    """A folder of one red photograph: its colour lies behind most hands, and behind none without it."""
+    (tmp_path / "walls").mkdir()
+    flags = ["--hands", "12", "--videos", "12", "--size", "32", "--workers", "1", "--seed", "4"]
+    with pytest.raises(ValueError, match="--backgrounds .*walls: no images"):
+        make_synthetic.main(["--out", str(tmp_path / "a"), *flags, "--backgrounds", str(tmp_path / "walls")])
+    Image.new("RGB", (90, 70), (230, 0, 0)).save(tmp_path / "walls" / "red.png")
+    reds = []
+    for name, more in (("with", ["--backgrounds", str(tmp_path / "walls")]), ("without", [])):
+        make_synthetic.main(["--out", str(tmp_path / name), *flags, *more])
+        corners = [np.asarray(Image.open(path).convert("RGB").crop((0, 0, 4, 4)), float).mean((0, 1))
+                   for path in sorted((tmp_path / name / "images").glob("*.jpg"))]
+        reds.append(sum(r > 100 and g + b < 0.4 * r for r, g, b in corners))
+    assert reds[0] >= 6 > 2 >= reds[1]
+
+
+def test_a_cut_is_part_of_the_photograph():
+    ramp = np.linspace(0, 255, 300).astype(np.uint8)
+    photograph = Image.fromarray(np.repeat(np.tile(ramp, (200, 1))[..., None], 3, 2))
+    for seed in range(8):
+        cut = rooms.cut_of(np.random.default_rng(seed), photograph, 40)
+        assert cut.shape == (3, 40, 40) and 0 <= cut.min() and cut.max() <= 1
+        assert np.ptp(cut, axis=1).max() < 0.02  # upright
+        assert 0.3 < np.ptp(cut[0, 0]) < 0.7  # 100 to 200 of 300 columns
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--hands", "0"], "--hands 0"), (["--hands", "1", "--layout", "freihand"], "--hands 1: .* 2 "),
     (["--size", "8"], "--size 8"), (["--hands", "3", "--videos", "4"], "--videos 4"),
     (["--seed", "-1"], "--seed -1"), (["--workers", "0"], "--workers 0"), (["--tilt", "nan"], "--tilt nan"),
-    (["--mano", "nowhere.pkl"], "nowhere.pkl")])
+    (["--mano", "nowhere.pkl"], "nowhere.pkl"), (["--backgrounds", "nowhere"], "--backgrounds nowhere")])
 def test_mistakes_cost_one_line(tmp_path, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         make_synthetic.main(["--out", str(tmp_path / "a"), *flags])

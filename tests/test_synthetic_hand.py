@@ -18,9 +18,12 @@ def hand():
     return synthetic_mano()
 
 
-@pytest.fixture(scope="module")
-def poses(hand):
-    return hand["hands_mean"] + hand["hands_coeffs"] @ hand["hands_components"]  # (n, 45)
+@pytest.fixture(scope="module", params=["prior", "gestures"])
+def poses(hand, request):
+    """(n, 45)"""
+    if request.param == "gestures":
+        return synthetic_hand.gestures()
+    return hand["hands_mean"] + hand["hands_coeffs"] @ hand["hands_components"]
 
 
 def posed(hand, poses):
@@ -171,6 +174,19 @@ def test_posed_skin_neither_tears_nor_turns_inside_out(hand, poses):
     assert flipped.mean() < 2 and flipped.max() < 30  # of 1538: the folds of web and thumb
     stretch = edge_lengths(vertices, faces) / edge_lengths(rest, faces)
     assert stretch.max() < 4.5 and np.quantile(stretch, 0.999) < 2
+
+
+def test_gestures_count_in_all_ways_and_some_thumbs_touch_a_finger(hand):
+    chosen = synthetic_hand.gestures(n=300)
+    vertices, joints = posed(hand, chosen)
+    tips = vertices[:, TIPS["freihand"]]  # (300, 5, 3), thumb to little
+    reach = np.linalg.norm(tips[:, 1:] - joints[:, :1], axis=2)  # from the wrist: long where straight
+    straight = reach > 0.85 * reach.max(0)
+    assert len(np.unique(straight, axis=0)) == 16
+    apart = np.linalg.norm(tips[:, 1:] - tips[:, :1], axis=2)
+    assert ((apart < 0.015).sum(0) >= 8).all()
+    assert np.array_equal(chosen, synthetic_hand.gestures(n=300))
+    assert not np.array_equal(chosen, synthetic_hand.gestures(seed=1, n=300))
 
 
 @pytest.mark.parametrize("beta", [-3.0, 3.0])
