@@ -93,6 +93,7 @@ PACK = "pack_{:04d}.bin"  # files of a packed index
 PACK_BYTES = 4 << 30
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 OVERLAY = "hands, overlay of predict.py"  # `Software` in the overlays, which are results and no photographs
+OVERLAYS = "overlays.txt"  # in a folder of them, of a video
 MOST_FAILED = 100  # images in a row that cannot be read: then the data are not there at all
 MAX_PIXELS = 2**28  # a larger image is a mistake or an attack; this is checked before decoding
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
@@ -507,11 +508,13 @@ def _list_below(folder, top, seen, found, left_out):
     names = {entry.name for entry in entries}
     is_top = os.path.realpath(folder) == top
     kind = "indices" if "index.json" in names else "runs" if {"config.json", "log.jsonl"} <= names else ""
+    kind = "folders of overlays of predict.py" if OVERLAYS in names else kind
     if kind and not is_top:
         left_out[kind] += 1
         return
     for entry in entries:
         stem, suffix = os.path.splitext(entry.name)
+        hand = stem.removesuffix("_all")  # of which an overlay shows all hands
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
@@ -526,7 +529,7 @@ def _list_below(folder, top, seen, found, left_out):
             left_out[suffix.lower() or "without a suffix"] += 1
         elif "index.json" in names and entry.name == "samples.png":
             left_out["samples.png of an index"] += 1
-        elif {f"{stem}.npz", f"{stem}.obj"} <= names and is_overlay(entry.path):
+        elif {f"{hand}.npz", f"{hand}.obj"} <= names and is_overlay(entry.path):
             left_out["overlays of predict.py"] += 1
         else:
             found.append(Path(entry.path))

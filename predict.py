@@ -1,28 +1,43 @@
-"""Photographs -> meshes: per hand NAME.obj, NAME.npz and NAME.png (the mesh laid over the photograph).
+"""Photographs and videos -> meshes of their hands.
 
-Without --boxes every photograph is one crop, which a hand fills. With --boxes there may be any number of
-hands in photographs of any size. The file is a CSV with the header image,x0,y0,x1,y1[,side]: tight boxes in
-pixels, `image` as on the command line or relative to the folder given there (for a photograph its bare name).
-Any detector will do. Left hands are mirrored for the network and mirrored back.
+Without --boxes and --detector a photograph is one hand, which fills it; --refine then crops again around the
+mesh. --boxes is a CSV with the header image,x0,y0,x1,y1[,side]: tight boxes in pixels of any number of hands,
+`image` as on the command line or relative to the folder given there (for a photograph its bare name).
+--detector mediapipe finds hands and sides by itself. Left hands are mirrored for the network and back.
 
 A file in --out that this command did not write is never overwritten. Its own results and indices below a
 folder are no photographs.
 
-NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z forward):
+A photograph leaves NAME.obj, NAME.npz and NAME.png (the mesh laid over it) for each hand, and NAME_all.png
+where there are several. NAME.npz holds, in metres, in the photograph's camera frame (x right, y down, z
+forward):
 
     vertices (778,3), joints (21,3)     relative to the wrist
-    translation (3,)                    the wrist's place if `focal` (pixels) is the true focal length; a
-                                        picture alone does not show the depth
+    translation (3,)                    the wrist's place, if K and the hand's size are true
     rotmats (16,3,3), betas (10,)       of the RIGHT hand model; a left hand's are those of its mirror image
+    hand_scale                          what --hand-length multiplied the model by, else 1
     camera (3,)                         scale, tx, ty: x_n = scale (x + tx) in [-1,1] of the square `crop`
     crop (4,)                           x0, y0, x1, y1 in pixels
     side                                "right" or "left"
+    K (3,3), focal, focal_source        pixels, and where they are from: K, focal, exif or guess
+
+A video, or a folder of frames with --video, leaves ONE NAME.npz, which has a row for each hand in each frame,
+and NAME/ with the overlays. The same names hold (M,...) there, and besides:
+
+    frame (M,), time (M,)               number of the frame from 0; seconds
+    track (M,)                          number of the hand
+    sure (M,)                           False where the network's estimates disagree
 """
 
 import math
 import os
+import shutil
 import sys
+import time
 from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -31,24 +46,31 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from camera import camera_of, crop_to_picture, place_points
 from data import (
-    CONTEXT, OVERLAY, canvas_size, counts_text, cut_canvas, image_size, is_overlay, list_images, match_boxes,
-    read_boxes, read_image, square, whole_box,
+    CONTEXT, OVERLAY, canvas_size, counts_text, crop_canvas, cut_canvas, image_size, is_overlay,
+    list_images, match_boxes, mirror, name_key, read_boxes, read_image, square, whole_box,
 )
 from draw import overlay
-from mano import (
-    Mano, crop_to_full_camera, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective,
-)
+from mano import Mano, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective
 from model import load_mesh
-from runtime import add_device_flags, parser, run, setup
+from runtime import add_device_flags, check_ranges, parser, run, setup
 from saving import load_checkpoint, staged_folder
 from synthetic_hand import synthetic_mano
+from tracking import Tracks, box_around, is_gone, jitter
+from video import (
+    OVERLAYS, VIDEO_SUFFIXES, OverlayWriter, frame_rate, hand_box, list_videos, mediapipe_detector,
+    read_frames,
+)
 from views import upright_views
 
-
+WEIGHTS = Path(__file__).resolve().parent / "weights" / "hand.pt"
 OBJ_MARK = "# hand by predict.py"  # first line of its .obj
 MOST_DRAWN = 25e6  # pixels of an overlay: a larger photograph is shown at a half, a third, ... of its size
-KEYS = {"vertices", "joints", "rotmats", "betas", "camera", "crop", "side", "translation", "focal"}  # .npz
+KEYS = {"vertices", "joints", "rotmats", "betas", "camera", "crop", "side", "translation", "focal", "K",
+        "focal_source", "hand_scale"}  # of NAME.npz,
+ROW_KEYS = KEYS | {"frame", "time", "track", "sure"}  # and of a video's
+DETECTED = 1600  # pixels of a photograph's longer side as the detector sees it
 
 
 # ------------------------------------------------------------------------------------------ what is asked for
@@ -57,11 +79,7 @@ def find_images(paths, out):
 
     What lies in `out`, indices and results below a folder are left out; what was not taken is printed."""
     images = []
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: name a folder")
     for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path}: no such photograph or folder")
         left_out = Counter()
         below = list_images(path, skip=out, left_out=left_out) if path.is_dir() else [path]
         folder = path if path.is_dir() else path.parent
@@ -73,159 +91,259 @@ def find_images(paths, out):
     return list({os.path.abspath(image): (image, folder) for image, folder in images}.values())
 
 
-def find_hands(images, boxes_path, side):
-    """[(path, box, side, name)] of every hand asked for; box None without a file of boxes. Names are unique.
+class Names:
+    """Gives every result a name of its own, also where a file system takes A.png for a.png."""
 
-    images: of find_images. side: where the file does not say it. Photographs without a box are left out,
-    which is printed, as are names in the file without a photograph. ValueError where none has a box.
+    def __init__(self):
+        self.taken = set()
+
+    def free(self, stem, *ends):
+        """`stem`, or stem_2, stem_3, ...; no other result will have this name, with one of `ends` or none."""
+        number = 1
+        name = stem
+        while any(f"{name}{end}".casefold() in self.taken for end in ("", *ends)):
+            number += 1
+            name = f"{stem}_{number}"
+        self.taken |= {f"{name}{end}".casefold() for end in ("", *ends)}
+        return name
+
+
+def find_hands(images, boxes_path, side, detect=None, names=None):
+    """[(path, box, side, name)] of every hand asked for, those of a photograph together; box None without a
+    file of boxes and a detector. Names are unique.
+
+    images: of find_images. side: where nothing else says it. Photographs without a hand are left out, which
+    is printed, as are names in the file without a photograph. ValueError where none has a hand.
     """
+    names = names or Names()
     asked = [[(None, side)]] * len(images)
     without_image = []
+    source, lines = (f"--boxes {boxes_path}", "a line") if boxes_path else ("--detector", "a hand")
     if boxes_path:
         asked, without_image = match_boxes(read_boxes(boxes_path), images, boxes_path)
+    elif detect:
+        asked = [detect_in_file(path, detect) for path, _ in tqdm(images, unit="photograph", desc="detector")]
     hands = []
-    names = set()
     for (path, _), found in zip(images, asked, strict=True):
-        for box, box_side in found:
-            name = path.stem
-            number = 1
-            while name.casefold() in names:  # some file systems take A.png for a.png
-                number += 1
-                name = f"{path.stem}_{number}"
-            names.add(name.casefold())
-            hands.append((path, box, box_side or side, name))
+        for number, (box, box_side) in enumerate(found):
+            ends = ("_all",) if number == 0 and len(found) > 1 else ()
+            hands.append((path, box, box_side or side, names.free(path.stem, *ends)))
+    without_hand = [path for (path, _), found in zip(images, asked, strict=True) if not found]
     if not hands:
-        first = next(iter(without_image), "missing")
-        raise ValueError(f"--boxes {boxes_path}: no line for any of the {len(images)} photographs (the first "
-                         f"is {images[0][0]}; the first in the file is {first})")
-    without_box = [path for (path, _), found in zip(images, asked, strict=True) if not found]
-    if without_box:
-        print(f"{boxes_path}: photographs without a line, left out: {len(without_box)} (the first is "
-              f"{without_box[0]})")
-    if without_image:
-        print(f"{boxes_path}: names without a photograph: {len(without_image)} (the first is "
-              f"{without_image[0]})")
+        first = f"; the first in the file is {next(iter(without_image), 'missing')}" if boxes_path else ""
+        raise ValueError(f"{source}: no {lines[2:]} for any of the {len(images)} photographs (the first is "
+                         f"{images[0][0]}{first})")
+    for what, names in ((f"photographs without {lines}, left out", without_hand),
+                        ("names without a photograph", without_image)):
+        if names:
+            print(f"{source}: {what}: {len(names)} (the first is {names[0]})")
     return hands
 
 
-def refuse_others_files(hands, folder):
-    """ValueError where a result would replace a file that this command did not write, or an input."""
-    inputs = {os.path.realpath(path) for path, *_ in hands}
+def detect_in_file(path, detect):
+    """[(box, side)] that a detector sees in a photograph. One that cannot be read has a hand, whose reading
+    will say what is wrong."""
+    try:
+        image, scale = read_image(path, DETECTED)
+    except (ValueError, OSError):
+        return [(None, None)]
+    return [(hand_box(hand) / scale, hand["side"]) for hand in detect(image)]
+
+
+def refuse_others_files(hands, videos, folder):
+    """ValueError where a result would replace a file that this command did not write, or an input.
+
+    hands: of find_hands; videos: [(path, name)]."""
+    inputs = {os.path.realpath(path) for path, *_ in hands + videos}
     there = set(os.listdir(folder)) if folder.is_dir() else set()
-    for *_, name in hands:
-        for file in (folder / f"{name}{suffix}" for suffix in (".obj", ".npz", ".png")):
-            if file.name in there and (os.path.realpath(file) in inputs or not is_result(file)):
-                raise ValueError(f"--out {folder}: {file.name} is there already and was not written by this "
-                                 "version of predict.py: choose another folder")
+    several = Counter(path for path, *_ in hands)
+    results = {f"{name}{end}" for *_, name in hands for end in (".obj", ".npz", ".png")}
+    results |= {f"{name}_all.png" for path, *_, name in hands if several[path] > 1}
+    results |= {f"{name}{end}" for _, name in videos for end in ("", ".npz")}
+    for file in sorted(folder / name for name in results & there):
+        if os.path.realpath(file) in inputs or not is_result(file):
+            raise ValueError(f"--out {folder}: {file.name} is there already and was not written by this "
+                             "version of predict.py: choose another folder")
 
 
 def is_result(path):
-    """True for a file that this command wrote."""
+    """True for a file or a folder of overlays that this command wrote."""
     try:
+        if path.is_dir():
+            return (path / OVERLAYS).is_file()
         if path.suffix == ".obj":
             with open(path, errors="replace") as file:
                 return file.read(len(OBJ_MARK)) == OBJ_MARK
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                return set(file.files) == KEYS
+                return set(file.files) in (KEYS, ROW_KEYS)
         return is_overlay(path)
     except Exception:  # zipfile and numpy raise a dozen types for what is no .npz
         return False
 
 
-# ---------------------------------------------------------------------------------------- prediction, drawing
-def read_hand(path, box, side, box_scale, size):
-    """(width, height) of a photograph, its crop (centre x, y, side; pixels) and canvas (3,S,S) u8, mirrored
-    for a left hand. box None: the crop is the whole photograph. size: of the views, in pixels."""
-    photograph_size = image_size(path)
-    if box is None:
-        box = whole_box(photograph_size, box_scale)
-    x0, y0, x1, y1 = (float(place) for place in box)
-    if x0 >= photograph_size[0] or y0 >= photograph_size[1] or x1 <= 0 or y1 <= 0:
-        raise ValueError(f"{path}: the box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of it")
-    canvas, _ = cut_canvas(path, box, CONTEXT, canvas_size(size))
-    if side == "left":
-        canvas = canvas[:, ::-1]
-    return photograph_size, square(box, box_scale), canvas.transpose(2, 0, 1)
+# ------------------------------------------------------------------------------------------------- prediction
+@dataclass
+class Look:
+    """One hand in a picture as the network sees it."""
+
+    source: Path | Image.Image  # a photograph's file, or a frame
+    size: tuple  # width and height of the picture
+    side: str
+    crop: np.ndarray  # (4,) the square that the network sees, pixels
+    canvas: np.ndarray  # (3,S,S) u8, mirrored for a left hand
 
 
-class Photographs:
-    """Reads photographs (H,W,3) u8 for drawing, and how many times smaller they are than their files. Keeps
-    the last: hands of one photograph follow each other, and a large one takes hundreds of megabytes."""
+class Network:
+    """A mesh network with what it needs: the side of its views over the box, its hand model, a device."""
 
-    path = image = None
+    def __init__(self, path, mano, runtime):
+        if path == WEIGHTS and not path.exists():
+            raise ValueError(f"{path} is missing: give --checkpoint RUN/last.pt of a network that "
+                             "finetune_mesh.py trained (recipes/laptop.sh trains one in minutes)")
+        state = load_checkpoint(path, "mesh")
+        self.arrays = read_mano(mano) if mano else synthetic_mano()
+        if state.get("hand") != hand_fingerprint(self.arrays):
+            raise ValueError(f"{path} was trained with another hand model than {mano or 'the synthetic hand'}"
+                             ": pass its file with --mano")
+        self.net = load_mesh(state, Mano(self.arrays)).to(runtime.device)
+        self.hand = self.net.head.hand
+        self.box_scale = state["box_scale"]
+        self.runtime = runtime
+        self.size = self.net.encoder.config["image_size"]
+        self.faces = self.hand.faces.cpu().numpy()
 
-    def read(self, path):
-        if path != self.path:
-            self.path = self.image = None  # freed before the next is decoded
-            image, _ = read_image(path)
-            self.factor = math.ceil(math.sqrt(image.width * image.height / MOST_DRAWN))
-            self.image = np.asarray(image.reduce(self.factor))
-            self.path = path
-        return self.image, self.factor
+    def look(self, source, size, box, side):
+        """Cuts the Look at a hand. box None: the picture is its crop. ValueError: the box lies beside it."""
+        box = whole_box(size, self.box_scale) if box is None else box
+        x0, y0, x1, y1 = (float(place) for place in box)
+        if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
+            raise ValueError(f"the box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of it")
+        if isinstance(source, Path):
+            canvas, _ = cut_canvas(source, box, CONTEXT, canvas_size(self.size))
+        else:
+            canvas, _ = crop_canvas(source, *square(box, CONTEXT), canvas_size(self.size))
+        if side == "left":
+            canvas = canvas[:, ::-1]
+        x, y, length = square(box, self.box_scale)
+        crop = np.array([x, y, x, y]) + np.array([-1, -1, 1, 1]) * length / 2
+        return Look(source, size, side, crop, canvas.transpose(2, 0, 1))
+
+    @torch.inference_mode()
+    def _estimate(self, looks):
+        """What the network sees of each Look: rotmats, betas; vertices, joints, camera of the picture; doubt:
+        mean distance of the joints in the last two estimates, as a share of the box's longer side."""
+        canvases = torch.from_numpy(np.stack([look.canvas for look in looks]))
+        views = upright_views(canvases.to(self.runtime.device), self.box_scale / CONTEXT, self.size)
+        with self.runtime.autocast():
+            *before, last = self.net(views)
+        points = [weak_perspective(each["joints"], each["camera"]) for each in (*before, last)]
+        side = (points[-1].amax(1) - points[-1].amin(1)).amax(1)  # (B,), of points (B,21,2)
+        last["doubt"] = (points[-1] - points[-2]).norm(dim=2).mean(1) / side if before else 0 * side
+        last["joints"] = joints_from_vertices(last["vertices"], self.arrays)
+        del last["points"]
+        last = {name: value.float().cpu().numpy() for name, value in last.items()}
+        return [_as_seen({name: value[i] for name, value in last.items()}, look.side)
+                for i, look in enumerate(looks)]
+
+    def estimate(self, looks, rounds=0):
+        """[(Look, estimate)] after cropping `rounds` times around the mesh just seen. Where that leads out
+        of the crop or the picture, the crop stays. estimate: see _estimate."""
+        for _ in range(rounds):
+            again = []
+            for look, estimate in zip(looks, self._estimate(looks), strict=True):
+                box = box_of(look, estimate)
+                if not is_gone(box, None, look.crop, look.size):
+                    look = self.look(look.source, look.size, box, look.side)
+                again.append(look)
+            looks = again
+        return list(zip(looks, self._estimate(looks), strict=True))
+
+    @torch.inference_mode()
+    def smoothed(self, track, look, estimate, seconds):
+        """The estimate with the track's shape, after and before smoothing."""
+        betas = track.held_shape(estimate["betas"])
+        # A hand that is held to be smaller stands nearer, so that it fills the same pixels.
+        factor = self.length(betas) / self.length(estimate["betas"])
+        camera = estimate["camera"] * np.float32([1 / factor, factor, factor])
+        turns, smooth_camera = track.smoothed(estimate["rotmats"], camera, look.crop, seconds)
+        rotmats = torch.from_numpy(np.float32([turns, estimate["rotmats"]])).to(self.runtime.device)
+        vertices, joints = self.hand(rotmats, torch.from_numpy(np.float32([betas, betas])).to(rotmats.device))
+        vertices = vertices - joints[:, :1]
+        joints = joints_from_vertices(vertices, self.arrays)
+        hand = {"betas": np.float32([betas, betas]), "camera": np.float32([smooth_camera, camera]),
+                "vertices": vertices.cpu().numpy(), "joints": joints.cpu().numpy(),
+                "rotmats": rotmats.cpu().numpy()}
+        return [_as_seen({name: value[i] for name, value in hand.items()}, look.side) for i in (0, 1)]
+
+    @torch.inference_mode()
+    def length(self, betas):
+        """Metres from the wrist to the tip of the middle finger of the flat hand of betas (10,)."""
+        flat = torch.eye(3, device=self.runtime.device).expand(1, 16, 3, 3)
+        _, joints = self.hand(flat, torch.from_numpy(np.float32([betas])).to(flat.device))
+        return float((joints[0, 12] - joints[0, 0]).norm())
+
+    def true_size(self, betas, millimetres):
+        """By what the model's hand is too small; 1 where the true length is not given."""
+        return millimetres / 1000 / self.length(betas) if millimetres else 1.0
 
 
-@torch.no_grad()
-def estimate_hands(net, canvases, box_scale, arrays, runtime):
-    """Canvases (B,3,S,S) u8 of right hands -> the last estimate, numpy; joints as FreiHAND defines them."""
-    size = net.encoder.config["image_size"]
-    views = upright_views(canvases.to(runtime.device), box_scale / CONTEXT, size)
-    with runtime.autocast():
-        estimate = net(views)[-1]
-    estimate["joints"] = joints_from_vertices(estimate["vertices"], arrays)
-    return {name: value.float().cpu().numpy() for name, value in estimate.items()}
+def _as_seen(estimate, side):
+    """The estimate of a view as the hand lies in the picture: that of a left hand was mirrored."""
+    if side == "right":
+        return estimate
+    points = {name: mirror(name, estimate[name]) for name in ("vertices", "joints")}
+    return estimate | points | {"camera": estimate["camera"] * np.float32([1, -1, 1])}
 
 
-def place_hand(estimate, image_size, crop, side, focal):
-    """The estimate of one right-handed view as NAME.npz holds it; a left hand is mirrored back.
+def box_of(look, estimate):
+    """The box (4,) around the 21 joints in the picture."""
+    return box_around(crop_to_picture(estimate["joints"], estimate["camera"], look.crop))
 
-    image_size: (width, height) of the photograph; crop: centre x, y and side in pixels, as focal.
-    """
-    vertices = estimate["vertices"].copy()
-    joints = estimate["joints"].copy()
-    camera = estimate["camera"].copy()
-    if side == "left":
-        vertices[:, 0] *= -1
-        joints[:, 0] *= -1
-        camera[1] *= -1
-    width, height = image_size
-    centre_x, centre_y, length = crop
-    K = torch.tensor([[focal, 0, width / 2 - 0.5], [0, focal, height / 2 - 0.5], [0, 0, 1]],
-                     dtype=torch.float64)
-    translation = crop_to_full_camera(torch.tensor(camera)[None], torch.tensor([[centre_x, centre_y]]),
-                                      torch.tensor([length]), K[None])[0]
-    half = length / 2
-    corners = [centre_x - half, centre_y - half, centre_x + half, centre_y + half]
+
+def place_hand(look, estimate, K, source, factor=1.0):
+    """The hand as NAME.npz holds it. K (3,3) of its picture and its source; factor: true by model's size."""
+    vertices, joints = (estimate[name] * np.float32(factor) for name in ("vertices", "joints"))
+    camera = estimate["camera"] * np.float32([1 / factor, factor, factor])
+    translation = place_points(joints, crop_to_picture(joints, camera, look.crop), K)
     return {"vertices": vertices, "joints": joints, "rotmats": estimate["rotmats"],
-            "betas": estimate["betas"], "camera": camera, "crop": np.float32(corners), "side": np.array(side),
-            "translation": np.float32(translation), "focal": np.float32(focal)}
+            "betas": estimate["betas"], "camera": camera, "crop": np.float32(look.crop),
+            "side": np.array(look.side), "translation": np.float32(translation), "K": np.float32(K),
+            "focal": np.float32(math.sqrt(K[0, 0] * K[1, 1])), "focal_source": np.array(source),
+            "hand_scale": np.float32(factor)}
 
 
-def _faces_of(faces, side):
-    """The hand model's faces (F,3) as seen from outside: those of a mirrored hand run the other way."""
-    return faces if side == "right" else faces[:, ::-1]
+# ------------------------------------------------------------------------------------------ drawing, writing
+def read_photograph(path):
+    """A photograph (H,W,3) u8 for drawing, and how many times smaller it is than its file."""
+    image, _ = read_image(path)
+    factor = math.ceil(math.sqrt(image.width * image.height / MOST_DRAWN))
+    return np.asarray(image.reduce(factor)), factor
 
 
-def draw_hand(image, factor, hand, faces):
-    """The mesh over the photograph, which is `factor` times smaller than its file, by the crop's weak
-    perspective."""
-    x0, y0, x1, _ = hand["crop"]
-    points = weak_perspective(torch.tensor(hand["vertices"])[None], torch.tensor(hand["camera"])[None])[0]
-    points = (points.numpy() + 1) / 2 * (x1 - x0) + [x0, y0]  # pixels of the file
-    points /= factor
-    return overlay(image, np.concatenate([points, hand["vertices"][:, 2:]], axis=1), faces)
+def draw_hands(image, factor, hands, faces):
+    """The meshes over the picture, which is `factor` times smaller than its file, by the crops' weak
+    perspective; the nearest last."""
+    for hand in sorted(hands, key=lambda hand: -hand["translation"][2]):
+        points = crop_to_picture(hand["vertices"], hand["camera"], hand["crop"]) / factor
+        image = overlay(image, np.concatenate([points, hand["vertices"][:, 2:]], axis=1), faces)
+    return image
 
 
 def write_hand(folder, name, hand, photograph, faces):
     """NAME.obj, NAME.npz and NAME.png in `folder`; the three appear together."""
-    faces = _faces_of(faces, hand["side"])
     with staged_folder(folder) as part:
-        write_obj(part / f"{name}.obj", hand["vertices"], faces)
+        seen_from_outside = faces if hand["side"] == "right" else faces[:, ::-1]  # of a mirrored hand
+        write_obj(part / f"{name}.obj", hand["vertices"], seen_from_outside)
         np.savez(part / f"{name}.npz", **hand)
-        mark = PngInfo()
-        mark.add_text("Software", OVERLAY)
-        drawn = Image.fromarray(draw_hand(*photograph, hand, faces))
-        drawn.save(part / f"{name}.png", pnginfo=mark, compress_level=1)
+        write_overlay(part / f"{name}.png", draw_hands(*photograph, [hand], faces))
+
+
+def write_overlay(path, drawn):
+    """A picture (H,W,3) with the mark of this command."""
+    mark = PngInfo()
+    mark.add_text("Software", OVERLAY)
+    Image.fromarray(drawn).save(path, pnginfo=mark, compress_level=1)
 
 
 def write_obj(path, vertices, faces):
@@ -235,85 +353,220 @@ def write_obj(path, vertices, faces):
     path.write_text("\n".join([OBJ_MARK, *points, *triangles]) + "\n")
 
 
+# ------------------------------------------------------------------------------------------------ photographs
+def predicted(hands, network, args, failures):
+    """Yields (path, name, hand as it is stored) of the hands of find_hands; appends a text to `failures` for
+    each that cannot be seen."""
+    bar = tqdm(total=len(hands), unit="hand")
+    for start in range(0, len(hands), args.batch_size):
+        some_hands = hands[start:start + args.batch_size]
+        looks, owners = [], []
+        for path, box, side, name in some_hands:
+            try:
+                size = image_size(path)
+                camera = camera_of(path, size, args.K, args.focal)
+                looks.append(network.look(path, size, box, side))
+                owners.append((path, name, camera))
+            except (ValueError, OSError) as error:
+                failures.append(_named(error, path))
+        seen = network.estimate(looks, args.refine) if looks else []
+        for (path, name, camera), (look, estimate) in zip(owners, seen, strict=True):
+            factor = network.true_size(estimate["betas"], args.hand_length)
+            yield path, name, place_hand(look, estimate, *camera, factor)
+        bar.update(len(some_hands))
+    bar.close()
+
+
+def predict_photographs(hands, network, args):
+    """Writes the results of the hands of find_hands; returns a text for each that could not be predicted."""
+    failures = []
+    sources = Counter()
+    for path, group in groupby(predicted(hands, network, args, failures), lambda each: each[0]):
+        try:
+            photograph = read_photograph(path)
+        except (ValueError, OSError) as error:
+            failures += [_named(error, path) for _ in group]
+            continue
+        drawn = {}
+        for _, name, hand in group:
+            write_hand(args.out, name, hand, photograph, network.faces)
+            sources[str(hand["focal_source"])] += 1
+            drawn[name] = hand
+        if len(drawn) > 1:
+            with staged_folder(args.out) as part:
+                all_hands = draw_hands(*photograph, drawn.values(), network.faces)
+                write_overlay(part / f"{next(iter(drawn))}_all.png", all_hands)
+        del photograph  # a large one takes hundreds of megabytes
+    if sources:
+        found = ", ".join(f"{source} ({count})" for source, count in sources.items())
+        print(f"{args.out}: {sum(sources.values())} hands, each as .obj, .npz and .png; focal length by "
+              f"{found}")
+    return failures
+
+
+# ----------------------------------------------------------------------------------------------------- videos
+def finder_of(path, args, detect, box_scale):
+    """A function (frame's name, frame) -> [(box, side)], which --detector or --boxes know of a video; without
+    them a hand fills the frame."""
+    if detect:
+        return lambda name, frame: [(hand_box(hand), hand["side"]) for hand in detect(frame)]
+    if not args.boxes:
+        return lambda name, frame: [(whole_box(frame.size, box_scale), args.side)]
+    boxes = {name_key(name): hands for name, hands in read_boxes(args.boxes).items()}
+
+    def find(name, frame):
+        typed, relative, bare = (name_key(str(each)) for each in (path / name, f"{path.name}/{name}", name))
+        hands = boxes.get(typed) or boxes.get(relative) or boxes.get(bare, [])
+        return [(box, side or args.side) for box, side in hands]
+
+    return find
+
+
+def look_at(network, frame, refine, tracks):
+    """What Tracks.step asks for: the box of the mesh of each track, its crop, the network's doubt, and with
+    them the Look and the estimate."""
+    looks = [network.look(frame, frame.size, track.box, track.side) for track in tracks]
+    rounds = refine if any(track.is_new for track in tracks) else 0
+    return [(box_of(look, estimate), look.crop, estimate["doubt"], (look, estimate))
+            for look, estimate in network.estimate(looks, rounds)]
+
+
+def predict_video(path, name, network, find, args):
+    """Writes NAME.npz and NAME/ of a video, which appear together. find: of finder_of."""
+    rate = args.fps if path.is_dir() else frame_rate(path) or args.fps
+    tracks = Tracks(args.smooth, asks_often=bool(args.boxes or args.detector))
+    rows, rough, unread = [], [], []  # rough: before smoothing
+    seconds = 0.0
+    with staged_folder(args.out) as part, OverlayWriter(part / name, path, rate) as writer:
+        start = time.perf_counter()
+        frames = read_frames(path, read_image=lambda file: read_image(file)[0])
+        for number, (frame_name, frame) in enumerate(tqdm(frames, unit="frame", desc=path.name)):
+            if frame is None:
+                unread.append(frame_name)
+                continue
+            seen = tracks.step(number, frame.size, partial(look_at, network, frame, args.refine),
+                               partial(find, frame_name, frame))
+            camera = camera_of(None, frame.size, args.K, args.focal)
+            hands = []
+            for track, (look, estimate) in seen:
+                both = network.smoothed(track, look, estimate, number / rate)
+                factor = network.true_size(both[0]["betas"], args.hand_length)
+                hand, before = (place_hand(look, each, *camera, factor) for each in both)
+                hands.append(hand)
+                rough.append({key: before[key] for key in ("joints", "translation")})
+                rows.append(hand | {"frame": number, "time": number / rate, "track": track.number,
+                                    "sure": track.doubted == 0})
+            seconds += time.perf_counter() - start
+            if not args.no_overlays:
+                writer.add(frame_name, draw_hands(np.asarray(frame), 1, hands, network.faces))
+            start = time.perf_counter()  # drawing does not count
+        if not rows:
+            raise ValueError(f"{path}: no hand found in any frame")
+        rows, rough = ({key: np.array([row[key] for row in table]) for key in table[0]}
+                       for table in (rows, rough))
+        np.savez(part / f"{name}.npz", **rows)
+        shutil.rmtree(args.out / name, ignore_errors=True)  # of an earlier call, as is_result has said
+    if unread:
+        print(f"{path}: frames that could not be read: {len(unread)} (the first is {unread[0]})")
+    count = number + 1 - len(unread)
+    frames, hands = (len(np.unique(rows[key])) for key in ("frame", "track"))
+    print(f"{args.out / name}.npz: {hands} hands in {frames} of {count} frames, {count / seconds:.1f} frames "
+          f"a second without drawing; focal length by {rows['focal_source'][0]}")
+    for what, share in (("about the wrist", 0), ("in the room", 1)):
+        places = (1000 * (table["joints"] + share * table["translation"][:, None]) for table in (rows, rough))
+        smooth, before = (jitter(each, rows["track"], rows["frame"]) for each in places)
+        print(f"jitter of the joints {what}: {smooth:.2f} mm a frame squared, {before:.2f} before smoothing")
+
+
+# ------------------------------------------------------------------------------------------------------- main
 def flags():
     cli = parser(__doc__)
     cli.add_argument("images", nargs="+", type=Path, metavar="IMAGE",
-                     help="photographs, or folders of them")
-    cli.add_argument("--checkpoint", required=True, help="RUN/last.pt of finetune_mesh.py")
-    cli.add_argument("--out", type=Path, required=True, help="folder for the results")
-    cli.add_argument("--boxes", type=Path,
-                     help="CSV image,x0,y0,x1,y1[,side] (default: each photograph is one hand's crop)")
-    cli.add_argument("--side", default="right", choices=["right", "left"],
-                     help="side of the hands where --boxes does not say (default right)")
+                     help="photographs, folders of them, videos")
+    cli.add_argument("--checkpoint", type=Path, default=WEIGHTS,
+                     help="RUN/last.pt of finetune_mesh.py (default: weights/hand.pt beside this file)")
+    cli.add_argument("--out", type=Path, default=Path("predictions"),
+                     help="folder for the results (default predictions)")
     cli.add_argument("--mano", metavar="FILE",
                      help="MANO file that the checkpoint was trained with (default: the synthetic hand)")
-    cli.add_argument("--focal", type=float,
-                     help="focal length in pixels, for `translation` (default: the image's longer side)")
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
+    where = cli.add_argument_group("where the hands are")
+    where.add_argument("--boxes", type=Path,
+                       help="CSV image,x0,y0,x1,y1[,side]; frames of a video are called clip.mp4/000000, ...")
+    where.add_argument("--detector", choices=["mediapipe"],
+                       help="finds hands and sides (requirements-video.txt)")
+    where.add_argument("--side", default="right", choices=["right", "left"],
+                       help="side of the hands where nothing else says it (default right)")
+    where.add_argument("--refine", type=int, metavar="N",
+                       help="crop again around the mesh, N times (default 1, with boxes or a detector 0)")
+    room = cli.add_argument_group("where they are in the room", "without --K and --focal a photograph's tags "
+                                  "say how long its lens is, else its longer side is the guess")
+    room.add_argument("--K", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"),
+                      help="camera of the upright photographs, in pixels")
+    room.add_argument("--focal", type=float, help="focal length in pixels; the centre is the picture's")
+    room.add_argument("--hand-length", type=float, metavar="MM",
+                      help="wrist to tip of the middle finger of the flat hand: fixes size and depth")
+    clip = cli.add_argument_group("videos")
+    clip.add_argument("--video", action="store_true", help="folders hold videos, or the frames of one")
+    clip.add_argument("--no-overlays", action="store_true", help="NAME.npz alone, drawn nothing")
+    clip.add_argument("--fps", type=float, default=30.0,
+                      help="frames a second of folders of frames (default 30)")
+    clip.add_argument("--smooth", type=float, default=1.0,
+                      help="how much a hand at rest is smoothed; 0: not at all (default 1)")
     add_device_flags(cli, workers=False)
     return cli
 
 
-def load_network(path, mano, device):
-    """The network in a checkpoint, the side of its views over the box, and the arrays of its hand model."""
-    state = load_checkpoint(path, "mesh")
-    arrays = read_mano(mano) if mano else synthetic_mano()
-    if state.get("hand") != hand_fingerprint(arrays):
-        raise ValueError(f"{path} was trained with another hand model than {mano or 'the synthetic hand'}: "
-                         "pass its file with --mano")
-    return load_mesh(state, Mano(arrays)).to(device), state["box_scale"], arrays
+def check(args):
+    """ValueError where flags contradict each other or a path is missing."""
+    if args.K and args.focal:
+        raise ValueError("--K holds the focal length: leave --focal out")
+    if args.boxes and args.detector:
+        raise ValueError("--boxes and --detector both say where the hands are: leave one out")
+    check_ranges(args, {"batch_size": (1, 10**6), "focal": (1, 1e6), "hand_length": (1, 1e4),
+                        "fps": (0.01, 1e4), "smooth": (0, 100), "refine": (0, 100)})
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
+    for path in args.images:
+        if not path.exists():
+            raise ValueError(f"{path}: no such photograph, video or folder")
 
 
 def _named(error, path):
-    """What an error says, with the name of the photograph."""
+    """What an error says, with the name of the photograph or video."""
     return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    if args.batch_size < 1 or not (args.focal is None or args.focal > 0):
-        raise ValueError("--batch-size and --focal must be positive")
+    check(args)
+    if args.refine is None:
+        args.refine = 0 if args.boxes or args.detector else 1
     runtime = setup(args, alone=True)
-    net, box_scale, arrays = load_network(args.checkpoint, args.mano, runtime.device)
-    faces = net.head.hand.faces.cpu().numpy()
-    hands = find_hands(find_images(args.images, args.out), args.boxes, args.side)
-    refuse_others_files(hands, args.out)
+    network = Network(args.checkpoint, args.mano, runtime)
+    detect = mediapipe_detector() if args.detector else None
+    clips = [path for path in args.images
+             if (args.video if path.is_dir() else path.suffix.lower() in VIDEO_SUFFIXES)]
+    images = find_images([path for path in args.images if path not in clips], args.out)
+    names = Names()
+    hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
+    clips = [below for path in clips for below in (list_videos(path, args.out) if path.is_dir() else [path])]
+    videos = [(path, names.free(path.stem)) for path in dict.fromkeys(clips)]
+    refuse_others_files(hands, videos, args.out)
     is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
-
-    failures = []
-    photographs = Photographs()
-    bar = tqdm(total=len(hands), unit="hand")
-    for start in range(0, len(hands), args.batch_size):
-        some_hands = hands[start:start + args.batch_size]
-        batch = []
-        for hand in some_hands:
-            path, box, side, _ = hand
-            try:
-                batch.append((hand, *read_hand(path, box, side, box_scale, net.encoder.config["image_size"])))
-            except (ValueError, OSError) as error:
-                failures.append(_named(error, path))
-        if batch:
-            canvases = torch.from_numpy(np.stack([canvas for *_, canvas in batch]))
-            estimates = estimate_hands(net, canvases, box_scale, arrays, runtime)
-        for i, ((path, _, side, name), photograph_size, crop, _) in enumerate(batch):
-            estimate = {key: value[i] for key, value in estimates.items()}
-            hand = place_hand(estimate, photograph_size, crop, side, args.focal or max(photograph_size))
-            try:
-                photograph = photographs.read(path)
-            except (ValueError, OSError) as error:
-                failures.append(_named(error, path))
-                continue
-            write_hand(args.out, name, hand, photograph, faces)
-        bar.update(len(some_hands))
-    bar.close()
-    if is_new and len(failures) == len(hands):
+    failures = predict_photographs(hands, network, args)
+    for path, name in videos:
+        try:
+            predict_video(path, name, network, finder_of(path, args, detect, network.box_scale), args)
+        except ValueError as error:
+            failures.append(_named(error, path))
+    if is_new and not any(args.out.iterdir()):
         args.out.rmdir()
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
-        raise ValueError(f"{failures[-1]} ({len(failures)} of {len(hands)} hands not predicted)")
-    print(f"{args.out}: {len(hands)} hands, each as .obj, .npz and .png")
+        raise ValueError(f"{failures[-1]} ({len(failures)} of {len(hands) + len(videos)} not predicted)")
 
 
 if __name__ == "__main__":

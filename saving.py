@@ -123,6 +123,8 @@ def _last_checkpoint(out, kind):
         except ValueError as error:
             problem = problem or error
             continue
+        if "step" not in state:
+            raise ValueError(f"{path} holds weights alone, no run that could go on: give it as --init")
         if path.name != "last.pt":
             print(f"{problem or 'last.pt is missing'}: going on from {path}, step {state['step']}",
                   file=sys.stderr)
@@ -352,8 +354,9 @@ def load_checkpoint(path: Path | str, kind: str) -> dict:
     if found != kind:
         raise ValueError(f"{path}: a checkpoint of kind {found or 'unknown'!r}, needed {kind!r}: the last.pt "
                          f"of {WRITERS[kind]}")
-    if not isinstance(state.get("step"), int) or state["step"] < 0:
-        raise ValueError(f"{path}: damaged (step {state.get('step')!r})")
+    step = state.get("step", 0)  # released weights have none
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{path}: damaged (step {step!r})")
     number = state.get("format", 1)
     if number != FORMATS[found]:
         raise ValueError(f"{path}: format {number} of {found!r}, this version reads {FORMATS[found]}; "

@@ -40,6 +40,7 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 MOST_LOST = 10_000  # frames in a row that cannot be read: a header may declare any number
 LARGEST = 0.5  # metres from one side of a hand to the other: beyond it the points are in another unit
+OVERLAYS = "overlays.txt"  # in a folder of overlays of predict.py, as in data.py
 SMALLEST = 8  # pixels of a hand or a crop below which cut_hand gives none
 
 
@@ -77,12 +78,14 @@ def _find_videos(folder, top, seen, videos, folders, left_out):
     others = Counter()
     has_image = False
     is_index = False
+    is_overlays = False
     found = []
     try:
         with os.scandir(folder) as entries:  # it tells files from folders without a look at each
             for entry in entries:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 is_index = is_index or entry.name == "index.json"
+                is_overlays = is_overlays or entry.name == OVERLAYS
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
@@ -98,8 +101,8 @@ def _find_videos(folder, top, seen, videos, folders, left_out):
     except PermissionError:  # such as lost+found
         left_out["folders that may not be read"] += 1
         return
-    if is_index and os.path.realpath(folder) != top:
-        left_out["indices"] += 1
+    if (is_index or is_overlays) and os.path.realpath(folder) != top:
+        left_out["indices" if is_index else "folders of overlays of predict.py"] += 1
         return
     left_out.update(others)
     videos += found
@@ -146,12 +149,18 @@ def _frames_of_folder(folder, every, read_image):
         yield name, frame
 
 
-def _frames_of_video(path, every):
+def _cv2(path):
+    """OpenCV; ValueError where there is none."""
     try:
         import cv2
     except ImportError:
         raise ValueError(f"{path}: a video file needs OpenCV, which is in requirements-video.txt; or extract "
                          "its frames into a folder") from None
+    return cv2
+
+
+def _frames_of_video(path, every):
+    cv2 = _cv2(path)
     video = cv2.VideoCapture(str(path))
     declared = int(max(0, min(video.get(cv2.CAP_PROP_FRAME_COUNT), 1e9)))  # 0: not said
     number = 0  # of the next frame
@@ -173,6 +182,49 @@ def _frames_of_video(path, every):
     video.release()
     if read < declared or read == 0:
         yield f"only {read} of {declared} frames", None
+
+
+def frame_rate(path: Path | str) -> float | None:
+    """Frames a second of a video file, as its header says; None where that says nothing of use."""
+    video = _cv2(path).VideoCapture(str(path))
+    rate = video.get(_cv2(path).CAP_PROP_FPS)
+    video.release()
+    return rate if 1 <= rate <= 1000 else None
+
+
+class OverlayWriter:
+    """Writes drawn frames into a folder that it makes with the first: frames of a video file as overlay.mp4,
+    those of a folder each as a JPEG. A file OVERLAYS says what they are. It is a context."""
+
+    def __init__(self, folder: Path, source: Path, rate: float):
+        self.folder = folder
+        self.source = source
+        self.rate = rate
+        self.video = None
+
+    def __enter__(self):
+        return self
+
+    def add(self, name: str, frame: np.ndarray):
+        """The next frame (H,W,3), RGB. name: as read_frames gives it."""
+        self.folder.mkdir(exist_ok=True)
+        if self.source.is_dir():
+            Image.fromarray(frame).save((self.folder / name).with_suffix(".jpg"), quality=90)
+            return
+        cv2 = _cv2(self.source)
+        if self.video is None:
+            height, width, _ = frame.shape
+            path = str(self.folder / "overlay.mp4")
+            self.video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (width, height))
+            if not self.video.isOpened():
+                raise ValueError(f"{path}: this OpenCV writes no MP4; --no-overlays leaves it out")
+        self.video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    def __exit__(self, *_):
+        if self.video:
+            self.video.release()
+        if self.folder.exists():
+            (self.folder / OVERLAYS).write_text(f"frames of {self.source}, drawn by predict.py\n")
 
 
 # ----------------------------------------------------------------------------------------------------- hands

@@ -21,8 +21,7 @@ from fixtures import ENV, ROOT, call, log
 from PIL import Image
 
 import finetune_mesh
-import predict
-from data import EpochSampler, HandDataset, HandIndex, image_size, index_fingerprint, read_pairs, write_index
+from data import EpochSampler, HandDataset, HandIndex, index_fingerprint, read_pairs, write_index
 from mano import (
     Mano, axis_angle_from_rotmat, joints_from_vertices, rotmat_from_axis_angle, weak_perspective,
 )
@@ -36,7 +35,6 @@ TINY = ["--arch", "vit_micro", "--image-size", "32", "--head-width", "32", "--ba
         "--log-every", "1", "--workers", "0"]
 STEADY = ["--drop-path", 0, "--dropout", 0]  # leaves the views random, which depend on the step alone
 LONG = ["--steps", 16, "--save-every", 5]
-FLIP = np.float32([-1, 1, 1])
 
 
 def train(hands, out, *more, **options):
@@ -448,76 +446,6 @@ def test_evaluation_scores_and_its_prediction_file_scores_the_same(hands, mesh, 
     call("evaluate.py", "--compare", f"scratch={tmp_path / 'a/metrics.json'}", "--out", tmp_path / "c")
     row = json.loads((tmp_path / "c/table.json").read_text())["scratch"]
     assert row["pa_mpvpe_mm"] == pytest.approx(scores["pa_mpvpe_mm"])
-
-
-def volume(path):
-    """Of the mesh in an .obj file; negative where its faces show their backs."""
-    lines = [line.split() for line in path.read_text().splitlines()]
-    points = np.array([line[1:] for line in lines if line[0] == "v"], float)
-    faces = np.array([line[1:] for line in lines if line[0] == "f"], int) - 1
-    a, b, c = points[faces].transpose(1, 0, 2)
-    return (a * np.cross(b, c)).sum() / 6
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def test_prediction_of_photographs_with_and_without_boxes_and_of_both_sides(hands, mesh, tmp_path):
-    index = HandIndex(hands / "val")
-    photo = tmp_path / "photo.png"
-    with Image.open(index.image_path(0)) as image:
-        image.resize((300, 200)).save(photo)
-    with Image.open(photo) as image:
-        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirror.png")
-    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1,side\nphoto.png,50,40,150,160,right\n"
-                                        "photo.png,80,40,180,160,right\nmirror.png,150,40,250,160,left\n")
-    command = ["predict.py", "--checkpoint", mesh / "last.pt", "--out"]
-    call(*command, tmp_path / "whole", photo)
-    assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == ["photo.npz", "photo.obj", "photo.png"]
-    hand = np.load(tmp_path / "whole/photo.npz")
-    assert hand["vertices"].shape == (778, 3) and hand["rotmats"].shape == (16, 3, 3)
-    assert hand["side"] == "right"
-    assert image_size(tmp_path / "whole/photo.png") == (300, 200)
-    call(*command, tmp_path / "boxes", photo, tmp_path / "mirror.png", "--boxes", tmp_path / "boxes.csv")
-    right, left = (np.load(tmp_path / f"boxes/{name}.npz") for name in ("photo", "mirror"))
-    assert (tmp_path / "boxes/photo_2.obj").exists() and left["side"] == "left"
-    for name in ("vertices", "joints", "camera", "translation"):
-        flip = [1, -1, 1] if name == "camera" else FLIP
-        np.testing.assert_allclose(left[name], right[name] * flip, rtol=2e-4, atol=2e-5)
-    volumes = [volume(tmp_path / f"boxes/{name}.obj") for name in ("photo", "mirror")]
-    assert volumes[0] > 0 and volumes[1] == pytest.approx(volumes[0], rel=1e-2)
-    covered, mirrored = ((pixels(tmp_path / f"boxes/{name}.png") != pixels(tmp_path / f"{name}.png")).any(2)
-                         for name in ("photo", "mirror"))  # by the mesh
-    assert covered.mean() > 0.01 and (covered != mirrored[:, ::-1]).mean() < 0.03 * covered.mean()
-
-
-def test_a_left_hand_lies_in_the_photograph_where_its_mirror_image_lies():
-    """One estimate, as a right hand and as a left hand of the mirrored photograph: every pixel is mirrored.
-
-    By the crop's camera and by the full one."""
-    hand = Mano(synthetic_mano())
-    vertices, joints = hand(torch.eye(3).expand(1, 16, 3, 3), torch.zeros(1, 10))
-    estimate = {"vertices": vertices[0].numpy(), "joints": joints[0].numpy(), "rotmats": np.zeros((16, 3, 3)),
-                "betas": np.zeros(10), "camera": np.float32([8, 0.03, -0.01])}
-    width, height, focal = 300, 200, 400.0
-    right = predict.place_hand(estimate, (width, height), (110.0, 90.0, 120.0), "right", focal)
-    left = predict.place_hand(estimate, (width, height), (width - 110.0, 90.0, 120.0), "left", focal)
-
-    def by_crop(placed):
-        x0, y0, x1, _ = placed["crop"]
-        scale, tx, ty = placed["camera"]
-        return (scale * (placed["vertices"][:, :2] + [tx, ty]) + 1) / 2 * (x1 - x0) + [x0, y0]
-
-    def by_full_camera(placed):
-        x, y, z = (placed["vertices"] + placed["translation"]).T
-        return np.stack([focal * x / z + width / 2, focal * y / z + height / 2], 1)  # pixel edges
-
-    for project in (by_crop, by_full_camera):
-        a, b = project(right), project(left)
-        np.testing.assert_allclose(b, [width, 0] + a * [-1, 1], atol=1e-2)
-    np.testing.assert_allclose(by_full_camera(right), by_crop(right), atol=8)  # perspective bends it a little
 
 
 # ----------------------------------------------------------------------------------------- exact continuation

@@ -361,7 +361,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_an_overlay_of_a_very_large_photograph_is_smaller(checkpoint, tmp_path, monkeypatch):
     """Drawing it takes a second for 2 megapixels of hand. The hand lies where it lies at full size."""
     photo = picture(tmp_path / "photo.jpg", size=(301, 200))
-    ours = [photo, "--checkpoint", checkpoint, "--out"]
+    ours = [photo, "--checkpoint", checkpoint, "--refine", 0, "--out"]
     call("predict.py", *ours, tmp_path / "whole")
     monkeypatch.setattr(predict, "MOST_DRAWN", 301 * 200 / 9)
     call("predict.py", *ours, tmp_path / "small")

@@ -1,0 +1,275 @@
+"""A hand through a video: where it is looked for next, when it is lost, its side, its shape, its smoothing.
+
+Boxes (4,) are x0, y0, x1, y1 in pixel-EDGE coordinates. Times are seconds. Nothing looks ahead: what is said
+of a frame depends on the frames up to it, so that a camera can be followed as it films.
+
+Example::
+
+    import numpy as np
+    from tracking import OneEuro, jitter
+
+    times = np.arange(90) / 30
+    noise = 0.01 * np.random.default_rng(0).standard_normal((90, 1))
+    smooth = OneEuro(cutoff=1.0, gain=1.0)
+    values = np.array([smooth(value, time) for value, time in zip(noise, times)])
+    track, frames = np.zeros(90), np.arange(90)
+    assert jitter(values[:, None], track, frames) < 0.5 * jitter(noise[:, None], track, frames)
+
+MIT licence, hands: masked and contrastive pre-training (see LICENSE).
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+SMALLEST = 8  # pixels of a hand's longer side
+DOUBT = 0.1  # of a box's longer side: estimates of one network that differ by more are those of no hand
+PATIENCE = 10  # frames in a row that a hand is followed in doubt
+VOTES = 5  # for a track's side, before the detector is asked less often
+LOOK_EVERY = 10  # frames after which it is asked in any case: a second hand may have come
+SAME = 0.3  # share of two boxes (intersection over union) from which they are of one hand
+TWICE = 0.7  # ... from which two tracks follow one hand
+
+
+# ------------------------------------------------------------------------------------------------------ boxes
+def box_around(points: np.ndarray) -> np.ndarray:
+    """The tight box (4,) of points (N,2)."""
+    return np.concatenate([points.min(0), points.max(0)])
+
+
+def longer_side(box) -> float:
+    return float(max(box[2] - box[0], box[3] - box[1]))
+
+
+def common_area(a, b) -> float:
+    """The area that two boxes share."""
+    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    return float(max(width, 0) * max(height, 0))
+
+
+def box_area(box) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def overlap(a, b) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    common = common_area(a, b)
+    return common / max(box_area(a) + box_area(b) - common, 1e-9)
+
+
+def is_gone(box, before, crop, size) -> bool:
+    """True where a hand's new box cannot be followed. before: its last box, or None; crop (4,): what the
+    network saw; size: (width, height) of the picture.
+
+    Ours. Most of it lies outside the picture; it is no larger than a few pixels; within one frame it became
+    half or twice as large; or a quarter of it lies where the network saw nothing."""
+    if not np.isfinite(box).all() or longer_side(box) < SMALLEST:
+        return True
+    in_picture = common_area(box, np.array([0, 0, *size], float)) / box_area(box)
+    in_crop = common_area(box, np.asarray(crop, float)) / box_area(box)
+    growth = 1.0 if before is None else longer_side(box) / longer_side(before)
+    return in_picture < 0.5 or in_crop < 0.75 or not 0.5 < growth < 2
+
+
+# -------------------------------------------------------------------------------------------------- smoothing
+class OneEuro:
+    """The 1-Euro filter (Casiez, Roussel, Vogel 2012, algorithm 1) of vectors (..., D) at any times.
+
+    A low-pass filter of the first order. Its cutoff is cutoff + gain |speed|, in hertz: slow motion is
+    smoothed, fast motion is followed. The speed itself is smoothed at `speed_cutoff`. Ours: one speed for a
+    vector, its length, so that nothing depends on the axes."""
+
+    def __init__(self, cutoff: float, gain: float, speed_cutoff: float = 1.0):
+        self.cutoff = cutoff
+        self.gain = gain
+        self.speed_cutoff = speed_cutoff
+        self.time = None
+
+    def __call__(self, value: np.ndarray, time: float, unit: float = 1.0) -> np.ndarray:
+        """The smoothed value at a time later than all before. unit: of the values, in which speeds count."""
+        if self.time is None:
+            self.time, self.value, self.speed = time, value, 0.0
+            return value
+        step = time - self.time
+        self.time = time
+        way = self.way(self.value, value)
+        speed = way / (step * unit)
+        self.speed = self.speed + _alpha(self.speed_cutoff, step) * (speed - self.speed)
+        length = np.linalg.norm(self.speed, axis=-1, keepdims=True)
+        self.value = self.moved(self.value, _alpha(self.cutoff + self.gain * length, step) * way)
+        return self.value
+
+    def way(self, start, end):
+        return end - start
+
+    def moved(self, start, way):
+        return start + way
+
+
+class OneEuroRotations(OneEuro):
+    """The same of rotations (J,3,3): the way from one to another is an axis times an angle (J,3), speeds are
+    radians a second. Ours."""
+
+    def way(self, start, end):
+        return Rotation.from_matrix(end @ start.transpose(0, 2, 1)).as_rotvec()
+
+    def moved(self, start, way):
+        return Rotation.from_rotvec(way).as_matrix() @ start
+
+
+def _alpha(cutoff, step):
+    """The share of the new value."""
+    return 1 / (1 + 1 / (2 * np.pi * cutoff * step))
+
+
+def jitter(points: np.ndarray, tracks: np.ndarray, frames: np.ndarray) -> float:
+    """Mean acceleration of the points (M,J,D) of hands, in their unit a frame squared: |p(t+1) - 2 p(t) +
+    p(t-1)| where a track has three frames in a row; NaN where none has. tracks, frames (M,): numbers."""
+    order = np.lexsort((frames, tracks))
+    points, tracks, frames = points[order], tracks[order], frames[order]
+    follows = (tracks[2:] == tracks[:-2]) & (frames[2:] - frames[:-2] == 2)
+    acceleration = points[2:] - 2 * points[1:-1] + points[:-2]
+    return float(np.linalg.norm(acceleration[follows], axis=-1).mean()) if follows.any() else float("nan")
+
+
+# ----------------------------------------------------------------------------------------------------- tracks
+class Track:
+    """One hand. box: where it is; None while it is lost. smooth: see Tracks.
+
+    Ours: the side is that of most votes, a tie keeps it. The shape is the mean of all estimates."""
+
+    def __init__(self, number: int, smooth: float):
+        self.number = number
+        self.smooth = smooth
+        self.votes = Counter()
+        self.side = None
+        self.box = None
+        self.doubted = 0  # frames in a row
+
+    def find(self, box, side):
+        """Starts or goes on at a box where somebody else saw the hand."""
+        if self.box is None or self.doubted:
+            self.box = np.asarray(box, float)
+            self._restart()
+        self.votes[side] += 1
+        if self.side is None or self.votes[side] > self.votes[self.side]:
+            self.side = side
+            self.shapes, self.shape = 0, np.zeros(10)  # of the mirrored hand
+            self._restart()
+
+    def _restart(self):
+        self.doubted = 0
+        self.is_new = True
+        cutoff = 1 / self.smooth if self.smooth else np.inf
+        self.rotations = OneEuroRotations(cutoff, 1.0)
+        self.place = OneEuro(cutoff, 1.0)
+        self.size = OneEuro(cutoff, 1.0)
+
+    def follow(self, box, crop, size, doubt):
+        """Takes the box of a new estimate; False where the hand is lost. doubt: how far the network's last
+        two estimates differ, as a share of the box's longer side."""
+        before = None if self.is_new else self.box
+        if is_gone(box, before, crop, size):
+            self.box = None
+            return False
+        self.box = box
+        self.is_new = False
+        self.doubted = self.doubted + 1 if doubt > DOUBT else 0
+        if self.doubted > PATIENCE:
+            self.box = None
+        return self.box is not None
+
+    def held_shape(self, betas):
+        """The mean of all betas (10,) so far."""
+        self.shapes += 1
+        self.shape = self.shape + (betas - self.shape) / self.shapes
+        return self.shape
+
+    def smoothed(self, rotmats, camera, crop, time):
+        """rotmats (16,3,3) and camera (3,) of a crop (4,), smoothed in the picture."""
+        if not self.smooth:
+            return rotmats, camera
+        x0, y0, x1, y1 = crop
+        half = (x1 - x0) / 2
+        middle = np.array([x0 + x1, y0 + y1]) / 2
+        wrist = middle + half * camera[0] * camera[1:]  # pixels
+        # Speeds count in hands, so that the same motion is as fast near the camera as far away.
+        wrist = self.place(wrist, time, longer_side(self.box))
+        scale = np.exp(self.size(np.log([half * camera[0]]), time))[0]  # pixels a metre
+        camera = np.array([scale / half, *((wrist - middle) / scale)])
+        return self.rotations(rotmats, time), camera
+
+
+class Tracks:
+    """All hands of a video. smooth: 1 / smooth hertz is the cutoff of the smoothing at rest; 0: none.
+
+    asks_often: there is a detector, which knows where hands are; else `find` is asked only while no hand is
+    followed."""
+
+    def __init__(self, smooth: float, asks_often: bool):
+        self.smooth = smooth
+        self.asks_often = asks_often
+        self.all = []
+
+    def step(self, frame: int, size: tuple[int, int], see: Callable, ask: Callable) -> list:
+        """The hands of the next frame: [(track, what `see` said of it)].
+
+        size: width and height of the frame. see([track, ...]) looks where tracks are, and returns for each
+        (box, crop, doubt, anything): see Track.follow. ask() -> [(box, side)] is the detector. It is asked
+        before, where that is due, or else after, where a hand was lost; what it finds is looked at then."""
+        is_asked = not self.live() or (self.asks_often and self.wants_look(frame))
+        if is_asked:
+            self.find(ask())
+        before = self.live()
+        seen = self._follow(before, size, see)
+        if not is_asked and len(seen) < len(before) and (self.asks_often or not seen):
+            self.find(ask())
+            done = [track for track, _ in seen]
+            seen += self._follow([track for track in self.live() if track not in done], size, see)
+        self.drop_twins()
+        return [(track, said) for track, said in seen if track.box is not None]
+
+    def _follow(self, tracks, size, see):
+        if not tracks:
+            return []
+        return [(track, said) for track, (box, crop, doubt, said) in zip(tracks, see(tracks), strict=True)
+                if track.follow(box, crop, size, doubt)]
+
+    def live(self):
+        return [track for track in self.all if track.box is not None]
+
+    def wants_look(self, frame: int) -> bool:
+        """True where a detector should look at a frame: no hand is followed, one is followed in doubt or has
+        few votes for its side, or it is time to see who came."""
+        live = self.live()
+        unsure = any(track.doubted or sum(track.votes.values()) < VOTES for track in live)
+        return not live or unsure or frame % LOOK_EVERY == 0
+
+    def find(self, hands: list):
+        """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left".
+
+        A box goes to the track that it overlaps most; else to one of its side that is lost or in doubt, the
+        latest first; else it begins a track."""
+        free = list(self.all)
+        for box, side in hands:
+            box = np.asarray(box, float)
+            live = [track for track in free if track.box is not None]
+            best = max(live, key=lambda track: overlap(track.box, box), default=None)
+            if best is None or overlap(best.box, box) < SAME:
+                lost = [track for track in free
+                        if track.side == side and (track.box is None or track.doubted)]
+                best = lost[-1] if lost else Track(len(self.all), self.smooth)
+            if best in free:
+                free.remove(best)
+            else:
+                self.all.append(best)
+            best.find(box, side)
+
+    def drop_twins(self):
+        """Two tracks that came to follow one hand: the younger is lost."""
+        live = self.live()
+        for number, track in enumerate(live):
+            if any(overlap(track.box, older.box) > TWICE for older in live[:number] if older.box is not None):
+                track.box = None
