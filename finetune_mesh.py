@@ -199,7 +199,8 @@ def open_labelled(paths, flag):
     indices = [HandIndex(path) for path in paths]
     for index in indices:
         if not {"joints", "joints2d"} & set(index.columns):
-            raise ValueError(f"{flag} {index.path}: no labels in this index; pre-training needs none")
+            advice = "fit_hands.py makes them" if "keypoints" in index.columns else "pre-training needs none"
+            raise ValueError(f"{flag} {index.path}: no labels in this index: {advice}")
     return indices
 
 

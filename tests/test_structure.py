@@ -21,9 +21,8 @@ import surfaces
 import video
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["make_synthetic", "prepare_data", "mine_pairs", "pretrain_mim", "pretrain_contrastive",
-           "finetune_mesh",
-           "probe", "evaluate", "predict"]
+SCRIPTS = ["make_synthetic", "prepare_data", "fit_hands", "mine_pairs", "pretrain_mim",
+           "pretrain_contrastive", "finetune_mesh", "probe", "evaluate", "predict", "export"]
 LIBRARY = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in SCRIPTS)
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tqdm"}
 EXTRA = {"video": {"cv2", "mediapipe"}}  # requirements-video.txt, imported where they are used

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# bash recipes/release.sh [DIR]: makes weights/hand.pt, the network that predict.py takes by default. Draws
+# hands, fits the hand model to photographs that have a detector's points, trains on both, scores, packs.
+# Given again, it goes on where it was stopped. Writes DIR (default out/release).
+# In the environment:
+#   POOL=INDEX POOL_VAL=INDEX   photographs with keypoints, of other people in either (prepare_data.py video);
+#                               without them it trains on drawn hands alone
+#   HANDS=60000   to draw: two minutes of a core for 10,000     STEPS=9000   of 64 hands
+#   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each
+#   CACHE=file    or device, on a GPU      PYTHON=              another interpreter
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+out=${1:-out/release}
+hands=${HANDS:-60000}
+steps=${STEPS:-9000}
+
+draw() {                     # draw NAME HANDS SEED, once
+    if [ ! -e "$out/$1/index.json" ]; then
+        rm -rf "${out:?}/$1"
+        "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" \
+            --anywhere 0.6   # of the videos: hands occur in all orientations
+    fi
+}
+draw train "$hands" 1
+draw val 2000 900001
+
+data=("$out/train")
+mix=()
+if [ -n "${POOL:-}" ]; then
+    for part in pool pool_val; do
+        index=$POOL
+        if [ $part = pool_val ]; then index=$POOL_VAL; fi
+        if [ ! -e "$out/$part/index.json" ]; then
+            "$python" fit_hands.py --data "$index" --out "$out/$part"
+        fi
+    done
+    data+=("$out/pool")
+    mix=(--mix 0.65 0.35)    # drawn hands keep the mesh right, photographs teach what hands look like
+fi
+
+training=(
+    --data "${data[@]}" "${mix[@]}"
+    --val "$out/val"
+    --arch resnet_micro      # at this length far better than a ViT of the same cost
+    --image-size 96          # 12 ms a hand on one core
+    --head-width 64          # channels of the head's maps
+    --head-hidden 256        # of its regressors
+    --rotation 60            # degrees either way
+    --shift 0.15             # boxes of people and of detectors differ
+    --spoil 0.7              # tinted light, grey, blur, something before the hand
+    --batch-size 64
+    --lr 2e-3                # at batch 256
+    --ema 0.998
+    --dropout 0.05
+    --steps "$steps"
+    --seed "${SEED:-0}"
+    --cache "${CACHE:-file}"
+    --workers 0
+    --eval-every 1500
+    --save-minutes 5
+    --resume auto
+)
+launch=("$python")
+if [ "${PROCESSES:-1}" -gt 1 ]; then
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES")
+fi
+"${launch[@]}" finetune_mesh.py --out "$out/mesh" "${training[@]}"
+
+for part in val ${POOL:+pool_val}; do
+    "$python" evaluate.py --data "$out/$part" --checkpoint "$out/mesh/last.pt" --out "$out/scores/$part"
+done
+"$python" export.py --checkpoint "$out/mesh/last.pt" --out "$out/hand.pt"
+echo "$out/hand.pt is what weights/hand.pt is made of: copy it there"
