@@ -97,6 +97,7 @@ class Camera:
     contrast: float = 0.0  # 0..1, how much darker the dark half becomes and brighter the bright one
     vignette: float = 0.0  # part of the light that the corners lack
     coarseness: float = 1.0  # the picture was taken at this many times fewer pixels
+    sharpening: int = 0  # percent, which leaves bright seams along dark edges
     grey: bool = False
 
 
@@ -147,7 +148,7 @@ def everyday_light(rng: np.random.Generator) -> Light:
         wall = rng.uniform(0.02, 0.08)
     elif kind == 3:  # against the light
         direction, key_part = (0.6 * x, -0.7 + 0.3 * y, 0.6 + 0.4 * abs(z)), rng.uniform(0.2, 0.6)
-        level *= rng.uniform(0.25, 0.75)
+        level *= rng.uniform(0.3, 0.8)
         backdrop *= rng.uniform(1, 1.3)
         casts_shadow = False
     else:  # the sun
@@ -169,7 +170,9 @@ def everyday_camera(rng: np.random.Generator) -> Camera:
     contrast = rng.uniform(-0.1, 0.6)
     vignette = pick(rng, 0.0, 0.0, 0.15, 0.4)
     coarseness = pick(rng, 1.0, 1.0, 1.0, rng.uniform(1.3, 2.6))
-    return Camera(gain, noise, defocus, quality, contrast, vignette, coarseness, rng.random() < 0.05)
+    sharpening = pick(rng, 0, 0, 70, 150)
+    grey = rng.random() < 0.05
+    return Camera(gain, noise, defocus, quality, contrast, vignette, coarseness, sharpening, grey)
 
 
 def random_background(rng: np.random.Generator, size: int, tones=()) -> np.ndarray:
@@ -502,6 +505,9 @@ def photograph(rng: np.random.Generator, camera: Camera, light: Light, backgroun
     if camera.coarseness > 1:
         coarse = _planes(image.clip(0, 255).astype(np.uint8), _reduce, round(size / camera.coarseness))
         image = _planes(coarse.astype(np.uint8), _enlarge, size)
+    if camera.sharpening:
+        sharper = ImageFilter.UnsharpMask(1.2 * size / 128, camera.sharpening, 0)
+        image = _planes(image.clip(0, 255).astype(np.uint8), Image.Image.filter, sharper)
     image = image + rng.standard_normal(image.shape, dtype=f4) * f4(camera.noise)
     np.clip(image, 0, 255, out=image)
     picture = np.empty((size, size, 3), np.uint8)

@@ -175,9 +175,9 @@ def random_skin(rng: np.random.Generator) -> Skin:
 def everyday_skin(rng: np.random.Generator) -> Skin:
     """As random_skin, with lines in the palm, red knuckles, colours nearer to people's and rarely varnish."""
     skin = random_skin(rng)
-    pinkness = skin.color.mean() * rng.normal(0.03, 0.04)
-    skin.color = _duller(skin.color, rng.uniform(0.7, 1.0)) + pinkness * np.array([0.6, -0.5, 0.1])
-    skin.color = skin.color.clip(0.05, 0.98)
+    pinkness = skin.color.mean() * rng.normal(0.05, 0.04)
+    skin.color = _duller(skin.color, rng.uniform(0.75, 1.05)) + pinkness * np.array([0.5, -0.5, 0.2])
+    skin.color = skin.color.clip(0.05, 0.88)  # lighter skin has no shades left in bright light
     if rng.random() < 0.85:
         skin.nail = np.clip(skin.color * 0.8 + [0.16, 0.1, 0.1] + rng.uniform(-0.04, 0.06), 0.04, 0.97)
     skin.lines = rng.uniform(0.08, 0.35)

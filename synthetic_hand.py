@@ -599,11 +599,16 @@ def gestures(seed: int = 0, n: int = 2000) -> np.ndarray:
     rng = np.random.default_rng([seed, 45])
     frames = _joint_frames(_skeleton(rng, spread=0.0))
     straight = rng.random((n, 4, 1)) < 0.5
-    curled = np.where(rng.random((n, 1, 1)) < 0.35, rng.uniform(0, 0.6, (n, 1, 1)), 0.02)  # C, O, a pinch
+    # One in five curls all its straight fingers alike, as for a C; one in five each joint on its own.
+    manner = rng.random((n, 1, 1))
+    curl = np.where(manner < 0.2, rng.uniform(0, 0.6, (n, 1, 1)), rng.uniform(0, 0.8, (n, 4, 2)))
+    curl = np.where(manner < 0.4, curl, 0.02)
     bent = np.where(rng.random((n, 1, 1)) < 0.75, 1, rng.uniform(0.5, 1, (n, 1, 1)))  # now and then loosely
-    fingers = np.where(straight, curled, bent) * (79, 94)  # (n, 4, 2)
+    fingers = np.where(straight, curl, bent) * (79, 94)  # (n, 4, 2)
     kind = rng.integers(len(_THUMBS), size=n)
-    thumb = np.array([place for place, _ in _THUMBS], dtype=float)[kind]
+    places = np.array([place for place, _ in _THUMBS], dtype=float)
+    away = np.where(rng.random((n, 1)) < 0.4, rng.random((n, 1)), 0)  # an opened pinch
+    thumb = (1 - away) * places[kind] + away * places[0]
     touched = np.array([-1 if finger is None else finger for _, finger in _THUMBS])[kind]
     for finger, flexion in enumerate(_TOUCHING):
         fingers[touched == finger, finger] = flexion
