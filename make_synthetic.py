@@ -7,7 +7,8 @@ hand, 10 % evaluation.
 Poses are drawn around the rows of `hands_coeffs`. A video has one person, light, camera and background, while
 pose and view move smoothly from key pose to key pose. Everything is a function of (seed, video, frame): the
 same seed gives the same bytes for any number of workers. 6 ms an image of 128 pixels on one core. The whole
-recipe is ours. `surfaces.py` (hand, arm, objects) and `photo.py` (light, camera) hold how a picture is drawn.
+recipe is ours. `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind) and `photo.py` (light, camera)
+hold how a picture is drawn.
 """
 
 import json

@@ -178,6 +178,7 @@ def everyday_skin(rng: np.random.Generator) -> Skin:
     pinkness = skin.color.mean() * rng.normal(0.05, 0.04)
     skin.color = _duller(skin.color, rng.uniform(0.75, 1.05)) + pinkness * np.array([0.5, -0.5, 0.2])
     skin.color = skin.color.clip(0.05, 0.88)  # lighter skin has no shades left in bright light
+    skin.color[1:] = np.minimum(skin.color[1:], skin.color[0] * np.array([0.9, 0.88]))  # never grey
     if rng.random() < 0.85:
         skin.nail = np.clip(skin.color * 0.8 + [0.16, 0.1, 0.1] + rng.uniform(-0.04, 0.06), 0.04, 0.97)
     skin.lines = rng.uniform(0.08, 0.35)

@@ -59,8 +59,8 @@ use() {                      # use SET: the hands of the rows that follow
     set_=$1
     train=hands/$1 val=hands/${1}_val pairs=hands/${1}_pairs/pairs.npz
     case $1 in
-        easy) drawing=(--tilt 12 --anywhere 0) ;;
-        anywhere) drawing=(--anywhere 0.25) ;;
+        easy) drawing=(--look plain --tilt 12 --anywhere 0) ;;
+        anywhere) drawing=(--look plain --anywhere 0.25) ;;
         pool) train=${POOL:-} val=${POOL_VAL:-} ;;
     esac
 }

@@ -8,6 +8,7 @@ python=${PYTHON:-python}
 out=${1:-out/demo}
 
 upright=(
+    --look plain             # the pictures that the figures of the pages were measured on
     --tilt 12                # degrees around upright: what two cores learn in minutes
     --anywhere 0             # no hands seen from anywhere; the default .25 takes far longer
 )

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 seeds=${SEEDS:-0 1 2}
 
-upright=(--tilt 12 --anywhere 0)                     # what two cores learn in minutes
+upright=(--look plain --tilt 12 --anywhere 0)        # what two cores learn in minutes
 if [ ! -e hands/easy/index.json ]; then
     "$python" make_synthetic.py --out hands/easy --hands 24000 --videos 8000 "${upright[@]}"
     "$python" make_synthetic.py --out hands/easy_val --hands 3000 --videos 1500 --seed 1 "${upright[@]}"
