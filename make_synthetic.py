@@ -4,11 +4,11 @@
 own files, so that its reader can be tried without the data: right hands, four backgrounds for each training
 hand, 10 % evaluation.
 
-Poses are drawn around the rows of `hands_coeffs`. A video has one person, light, camera and background, while
-pose and view move smoothly from key pose to key pose. Everything is a function of (seed, video, frame): the
-same seed gives the same bytes for any number of workers. 6 ms an image of 128 pixels on one core. The whole
-recipe is ours. `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind) and `photo.py` (light, camera)
-hold how a picture is drawn.
+Poses are drawn around the rows of `hands_coeffs`; in the everyday look half of the videos show `gestures`. A
+video has one person, light, camera and background, while pose and view move smoothly from key pose to key
+pose. Everything is a function of (seed, video, frame): the same seed gives the same bytes for any number of
+workers. 6 ms an image of 128 pixels on one core. The whole recipe is ours. How a picture is drawn:
+`surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo.py` (light, camera).
 """
 
 import json
@@ -507,12 +507,14 @@ def flags():
 
 
 def find_photographs(folder):
-    """Paths of the images of --backgrounds. Refuses a folder without any, or with one that cannot be read."""
+    """Paths of the images below --backgrounds. ValueError where there are none, or one cannot be read."""
     if not folder.is_dir():
         raise ValueError(f"--backgrounds {folder}: not a folder")
     found = list_images(folder)
     if not found:
         raise ValueError(f"--backgrounds {folder}: no images there; give a folder of photographs")
+    for path in found:  # all at once, so that no set is left half drawn
+        read_image(path, smallest=32)
     return found
 
 

@@ -238,6 +238,11 @@ def test_backgrounds_are_cut_from_the_photographs(tmp_path):
     flags = ["--hands", "12", "--videos", "12", "--size", "32", "--workers", "1", "--seed", "4"]
     with pytest.raises(ValueError, match="--backgrounds .*walls: no images"):
         make_synthetic.main(["--out", str(tmp_path / "a"), *flags, "--backgrounds", str(tmp_path / "walls")])
+    (tmp_path / "walls" / "torn.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="torn.png"):
+        make_synthetic.main(["--out", str(tmp_path / "a"), *flags, "--backgrounds", str(tmp_path / "walls")])
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "walls" / "torn.png").unlink()
     Image.new("RGB", (90, 70), (230, 0, 0)).save(tmp_path / "walls" / "red.png")
     reds = []
     for name, more in (("with", ["--backgrounds", str(tmp_path / "walls")]), ("without", [])):
