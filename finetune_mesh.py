@@ -386,13 +386,16 @@ def flags():
     group.add_argument("--head-width", type=int, default=256,
                        help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
     group.add_argument("--head-hidden", type=int, default=1024,
-                       help="width of the head's regressors (default 1024, PyMAF; 256 is enough at toy sizes)")
+                       help="width of the head's regressors (default 1024, PyMAF; 256 for small networks)")
     group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
                        help="estimates of the head, each corrects the last one (default 3, PyMAF)")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
                        help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
                             "With --init a block of the ViT has .75 of the next one's rate, a ResNet a tenth")
+    group.add_argument("--image-weight", type=float, default=1.0,
+                       help="factor on the two losses in the image, camera and joints2d; more makes overlays "
+                            "fit better (default 1)")
     group.add_argument("--ema", type=float, default=0.999,
                        help="momentum of the averaged weights, lower in the first steps (default .999)")
     group.add_argument("--label-fraction", type=float, default=1.0,
@@ -422,8 +425,8 @@ def flags():
 def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
-                        "lr": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT), "rotation": (0, 180),
-                        "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2), "spoil": (0, 2)})
+                        "lr": (0, 1e3), "image_weight": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT),
+                        "rotation": (0, 180), "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2), "spoil": (0, 2)})
     if args.head_hidden < 16:
         raise ValueError(f"--head-hidden {args.head_hidden}: must be 16 or more")
     if args.zoom[0] > args.zoom[1]:
@@ -498,6 +501,7 @@ def main(argv=None):
     definitions = {name: torch.tensor([each == name for each in names], device=device) for name in names}
     lr_base = args.lr * args.batch_size / 256
     parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
+    weights = WEIGHTS | {name: args.image_weight * WEIGHTS[name] for name in ("camera", "joints2d")}
     finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas_size(size), size)
     theta_of = partial(draw_theta, box_scale=args.box_scale, rotation=args.rotation, zoom=args.zoom,
                        shift=args.shift)
@@ -540,7 +544,7 @@ def main(argv=None):
                     estimates = net(views[part])  # T dicts; the last is the answer, all learn
                 joints = [defined_joints(estimate, true, hand_arrays, definitions) for estimate in estimates]
                 losses = mesh_losses(estimates, joints, true)
-                loss = sum(WEIGHTS[name] * value for name, value in losses.items())
+                loss = sum(weights[name] * value for name, value in losses.items())
                 scaler.scale(loss / args.accumulate).backward()
             for name, value in (losses | {"loss": loss}).items():
                 values[name] = values.get(name, 0) + value.detach() / args.accumulate

@@ -37,7 +37,7 @@ from runtime import add_device_flags, check_ranges, parser, run, setup
 from saving import staged_folder
 from synthetic_hand import synthetic_mano
 
-POINT = 0.02  # deviation of a detector's point over the box's longer side (MediaPipe's on labelled hands: .02)
+POINT = 0.02  # deviation of a detector's point, as a share of the box's longer side
 SPACE = 0.010  # deviation of its metric points, in metres
 WRIST = 2.0  # times these of the wrist: MediaPipe's lies some 8 mm towards the little finger (measured)
 KNEE = 2.0  # deviations at which a term turns from square to linear
@@ -140,7 +140,8 @@ def first_guess(hand, arrays, points, points3d, has_space):
     seen = (palm @ rotation.transpose(1, 2))[..., :2]  # (B, 6, 2)
     scale = (seen * target).sum((1, 2)) / (seen ** 2).sum((1, 2)).clamp(min=1e-9)
     scale = scale.clamp(min=1.0)
-    shift = points[:, PALM].mean(1) - scale[:, None] * (joints[PALM].mean(0) @ rotation.transpose(1, 2))[:, :2]
+    middle = (joints[PALM].mean(0) @ rotation.transpose(1, 2))[:, :2]  # (B, 2)
+    shift = points[:, PALM].mean(1) - scale[:, None] * middle
     return rotation, torch.cat([scale.log()[:, None], shift], dim=1)
 
 
@@ -208,7 +209,8 @@ def labels_of(found, index, rows, hands_mean):
         labels[name][left] = mirror(name, labels[name][left])
     middle_x, middle_y, side = (value[rows, None] for value in square(index.columns["box"], CONTEXT))
     half = side / 2
-    x, y = labels["joints2d"][..., 0] * half + middle_x - 0.5, labels["joints2d"][..., 1] * half + middle_y - 0.5
+    x = labels["joints2d"][..., 0] * half + middle_x - 0.5
+    y = labels["joints2d"][..., 1] * half + middle_y - 0.5
     return labels | {"joints2d": np.stack([x, y], axis=2).astype(np.float32)}
 
 

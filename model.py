@@ -260,8 +260,8 @@ def _shortcut(channels, out, stride):
 class ResNet(nn.Module):
     """ResNet (He et al. 2016; stride in the 3x3 convolution and names as torchvision) without its classifier.
 
-    forward(images (B,3,S,S)) -> the last map (B,D,S/32,S/32), D = 256 for resnet_micro, 512 for resnet18, else
-    2048.
+    forward(images (B,3,S,S)) -> the last map (B,D,S/32,S/32), D = 256 for resnet_micro, 512 for resnet18,
+    else 2048.
     """
 
     def __init__(self, arch="resnet50", image_size=224):

@@ -5,27 +5,27 @@
 # In the environment:
 #   POOL=INDEX POOL_VAL=INDEX   photographs with keypoints, of other people in either (prepare_data.py video);
 #                               without them it trains on drawn hands alone
-#   HANDS=60000   to draw: two minutes of a core for 10,000     STEPS=9000   of 64 hands
+#   HANDS=48000   to draw: two minutes of a core for 10,000     STEPS=18000   of 32 hands
 #   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each
 #   CACHE=file    or device, on a GPU      PYTHON=              another interpreter
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 out=${1:-out/release}
-hands=${HANDS:-60000}
-steps=${STEPS:-9000}
+hands=${HANDS:-48000}
+steps=${STEPS:-18000}
 
-draw() {                     # draw NAME HANDS SEED, once
+draw() {                     # draw NAME HANDS SEED SHARE-SEEN-FROM-ANYWHERE, once
     if [ ! -e "$out/$1/index.json" ]; then
         rm -rf "${out:?}/$1"
-        "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" \
-            --anywhere 0.6   # of the videos: hands occur in all orientations
+        "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" --anywhere "$4"
     fi
 }
-draw train "$hands" 1
-draw val 2000 900001
+draw train "$hands" 1 0.5    # twice the default's: hands occur in all orientations
+draw val 2000 900001 0.25
 
 data=("$out/train")
+val=$out/val
 mix=()
 if [ -n "${POOL:-}" ]; then
     for part in pool pool_val; do
@@ -36,12 +36,13 @@ if [ -n "${POOL:-}" ]; then
         fi
     done
     data+=("$out/pool")
+    val=$out/pool_val        # what the log follows
     mix=(--mix 0.65 0.35)    # drawn hands keep the mesh right, photographs teach what hands look like
 fi
 
 training=(
     --data "${data[@]}" "${mix[@]}"
-    --val "$out/val"
+    --val "$val"
     --arch resnet_micro      # at this length far better than a ViT of the same cost
     --image-size 96          # 12 ms a hand on one core
     --head-width 64          # channels of the head's maps
@@ -49,15 +50,16 @@ training=(
     --rotation 60            # degrees either way
     --shift 0.15             # boxes of people and of detectors differ
     --spoil 0.7              # tinted light, grey, blur, something before the hand
-    --batch-size 64
-    --lr 2e-3                # at batch 256
+    --image-weight 4         # for overlays that fit
+    --batch-size 32          # many small batches
+    --lr 4e-3                # at batch 256
     --ema 0.998
     --dropout 0.05
     --steps "$steps"
     --seed "${SEED:-0}"
     --cache "${CACHE:-file}"
     --workers 0
-    --eval-every 1500
+    --eval-every 2000
     --save-minutes 5
     --resume auto
 )
