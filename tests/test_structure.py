@@ -25,7 +25,8 @@ SCRIPTS = ["make_synthetic", "prepare_data", "fit_hands", "mine_pairs", "pretrai
            "pretrain_contrastive", "finetune_mesh", "probe", "evaluate", "predict", "export"]
 LIBRARY = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in SCRIPTS)
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tqdm"}
-EXTRA = {"video": {"cv2", "mediapipe"}}  # requirements-video.txt, imported where they are used
+# Of requirements-video.txt and requirements-export.txt, imported where they are used.
+EXTRA = {"video": {"cv2", "mediapipe"}, "export": {"onnxruntime"}}
 
 
 def imported(path):

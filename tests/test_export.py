@@ -1,0 +1,145 @@
+"""Files of export.py: the same hands as the network's for any batch, refused where they are not."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures import call, random_mano
+from PIL import Image
+
+import export
+from mano import Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
+from model import HandMesh, MeshHead, build_encoder, is_resnet, load_mesh
+from saving import FORMATS, load_checkpoint
+from synthetic_hand import synthetic_mano
+from views import normalise
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "export.md"
+HAS_ONNX = all(map(importlib.util.find_spec, export.PACKAGES))
+NEEDS_ONNX = pytest.mark.skipif(not HAS_ONNX, reason="requirements-export.txt is not installed")
+
+
+def write_weights(path, arch="vit_micro", size=32, arrays=None):
+    """A file as of weights/hand.pt, in half precision, whose network answers every picture differently."""
+    arrays = arrays or synthetic_mano()
+    torch.manual_seed(0)
+    encoder = build_encoder(arch, size)
+    head = MeshHead(Mano(arrays), encoder.dim, encoder.dim, strides=is_resnet(arch), width=32, hidden=64)
+    for regressor in head.regress:
+        for last in regressor.heads:
+            torch.nn.init.normal_(last.weight, std=0.2)
+    weights = {name: tensor.half() if tensor.is_floating_point() else tensor
+               for name, tensor in HandMesh(encoder, head).state_dict().items()}
+    torch.save({"kind": "mesh", "format": FORMATS["mesh"], "hand": hand_fingerprint(arrays),
+                "encoder": {"arch": arch, "config": encoder.config}, "head": head.config, "box_scale": 1.25,
+                "ema": weights}, path)
+    return path
+
+
+@torch.no_grad()
+def as_predicted(path, images, arrays):
+    """What predict.py makes of views."""
+    estimate = load_mesh(load_checkpoint(path, "mesh"), Mano(arrays))(normalise(images))[-1]
+    return estimate | {"joints": joints_from_vertices(estimate["vertices"], arrays)}
+
+
+def test_the_plain_hand_is_manos_function():
+    """Also with MANO's arrays, whose axes differ from the synthetic hand's."""
+    g = torch.Generator().manual_seed(0)
+    rotmats = rotmat_from_axis_angle(torch.randn(7, 16, 3, generator=g, dtype=torch.float64))
+    betas = torch.randn(7, 10, generator=g, dtype=torch.float64)
+    for arrays in (synthetic_mano(), random_mano()):
+        hand = Mano(arrays).double()
+        vertices, joints = hand(rotmats, betas)
+        plain, origins = export.PlainHand(hand)(rotmats, betas)
+        assert (plain - vertices).abs().max() < 1e-12
+        assert (origins[:, 0] - joints[:, 0]).abs().max() < 1e-12
+
+
+def test_a_camera_that_is_off_is_a_difference_too():
+    vertices, joints = torch.randn(2, 778, 3), torch.randn(2, 21, 3)
+    truth = {"vertices": vertices, "joints": joints, "camera": torch.tensor([[8.0, 0.1, 0.0]]).repeat(2, 1)}
+    moved = truth | {"camera": truth["camera"] + torch.tensor([0, 0, 0.002])}  # 2 mm down
+    assert export.difference(truth, truth) == 0
+    assert export.difference(truth, moved) == pytest.approx(2, rel=1e-3)
+    moved = truth | {"joints": joints + torch.tensor([0, 0, 0.003])}
+    assert export.difference(truth, moved) == pytest.approx(3, rel=1e-3)
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=NEEDS_ONNX)])
+@pytest.mark.parametrize("arch, size, arrays", [("vit_micro", 32, synthetic_mano()),
+                                                ("resnet_micro", 64, random_mano())])
+def test_the_file_gives_the_networks_hands(tmp_path, arch, size, arrays, suffix):
+    checkpoint = write_weights(tmp_path / "hand.pt", arch, size, arrays)
+    np.savez(tmp_path / "mano.npz", **arrays)
+    out = tmp_path / "new" / f"hand{suffix}"
+    done = call("export.py", "--checkpoint", checkpoint, "--out", out, "--mano", tmp_path / "mano.npz")
+    assert re.search(r"mm from the network on 64 random pictures; [\d.]+ ms a hand", done.stdout)
+    assert list(out.parent.iterdir()) == [out]
+    infer = export.FILES[suffix][1](out)
+    with torch.no_grad():
+        for count in (1, 3, 70):
+            images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+            truth = as_predicted(checkpoint, images, arrays)
+            found = infer(images)
+            assert list(found) == ["vertices", "joints", "rotmats", "betas", "camera"]
+            for name, value in found.items():
+                assert value.shape == truth[name].shape
+                assert torch.allclose(value, truth[name], rtol=1e-4, atol=1e-5), name
+        assert truth["vertices"].std(0).max() > 1e-3  # metres: pictures do not all give one hand
+    if suffix == ".pt2":
+        extra = {"hand.json": ""}
+        torch.export.load(out, extra_files=extra)
+        facts = json.loads(extra["hand.json"])
+    else:
+        import onnxruntime
+
+        meta = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+        facts = {name: json.loads(text) for name, text in meta.items()}
+    assert (facts["image_size"], facts["box_scale"]) == (size, 1.25) and "right" in facts["sides"]
+    assert np.array_equal(facts["faces"], arrays["f"])
+
+
+@pytest.mark.commands
+def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
+    checkpoint = write_weights(tmp_path / "hand.pt")
+    there = tmp_path / "there.pt2"
+    there.write_bytes(b"mine")
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    write_weights(tmp_path / "mano.pt", arrays=random_mano())
+    monkeypatch.setattr(export, "PACKAGES", ("no_such_package",))
+    before = sorted(tmp_path.iterdir())
+    for weights, name, message in ((checkpoint, "hand.bin", ".onnx or .pt2"),
+                                   (checkpoint, "there.pt2", "already"),
+                                   (checkpoint, "hand.onnx", "pip install -r requirements-export.txt"),
+                                   (tmp_path / "broken.pt", "hand.pt2", "broken.pt"),
+                                   (tmp_path / "mano.pt", "hand.pt2", "pass its file with --mano"),
+                                   (tmp_path / "none.pt", "hand.pt2", "no such checkpoint")):
+        done = call("export.py", "--checkpoint", weights, "--out", tmp_path / name, check=False)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+    def read_another(path):
+        infer = export.read_pt2(path)
+        return lambda image: {name: 1.01 * value for name, value in infer(image).items()}
+
+    monkeypatch.setitem(export.FILES, ".pt2", (export.write_pt2, read_another))
+    done = call("export.py", "--checkpoint", checkpoint, "--out", tmp_path / "hand.pt2", check=False)
+    assert done.returncode == 2 and "differ from the network by" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before and there.read_bytes() == b"mine"
+
+
+@NEEDS_ONNX
+def test_the_pages_example_runs(tmp_path, monkeypatch):
+    """That of ONNX, which tests/test_pages.py leaves out."""
+    monkeypatch.chdir(tmp_path)
+    call("export.py", "--checkpoint", write_weights(tmp_path / "hand.pt"), "--out", "hand.onnx")
+    Image.effect_noise((600, 400), 60).convert("RGB").save("photo.jpg")
+    (snippet,) = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    names = {}
+    exec(compile(snippet, "snippet of docs/export.md", "exec"), names)
+    assert names["vertices"].shape == (1, 778, 3) and np.isfinite(names["points"]).all()
