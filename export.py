@@ -9,8 +9,8 @@
           camera (B,3)          scale, tx, ty: x_n = scale (x + tx) in [-1,1] of the crop
 
 B is free. ImageNet's mean and deviation are inside, and so is the hand model: with --mano, MANO's licence
-holds for the file. Its metadata say image_size, box_scale, sides and faces, each as JSON; in a .pt2 they are
-one extra file, hand.json.
+holds for the file. Its metadata say how to cut the crop (docs/export.md), the sides and the mesh's faces, each
+as JSON; in a .pt2 they are one extra file, hand.json.
 
 Before anything is written, network and file run on 64 random pictures, at once and some one by one. They are
 noise, from two pixels wide to as many as the crop has. The largest distance of a vertex or joint, in space or
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import CONTEXT, canvas_size
 from mano import Mano, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective
 from model import load_mesh
 from runtime import parser, run
@@ -212,8 +213,8 @@ def main(argv=None):
     network = CropToHand(load_mesh(state, hand), arrays).eval()
     size = network.net.encoder.config["image_size"]
     program = trace(CropToHand(load_mesh(state, PlainHand(hand)), arrays).eval(), size)
-    facts = {"image_size": size, "box_scale": state["box_scale"], "sides": "right; mirror left hands",
-             "faces": hand.faces.tolist()}
+    facts = {"image_size": size, "box_scale": state["box_scale"], "canvas": canvas_size(size),
+             "context": CONTEXT, "sides": "right; mirror left hands", "faces": hand.faces.tolist()}
     write, read = FILES[args.out.suffix]
     with staged_folder(args.out.parent) as folder:
         path = folder / args.out.name

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from fixtures import call, random_mano
-from PIL import Image
 
 import export
+from data import HandIndex, read_image
 from mano import Mano, hand_fingerprint, joints_from_vertices, rotmat_from_axis_angle
 from model import HandMesh, MeshHead, build_encoder, is_resnet, load_mesh
 from saving import FORMATS, load_checkpoint
@@ -101,7 +101,8 @@ def test_the_file_gives_the_networks_hands(tmp_path, arch, size, arrays, suffix)
 
         meta = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
         facts = {name: json.loads(text) for name, text in meta.items()}
-    assert (facts["image_size"], facts["box_scale"]) == (size, 1.25) and "right" in facts["sides"]
+    assert (facts["image_size"], facts["box_scale"]) == (size, 1.25)
+    assert (facts["canvas"], facts["context"]) == (size * 8 // 7, 2) and "right" in facts["sides"]
     assert np.array_equal(facts["faces"], arrays["f"])
 
 
@@ -133,13 +134,22 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before and there.read_bytes() == b"mine"
 
 
+@pytest.mark.commands
 @NEEDS_ONNX
-def test_the_pages_example_runs(tmp_path, monkeypatch):
-    """That of ONNX, which tests/test_pages.py leaves out."""
+def test_the_pages_example_gives_the_hands_of_predict(hands, tmp_path, monkeypatch):
+    """That of ONNX, which tests/test_pages.py leaves out; on a crop that leaves the picture."""
     monkeypatch.chdir(tmp_path)
-    call("export.py", "--checkpoint", write_weights(tmp_path / "hand.pt"), "--out", "hand.onnx")
-    Image.effect_noise((600, 400), 60).convert("RGB").save("photo.jpg")
+    checkpoint = write_weights(tmp_path / "hand.pt")
+    call("export.py", "--checkpoint", checkpoint, "--out", "hand.onnx")
+    index = HandIndex(hands / "train")
+    read_image(index.open_image(0))[0].resize((300, 300)).save("photo.jpg")
+    Path("boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.jpg,110,60,290,270\n")
+    call("predict.py", "photo.jpg", "--checkpoint", checkpoint, "--boxes", "boxes.csv", "--out", "out")
     (snippet,) = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
     names = {}
-    exec(compile(snippet, "snippet of docs/export.md", "exec"), names)
-    assert names["vertices"].shape == (1, 778, 3) and np.isfinite(names["points"]).all()
+    exec(compile(snippet.replace("212, 80, 391, 340", "110, 60, 290, 270"), "docs/export.md", "exec"), names)
+    with np.load("out/photo.npz") as truth:
+        x0, y0, x1, _ = truth["crop"]
+        points = truth["camera"][0] * (truth["vertices"][:, :2] + truth["camera"][1:])
+        assert np.abs(names["vertices"][0] - truth["vertices"]).max() < 1e-3  # metres
+        assert np.abs(names["points"] - (points + 1) / 2 * (x1 - x0) - [x0, y0]).max() < 1  # pixels
