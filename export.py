@@ -9,8 +9,8 @@
           camera (B,3)          scale, tx, ty: x_n = scale (x + tx) in [-1,1] of the crop
 
 B is free. ImageNet's mean and deviation are inside, and so is the hand model: with --mano, MANO's licence
-holds for the file. Its metadata say how to cut crops (docs/export.md), the sides and the faces of the mesh, as
-JSON; in a .pt2 they are one extra file, hand.json.
+holds for the file. Its metadata say how to cut crops (docs/export.md), the sides and the faces of the mesh,
+as JSON; in a .pt2 they are one extra file, hand.json.
 
 Before anything is written, network and file run on 64 random pictures, at once and some one by one. They are
 noise, from two pixels wide to as many as the crop has. The largest distance of a vertex or joint, in space or
