@@ -406,8 +406,8 @@ def predict_photographs(hands, network, args):
 
 # ----------------------------------------------------------------------------------------------------- videos
 def finder_of(path, args, detect, box_scale):
-    """A function (frame's name, frame) -> [(box, side)], which --detector or --boxes know of a video; without
-    them a hand fills the frame."""
+    """A function (frame's name, frame) -> [(box, side)], as --detector or --boxes know it; None for
+    frames that --boxes do not name. Without both a hand fills the frame."""
     if detect:
         return lambda name, frame: [(hand_box(hand), hand["side"]) for hand in detect(frame)]
     if not args.boxes:
@@ -416,8 +416,8 @@ def finder_of(path, args, detect, box_scale):
 
     def find(name, frame):
         typed, relative, bare = (name_key(str(each)) for each in (path / name, f"{path.name}/{name}", name))
-        hands = boxes.get(typed) or boxes.get(relative) or boxes.get(bare, [])
-        return [(box, side or args.side) for box, side in hands]
+        hands = boxes.get(typed) or boxes.get(relative) or boxes.get(bare)
+        return hands and [(box, side or args.side) for box, side in hands]
 
     return find
 

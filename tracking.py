@@ -27,6 +27,8 @@ from scipy.spatial.transform import Rotation
 SMALLEST = 8  # pixels of a hand's longer side
 DOUBT = 0.1  # of a box's longer side: estimates of one network that differ by more are those of no hand
 PATIENCE = 10  # frames in a row that a hand is followed in doubt
+DRIFT = 1.7  # times the size at which a hand was last found, from which it is looked at again
+ROTATION_GAIN, PLACE_GAIN, SIZE_GAIN = 0.3, 3.0, 3.0  # hertz for a radian, a hand, a factor e a second
 VOTES = 5  # for a track's side, before the detector is asked less often
 LOOK_EVERY = 10  # frames after which it is asked in any case: a second hand may have come
 SAME = 0.3  # share of two boxes (intersection over union) from which they are of one hand
@@ -54,7 +56,10 @@ def box_area(box) -> float:
 
 
 def overlap(a, b) -> float:
-    """Intersection over union of two boxes, 0 to 1."""
+    """Intersection over union, 0 to 1, of the squares around two boxes: those of hands seen edge-on are thin,
+    and hardly meet."""
+    a, b = (np.tile((box[:2] + box[2:]) / 2, 2) + np.array([-1, -1, 1, 1]) * longer_side(box) / 2
+            for box in (a, b))
     common = common_area(a, b)
     return common / max(box_area(a) + box_area(b) - common, 1e-9)
 
@@ -63,8 +68,8 @@ def is_gone(box, before, crop, size) -> bool:
     """True where a hand's new box cannot be followed. before: its last box, or None; crop (4,): what the
     network saw; size: (width, height) of the picture.
 
-    Ours. Most of it lies outside the picture; it is no larger than a few pixels; within one frame it became
-    half or twice as large; or a quarter of it lies where the network saw nothing."""
+    Ours. Most of it lies outside the picture, or it is no larger than a few pixels. Within one frame it
+    became half or twice as large, or a quarter of it lies where the network saw nothing: no hand does so."""
     if not np.isfinite(box).all() or longer_side(box) < SMALLEST:
         return True
     in_picture = common_area(box, np.array([0, 0, *size], float)) / box_area(box)
@@ -146,34 +151,61 @@ class Track:
         self.votes = Counter()
         self.side = None
         self.box = None
-        self.doubted = 0  # frames in a row
+        self.doubted = 0  # frames in a row in which the network's estimates differ
+        self.missed = 0  # looks in a row in which a detector saw no hand here
+
+    def is_doubtful(self):
+        return self.box is None or self.doubted > 0 or self.missed > 0
 
     def find(self, box, side):
-        """Starts or goes on at a box where somebody else saw the hand."""
-        if self.box is None or self.doubted:
-            self.box = np.asarray(box, float)
+        """Takes what a detector sees: where the hand is, if that is in doubt, and a vote for its side."""
+        self.longest = longer_side(box)
+        if self.is_doubtful():
+            self._look_at(np.asarray(box, float))
+            self.longest = None  # that of the mesh that will be seen
             self._restart()
+        self.missed = 0
         self.votes[side] += 1
         if self.side is None or self.votes[side] > self.votes[self.side]:
             self.side = side
-            self.shapes, self.shape = 0, np.zeros(10)  # of the mirrored hand
+            self.shapes, self.shape = 0, np.zeros(10)  # that of its mirror image is another
             self._restart()
 
-    def _restart(self):
+    def _look_at(self, box):
+        self.box = box
+        self.is_new = True  # the box is not that of a mesh
         self.doubted = 0
-        self.is_new = True
+
+    def _restart(self):
+        """Nothing is smoothed across a loss."""
         cutoff = 1 / self.smooth if self.smooth else np.inf
-        self.rotations = OneEuroRotations(cutoff, 1.0)
-        self.place = OneEuro(cutoff, 1.0)
-        self.size = OneEuro(cutoff, 1.0)
+        self.rotations = OneEuroRotations(cutoff, ROTATION_GAIN)
+        self.place = OneEuro(cutoff, PLACE_GAIN)
+        self.size = OneEuro(cutoff, SIZE_GAIN)
+
+    def miss(self):
+        """A detector looked and saw no hand here."""
+        self.missed += 1
+        if self.missed > PATIENCE:
+            self.box = None
 
     def follow(self, box, crop, size, doubt):
-        """Takes the box of a new estimate; False where the hand is lost. doubt: how far the network's last
-        two estimates differ, as a share of the box's longer side."""
-        before = None if self.is_new else self.box
-        if is_gone(box, before, crop, size):
+        """Takes the box of a new estimate; False where the hand is lost, or has to be looked at again.
+
+        doubt: how far the network's last two estimates differ, as a share of the box's longer side. A crop
+        that follows its own mesh can shrink or grow from frame to frame, until it shows something else. So a
+        hand of another size than where it was found is looked at again at that size, and then believed."""
+        if is_gone(box, None if self.is_new else self.box, crop, size):
             self.box = None
             return False
+        side = longer_side(box)
+        if self.longest and not 1 / DRIFT < side / self.longest < DRIFT:
+            if not self.is_new:
+                centre = (box[:2] + box[2:]) / 2
+                self._look_at(np.concatenate([centre - self.longest / 2, centre + self.longest / 2]))
+                return False
+            self.longest = side
+        self.longest = self.longest or side
         self.box = box
         self.is_new = False
         self.doubted = self.doubted + 1 if doubt > DOUBT else 0
@@ -217,18 +249,19 @@ class Tracks:
         """The hands of the next frame: [(track, what `see` said of it)].
 
         size: width and height of the frame. see([track, ...]) looks where tracks are, and returns for each
-        (box, crop, doubt, anything): see Track.follow. ask() -> [(box, side)] is the detector. It is asked
+        (box, crop, doubt, anything): see Track.follow. ask() is a detector, see find. It is asked
         before, where that is due, or else after, where a hand was lost; what it finds is looked at then."""
         is_asked = not self.live() or (self.asks_often and self.wants_look(frame))
         if is_asked:
             self.find(ask())
         before = self.live()
         seen = self._follow(before, size, see)
-        if not is_asked and len(seen) < len(before) and (self.asks_often or not seen):
+        is_lost = any(track.box is None for track in before)
+        if is_lost and not is_asked and (self.asks_often or not self.live()):
             self.find(ask())
-            done = [track for track, _ in seen]
-            seen += self._follow([track for track in self.live() if track not in done], size, see)
-        self.drop_twins()
+        done = [track for track, _ in seen]
+        seen += self._follow([track for track in self.live() if track not in done], size, see)
+        self._drop_twins()
         return [(track, said) for track, said in seen if track.box is not None]
 
     def _follow(self, tracks, size, see):
@@ -244,30 +277,40 @@ class Tracks:
         """True where a detector should look at a frame: no hand is followed, one is followed in doubt or has
         few votes for its side, or it is time to see who came."""
         live = self.live()
-        unsure = any(track.doubted or sum(track.votes.values()) < VOTES for track in live)
+        unsure = any(track.doubted or track.missed or sum(track.votes.values()) < VOTES for track in live)
         return not live or unsure or frame % LOOK_EVERY == 0
 
-    def find(self, hands: list):
-        """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left".
+    def find(self, hands: list | None):
+        """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left". None: it did not
+        look.
 
         A box goes to the track that it overlaps most; else to one of its side that is lost or in doubt, the
         latest first; else it begins a track."""
+        if hands is None:
+            return
         free = list(self.all)
+        strangers = []
         for box, side in hands:
             box = np.asarray(box, float)
-            live = [track for track in free if track.box is not None]
-            best = max(live, key=lambda track: overlap(track.box, box), default=None)
-            if best is None or overlap(best.box, box) < SAME:
-                lost = [track for track in free
-                        if track.side == side and (track.box is None or track.doubted)]
-                best = lost[-1] if lost else Track(len(self.all), self.smooth)
-            if best in free:
+            live = [track for track in free if track.box is not None and overlap(track.box, box) > SAME]
+            if live:
+                best = max(live, key=lambda track, box=box: overlap(track.box, box))
                 free.remove(best)
+                best.find(box, side)
             else:
-                self.all.append(best)
-            best.find(box, side)
+                strangers.append((box, side))
+        for track in free:
+            if track.box is not None:
+                track.miss()
+        for box, side in strangers:
+            lost = [track for track in free if track.side == side and track.is_doubtful()]
+            if lost:
+                free.remove(lost[-1])
+            else:
+                self.all.append(Track(len(self.all), self.smooth))
+            (lost or self.all)[-1].find(box, side)
 
-    def drop_twins(self):
+    def _drop_twins(self):
         """Two tracks that came to follow one hand: the younger is lost."""
         live = self.live()
         for number, track in enumerate(live):

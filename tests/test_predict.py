@@ -10,12 +10,15 @@ import pytest
 import torch
 from fixtures import call
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 import camera
 import predict
+import tracking
+import video
 from data import HandIndex, image_size, list_images
 from make_synthetic import random_labels
-from mano import Mano
+from mano import Mano, rotmat_from_axis_angle
 from synthetic_hand import synthetic_mano
 
 FLIP = np.float32([-1, 1, 1])
@@ -246,3 +249,294 @@ def test_a_hand_has_the_length_that_was_given(tmp_path, checkpoint):
     for one, other in zip(*(camera.crop_to_picture(each["joints"], each["camera"], each["crop"])
                             for each in (free, held)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- detectors
+def fake_detector(hands_of):
+    """In place of MediaPipe: hands_of(image) -> [(box, side)]."""
+    def detect(image):
+        return [{"side": side, "score": np.ones(21), "keypoints": np.array(
+                    [box[:2], box[2:], *[np.mean([box[:2], box[2:]], 0)] * 19]) - 0.5}
+                for box, side in hands_of(image)]
+
+    return lambda: detect
+
+
+def test_a_detector_finds_hands_and_sides(tmp_path, checkpoint, monkeypatch):
+    """Two hands in one photograph, whose pictures have names of their own; none in another, which is said."""
+    found = {300: [((20, 40, 120, 160), "left"), ((150, 30, 260, 140), "right")], 100: [], 90: []}
+    monkeypatch.setattr(predict, "mediapipe_detector", fake_detector(lambda image: found[image.width]))
+    picture(tmp_path / "in/two.jpg")
+    picture(tmp_path / "in/two_all.jpg")
+    picture(tmp_path / "in/none.jpg", size=(100, 80))
+    command = ["predict.py", tmp_path / "in", "--checkpoint", checkpoint, "--detector", "mediapipe"]
+    done = call(*command, "--out", tmp_path / "in/out")
+    assert "without a hand, left out: 1" in done.stdout and "4 hands" in done.stdout
+    files = {path.name for path in (tmp_path / "in/out").iterdir()}
+    names = ["two", "two_2", "two_all_2", "two_all_3"]
+    assert files == {f"{name}.{end}" for name in names for end in ("obj", "npz", "png")} | {
+        "two_all.png", "two_all_2_all.png"}
+    boxed = np.load(tmp_path / "in/out/two.npz")
+    assert boxed["side"] == "left"
+    np.testing.assert_allclose((boxed["crop"][:2] + boxed["crop"][2:]) / 2, [70, 100], atol=1e-4)
+    assert len(list_images(tmp_path / "in")) == 3  # overlays of all hands are no photographs either
+    refused("--detector: no hand for any of the 1", *["predict.py", tmp_path / "in/none.jpg", *command[2:]],
+            "--out", tmp_path / "none")
+    refused("leave one out", *command, "--boxes", tmp_path / "boxes.csv")
+
+
+# -------------------------------------------------------------------------------------------------- smoothing
+def one_euro(values, times, cutoff, gain, speed_cutoff=1.0):
+    """Algorithm 1 of Casiez et al. 2012 as it is printed, for numbers."""
+    def alpha(rate, frequency):
+        tau = 1 / (2 * math.pi * frequency)
+        return 1 / (1 + tau * rate)
+
+    smooth, speed = values[0], 0.0
+    result = [smooth]
+    for k in range(1, len(values)):
+        rate = 1 / (times[k] - times[k - 1])
+        dx = (values[k] - smooth) * rate
+        a = alpha(rate, speed_cutoff)
+        speed = a * dx + (1 - a) * speed
+        a = alpha(rate, cutoff + gain * abs(speed))
+        smooth = a * values[k] + (1 - a) * smooth
+        result.append(smooth)
+    return np.array(result)
+
+
+@pytest.mark.parametrize("signal", [lambda t: np.sin(5 * t), lambda t: 1.0 * (t > 0.5)])
+def test_the_one_euro_filter_is_that_of_the_paper(signal):
+    """On a sine and a step, at uneven times: of numbers, and of rotations about one axis."""
+    times = np.cumsum(np.random.default_rng(0).uniform(0.01, 0.05, 60))
+    values = signal(times)
+    wanted = one_euro(values, times, 1.5, 0.7)
+    smooth = tracking.OneEuro(1.5, 0.7)
+    found = [smooth(np.array([value]), time) for value, time in zip(values, times, strict=True)]
+    np.testing.assert_allclose(np.squeeze(found), wanted)
+    axis = np.array([[0, 0.6, 0.8]])
+    smooth = tracking.OneEuroRotations(1.5, 0.7)
+    turns = [Rotation.from_rotvec(axis * value).as_matrix() for value in values]
+    found = [smooth(turn, time) for turn, time in zip(turns, times, strict=True)]
+    found = [Rotation.from_matrix(each).as_rotvec() @ axis[0] for each in found]
+    np.testing.assert_allclose(np.squeeze(found), wanted, atol=1e-9)
+
+
+def test_jitter_is_the_second_difference_within_a_track():
+    frames = np.arange(10)
+    points = (0.5 * 3 * frames**2)[:, None, None] * np.array([0, 0, 1.0])  # acceleration 3
+    assert tracking.jitter(points, 0 * frames, frames) == pytest.approx(3)
+    order = np.random.default_rng(0).permutation(20)
+    both = np.concatenate([points, 1000 + points])  # two tracks, rows in any order
+    tracks, twice = np.repeat([0, 1], 10), np.tile(frames, 2)
+    assert tracking.jitter(both[order], tracks[order], twice[order]) == pytest.approx(3)
+    assert np.isnan(tracking.jitter(points[::2], 0 * frames[::2], frames[::2]))  # no three in a row
+
+
+# ----------------------------------------------------------------------------------------------------- tracks
+SIZE = (640, 480)
+
+
+def square_at(x, y, side=100):
+    return np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2], float)
+
+
+def follow(truth, asked=lambda frame, asks: None, frames=40, asks_often=True, doubt=lambda frame: 0.0):
+    """Follows a hand whose box in a frame is truth(frame), by a network without error that sees what lies in
+    its crop of 1.4 times the box. Returns {frame: [(track, box)]} and the frames that were asked for."""
+    tracks = tracking.Tracks(0, asks_often)
+    found, asks = {}, []
+    for frame in range(frames):
+        def see(some, frame=frame):
+            said = []
+            for track in some:
+                middle, side = (track.box[:2] + track.box[2:]) / 2, tracking.longer_side(track.box)
+                crop = square_at(*middle, 1.4 * side)
+                box = truth(frame)
+                if box is None or tracking.common_area(box, crop) < 0.3 * tracking.box_area(box):
+                    box = square_at(*(middle + side), side)  # it sees something else, to the side
+                said.append((box, crop, doubt(frame), box))
+            return said
+
+        def ask(frame=frame):
+            asks.append(frame)
+            return asked(frame, asks)
+
+        found[frame] = tracks.step(frame, SIZE, see, ask)
+    return found, asks
+
+
+def moving(frame):
+    return square_at(100 + 8 * frame, 200 + 3 * frame, 100 + frame)
+
+
+def test_a_hand_is_followed_by_its_last_mesh():
+    """From one box; the boxes are the mesh's own. Without votes for its side the detector is asked no more
+    where it does not know."""
+    found, asks = follow(moving, lambda frame, asks: [(moving(0), "right")] if frame == 0 else None)
+    assert all(len(seen) == 1 for seen in found.values())
+    np.testing.assert_allclose([seen[0][1] for seen in found.values()], [moving(frame) for frame in found])
+    _, asks = follow(moving, lambda frame, asks: [(moving(frame), "right")])
+    assert asks == [0, 1, 2, 3, 4, 10, 20, 30]
+    _, asks = follow(moving, lambda frame, asks: [(moving(0), "right")], asks_often=False)
+    assert asks == [0]
+
+
+def test_a_hand_that_is_lost_is_found_again_as_the_same():
+    """It leaves the picture for ten frames, jumps, and is doubted; the detector knows it where it is."""
+    def truth(frame):
+        return None if 10 <= frame < 20 else square_at(500, 300) if frame >= 30 else moving(frame)
+
+    def asked(frame, asks):
+        return [] if truth(frame) is None else [(truth(frame), "left")]
+
+    found, asks = follow(truth, asked)
+    assert [frame for frame, seen in found.items() if not seen] == list(range(10, 20))
+    assert {track.number for seen in found.values() for track, _ in seen} == {0}
+    np.testing.assert_allclose(found[30][0][1], truth(30))  # in the same frame
+    assert set(range(10, 20)) <= set(asks)
+    doubted, asks = follow(moving, asked, frames=10, doubt=lambda frame: 0.5 if 5 <= frame < 8 else 0.0)
+    assert {6, 7, 8} <= set(asks) and 9 not in asks and len(doubted[9]) == 1
+
+
+def test_a_crop_that_shrinks_by_itself_is_looked_at_again_at_its_old_size():
+    """By a network that calls each hand a tenth smaller than it is. A hand that does become smaller is
+    followed."""
+    tracks = tracking.Tracks(0, False)
+    sides = []
+    for frame in range(60):
+        def see(some):
+            said = []
+            for track in some:
+                middle, side = (track.box[:2] + track.box[2:]) / 2, tracking.longer_side(track.box)
+                said.append((square_at(*middle, 0.9 * side), square_at(*middle, 1.4 * side), 0.0, 0.9 * side))
+            return said
+
+        (_, side), = tracks.step(frame, SIZE, see, lambda: [(square_at(300, 200), "right")])
+        sides.append(side)
+    assert min(sides) >= 90 / tracking.DRIFT and max(sides[30:]) == pytest.approx(81)
+
+    def smaller(frame):
+        return square_at(300, 200, 200 * 0.94**frame)
+
+    found, _ = follow(smaller, lambda *_: [(smaller(0), "left")], asks_often=False)
+    np.testing.assert_allclose([seen[0][1] for seen in found.values()], [smaller(frame) for frame in found])
+
+
+def test_the_side_is_that_of_most_votes_and_two_hands_keep_apart():
+    """Two hands that pass each other; a detector that calls one of them wrongly now and then."""
+    tracks = tracking.Tracks(0, True)
+    for frame in range(21):
+        hands = [square_at(100 + 20 * frame, 150), square_at(500 - 20 * frame, 320)]
+        sides = ["right", "left"] if frame not in (1, 4, 10) else ["left", "left"]
+
+        def see(some, hands=hands):
+            best = [hands[np.argmax([tracking.overlap(box, track.box) for box in hands])] for track in some]
+            return [(box, square_at(*((box[:2] + box[2:]) / 2), 140), 0.0, box) for box in best]
+
+        detected = list(zip(hands, sides, strict=True))
+        seen = tracks.step(frame, SIZE, see, lambda detected=detected: detected)
+        assert [(track.number, track.side) for track, _ in seen] == [(0, "right"), (1, "left")]
+        np.testing.assert_allclose([box for _, box in seen], hands)
+
+
+def test_two_tracks_never_stay_on_one_hand():
+    tracks = tracking.Tracks(0, True)
+    hands = [square_at(200, 200), square_at(400, 200)]
+
+    def see(some):
+        return [(hands[0] + track.number, square_at(250, 200, 500), 0.0, None) for track in some]
+
+    seen = tracks.step(0, SIZE, see, lambda: [(hands[0], "right"), (square_at(260, 200), "left")])
+    assert [track.number for track, _ in seen] == [0]
+
+
+# ----------------------------------------------------------------------------------------------------- videos
+@pytest.fixture
+def clip(tmp_path):
+    """A folder of twelve frames."""
+    for frame in range(12):
+        picture(tmp_path / f"clips/wave/{frame:03d}.png", size=(240, 160))
+    return tmp_path / "clips/wave"
+
+
+@pytest.fixture
+def shaky(monkeypatch):
+    """A network that sees a hand exactly in the box of its crop, in a pose and a shape that shake."""
+    def estimate(self, looks):
+        rng = np.random.default_rng(sum(int(look.canvas.sum()) for look in looks))
+        turns = torch.from_numpy(0.1 * rng.standard_normal((len(looks), 16, 3))).float()
+        betas = torch.from_numpy(rng.standard_normal((len(looks), 10))).float()
+        rotmats = rotmat_from_axis_angle(turns)
+        vertices, joints = self.hand(rotmats, betas)
+        vertices, joints = (each - joints[:, :1] for each in (vertices, joints))
+        estimates = []
+        for i, look in enumerate(looks):
+            low, high = joints[i].amin(0)[:2], joints[i].amax(0)[:2]
+            view = torch.cat([2 / self.box_scale / (high - low).max()[None], -(low + high) / 2])
+            hand = {"rotmats": rotmats[i], "betas": betas[i], "vertices": vertices[i], "joints": joints[i],
+                    "camera": view, "doubt": torch.zeros(())}
+            estimates.append(predict._as_seen({name: each.numpy() for name, each in hand.items()}, look.side))
+        return estimates
+
+    monkeypatch.setattr(predict.Network, "_estimate", estimate)
+
+
+def test_a_folder_of_frames_gives_one_file_of_rows(clip, checkpoint, shaky, tmp_path, monkeypatch):
+    """By a detector that sees two hands, of which one comes later. Again over its own results, with a frame
+    that cannot be read; never over others'."""
+    looks = []
+
+    def hands_of(image):
+        looks.append(image)
+        late = [((150, 20, 220, 90), "left")] if len(looks) > 3 else []
+        return [((30, 40, 100, 110), "right"), *late]
+
+    monkeypatch.setattr(predict, "mediapipe_detector", fake_detector(hands_of))
+    command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--fps", 10,
+               "--out", tmp_path / "out", "--detector", "mediapipe"]
+    done = call(*command)
+    assert "2 hands in 12 of 12 frames" in done.stdout and "before smoothing" in done.stdout
+    rows = np.load(tmp_path / "out/wave.npz")
+    assert set(rows.files) == predict.ROW_KEYS
+    first = rows["track"] == 0
+    frames = list(range(12))
+    assert rows["frame"][first].tolist() == frames and rows["frame"][~first].tolist() == frames[3:]
+    assert set(rows["side"][first]) == {"right"} and set(rows["side"][~first]) == {"left"}
+    assert rows["time"][first].tolist() == pytest.approx(np.arange(12) / 10)
+    assert rows["vertices"].shape[1:] == (778, 3) and rows["K"].shape[1:] == (3, 3)
+    assert rows["sure"].all()
+    change = np.abs(np.diff(rows["betas"][first], axis=0)).max(1)
+    assert change[-1] < 0.3 * change[0]  # the shape is held: a mean of ever more estimates
+    frames = sorted(path.name for path in (tmp_path / "out/wave").iterdir())
+    assert frames == [f"{frame:03d}.jpg" for frame in range(12)] + [video.OVERLAYS]
+    assert list_images(tmp_path / "out") == [] and video.list_videos(tmp_path) == [clip]
+
+    (clip / "005.png").write_bytes(b"no picture")
+    assert "could not be read: 1 (the first is 005.png)" in call(*command).stdout
+    assert len(list((tmp_path / "out/wave").iterdir())) == 12
+    (tmp_path / "out/wave" / video.OVERLAYS).unlink()  # now it may be anybody's folder
+    refused("wave is there already", *command)
+    assert len(list((tmp_path / "out/wave").iterdir())) == 11
+
+
+def test_smoothing_halves_jitter_where_a_hand_rests(clip, checkpoint, shaky, tmp_path):
+    """--smooth 0 is off. Crops follow what the network saw, so that smoothing does not change them."""
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1,side\nwave/000.png,30,40,100,110,left\n")
+    command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--no-overlays", "--boxes",
+               tmp_path / "boxes.csv"]
+    call(*command, "--smooth", 0, "--out", tmp_path / "rough")
+    call(*command, "--out", tmp_path / "smooth")
+    rough, smooth = (np.load(tmp_path / name / "wave.npz") for name in ("rough", "smooth"))
+    assert not (tmp_path / "rough/wave").exists()
+    assert rough["frame"].tolist() == list(range(12)) and set(rough["side"]) == {"left"}
+    np.testing.assert_allclose(rough["crop"], smooth["crop"])
+    shaking = [tracking.jitter(each["joints"], each["track"], each["frame"]) for each in (rough, smooth)]
+    assert shaking[1] < 0.5 * shaking[0]
+
+
+def test_a_video_without_a_hand_is_named(clip, checkpoint, tmp_path):
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nother/000.png,1,1,50,50\n")
+    command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    refused("wave: no hand found in any frame", *command, "--boxes", tmp_path / "boxes.csv")
+    assert not (tmp_path / "out").exists()
