@@ -99,12 +99,10 @@ MAX_PIXELS = 2**28  # a larger image is a mistake or an attack; this is checked 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
 
 
-def canvas_size(image_size: int) -> int:
-    """Side of the canvas for views of this side: 256 for 224.
-
-    A view of 1.75 x the box then has the canvas' resolution; a smaller window is enlarged.
-    """
-    return image_size * 8 // 7
+def canvas_size(image_size: int, window: float = 1.75) -> int:
+    """Side of the canvas that has the resolution of views of this side, `window` times the box wide: 256 for
+    224 and 1.75. A view of a smaller window is enlarged."""
+    return round(image_size * CONTEXT / window)
 
 
 # ------------------------------------------------------------------------------------------------------ index

@@ -66,7 +66,7 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     names the first image that cannot be read: a blank one would be scored as a bad prediction."""
     size = net.encoder.config["image_size"]
     zoom = box_scale / CONTEXT
-    dataset = HandDataset([index], canvas_size(size), substitute=False)
+    dataset = HandDataset([index], canvas_size(size, box_scale), substitute=False)
     mean_joints, mean_vertices = mean_hand(arrays, "ho3d")  # about the kinematic wrist, as the network's
     points = np.zeros((len(index), 21 + 778 + 21, 3), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=batch_size, workers=runtime.workers), desc="predict"):

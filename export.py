@@ -213,8 +213,9 @@ def main(argv=None):
     network = CropToHand(load_mesh(state, hand), arrays).eval()
     size = network.net.encoder.config["image_size"]
     program = trace(CropToHand(load_mesh(state, PlainHand(hand)), arrays).eval(), size)
-    facts = {"image_size": size, "box_scale": state["box_scale"], "canvas": canvas_size(size),
-             "context": CONTEXT, "sides": "right; mirror left hands", "faces": hand.faces.tolist()}
+    facts = {"image_size": size, "box_scale": state["box_scale"],
+             "canvas": canvas_size(size, state["box_scale"]), "context": CONTEXT,
+             "sides": "right; mirror left hands", "faces": hand.faces.tolist()}
     write, read = FILES[args.out.suffix]
     with staged_folder(args.out.parent) as folder:
         path = folder / args.out.name

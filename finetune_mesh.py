@@ -241,7 +241,8 @@ def training_mean(dataset, hands_mean, box_scale, most=4000):
     rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hands_mean.cpu()]))
     if sum(map(len, orientations)):
         rotmats[0] = _nearest_rotation(torch.cat(orientations).mean(0))
-    return rotmats, float(np.nanmedian(np.concatenate(scales))) if scales else 9.0
+    scales = np.concatenate([*scales, []])
+    return rotmats, float(np.median(scales)) if len(scales) else 9.0
 
 
 def _orientations(index, rows):
@@ -256,14 +257,17 @@ def _orientations(index, rows):
 def _camera_scales(index, rows, box_scale):
     """Camera scales (R,) of upright views: the spread of the 2-D joints over that of the 3-D ones."""
     labels = index.pose_ids()[rows]
-    in_image = _spread(index.columns["joints2d"][labels])
-    in_space = _spread(index.columns["joints"][labels][..., :2])
-    sides = np.array([square(index.columns["box"][row], box_scale)[2] for row in rows])
+    in_image, in_space = index.columns["joints2d"][labels], index.columns["joints"][labels][..., :2]
+    known = np.isfinite(in_image + in_space).all(2)  # (R, 21)
+    kept = known.sum(1) > 1
+    sides = square(index.columns["box"][rows[kept]], box_scale)[2]
+    in_image, in_space = (_spread(points[kept], known[kept]) for points in (in_image, in_space))
     return in_image / np.maximum(in_space, 1e-4) * 2 / sides
 
 
-def _spread(points):
-    """Mean distance (R,) of points (R,21,2) from their middle."""
+def _spread(points, known):
+    """Mean distance (R,) of the points (R,21,2) that are known (R,21) from their middle."""
+    points = np.where(known[..., None], points, np.nan)
     return np.nanmean(np.linalg.norm(points - np.nanmean(points, 1, keepdims=True), axis=-1), 1)
 
 
@@ -457,7 +461,8 @@ def main(argv=None):
     indices = open_labelled(args.data, "--data")
     val_index, = open_labelled([args.val], "--val")
     rows = label_rows(indices, args.label_fraction, args.seed)
-    dataset = HandDataset(indices, canvas_size(size), CONTEXT, LABELS, rows)
+    canvas = canvas_size(size, args.box_scale)
+    dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
     steps = total_steps(args, len(rows))
     check_mix(rows, dataset.starts, args.mix)
 
@@ -490,10 +495,10 @@ def main(argv=None):
     loader = make_loader(dataset, order, workers=runtime.workers, pin=device.type == "cuda")
     unread = UnreadImages(dataset)
     val_rows = runtime.local_rows(torch.arange(len(val_index)))
-    val_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, val_rows, substitute=False)
+    val_dataset = HandDataset([val_index], canvas, CONTEXT, LABELS, val_rows, substitute=False)
     val_loader = make_loader(val_dataset, batch_size=64, workers=runtime.workers, pin=device.type == "cuda")
     shown_rows = np.linspace(0, len(val_index) - 1, 8).astype(int)
-    shown_dataset = HandDataset([val_index], canvas_size(size), CONTEXT, LABELS, shown_rows)
+    shown_dataset = HandDataset([val_index], canvas, CONTEXT, LABELS, shown_rows)
     shown = next(iter(make_loader(shown_dataset, batch_size=8)))
     shown_views = upright_views(shown["canvas"].to(device), args.box_scale / CONTEXT, size)
     shown_joints2d = shown["joints2d"] * CONTEXT / args.box_scale  # canvas -> view
@@ -502,7 +507,7 @@ def main(argv=None):
     lr_base = args.lr * args.batch_size / 256
     parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
     weights = WEIGHTS | {name: args.image_weight * WEIGHTS[name] for name in ("camera", "joints2d")}
-    finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas_size(size), size)
+    finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas, size)
     theta_of = partial(draw_theta, box_scale=args.box_scale, rotation=args.rotation, zoom=args.zoom,
                        shift=args.shift)
     color_of = partial(draw_color, strength=args.color)
@@ -528,9 +533,9 @@ def main(argv=None):
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):
-        canvas = batch.pop("canvas")  # (B, 3, C, C) u8
         theta = drawn["theta"]  # (B, 2, 3)
-        views = make_views(canvas, theta, size, finer, drawn["color"], drawn.get("spoiled"))  # (B, 3, S, S)
+        canvases = batch.pop("canvas")  # (B, 3, C, C) u8
+        views = make_views(canvases, theta, size, finer, drawn["color"], drawn.get("spoiled"))  # (B, 3, S, S)
         target = make_target(batch, theta, hand.hands_mean)
         if step == 0 and runtime.is_main:
             save_image(out / "samples" / "views.png", label_picture(views[:16], target["joints2d"][:16]))

@@ -426,9 +426,10 @@ def _resnet_of(weights):
     names = [name.split(".") for name in weights]
     blocks = tuple(1 + max([int(name[1]) for name in names if name[0] == f"layer{i}"], default=-1)
                    for i in (1, 2, 3, 4))
-    size = {"blocks": blocks, "expansion": 4 if "layer1.0.conv3.weight" in weights else 1}
+    width = len(weights["conv1.weight"])
+    size = {"blocks": blocks, "expansion": 4 if "layer1.0.conv3.weight" in weights else 1, "width": width}
     if size not in ARCHS.values():
-        raise _Unfit(f"a ResNet of {blocks} blocks, which is none of --arch")
+        raise _Unfit(f"a ResNet of {blocks} blocks, {width} wide, which is none of --arch")
     return next(arch for arch, known in ARCHS.items() if known == size)
 
 

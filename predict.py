@@ -220,9 +220,9 @@ class Network:
         if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
             raise ValueError(f"the box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of it")
         if isinstance(source, Path):
-            canvas, _ = cut_canvas(source, box, CONTEXT, canvas_size(self.size))
+            canvas, _ = cut_canvas(source, box, CONTEXT, canvas_size(self.size, self.box_scale))
         else:
-            canvas, _ = crop_canvas(source, *square(box, CONTEXT), canvas_size(self.size))
+            canvas, _ = crop_canvas(source, *square(box, CONTEXT), canvas_size(self.size, self.box_scale))
         if side == "left":
             canvas = canvas[:, ::-1]
         x, y, length = square(box, self.box_scale)

@@ -5,7 +5,7 @@
 # In the environment:
 #   POOL=INDEX POOL_VAL=INDEX   photographs with keypoints, of other people in either (prepare_data.py video);
 #                               without them it trains on drawn hands alone
-#   HANDS=48000   to draw: two minutes of a core for 10,000     STEPS=18000   of 32 hands
+#   HANDS=48000   to draw: 2.5 minutes of a core for 10,000     STEPS=18000   of 32 hands
 #   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each
 #   CACHE=file    or device, on a GPU      PYTHON=              another interpreter
 set -euo pipefail
@@ -18,7 +18,8 @@ steps=${STEPS:-18000}
 draw() {                     # draw NAME HANDS SEED SHARE-SEEN-FROM-ANYWHERE, once
     if [ ! -e "$out/$1/index.json" ]; then
         rm -rf "${out:?}/$1"
-        "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" --anywhere "$4"
+        "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" --anywhere "$4" \
+            --videos $((($2 + 1) / 2))   # a video has one person, light and background
     fi
 }
 draw train "$hands" 1 0.5    # twice the default's: hands occur in all orientations
