@@ -101,12 +101,33 @@ def test_the_file_gives_the_networks_hands(tmp_path, arch, size, arrays, suffix)
 
         meta = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
         facts = {name: json.loads(text) for name, text in meta.items()}
-    assert (facts["image_size"], facts["box_scale"]) == (size, 1.25)
-    assert (facts["canvas"], facts["context"]) == (size * 8 // 7, 2) and "right" in facts["sides"]
+    assert (facts["image_size"], facts["box_scale"]) == (size, 1.25) and "right" in facts["sides"]
     assert np.array_equal(facts["faces"], arrays["f"])
 
 
 @pytest.mark.commands
+@pytest.mark.commands
+def test_weights_to_give_away_hold_the_averages_alone(hands, tmp_path):
+    """A trained run becomes a small file, from which predict.py and the other exports work."""
+    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", tmp_path / "run",
+         "--arch", "resnet_micro", "--image-size", 64, "--head-width", 32, "--head-hidden", 32,
+         "--batch-size", 8, "--steps", 2, "--workers", 0)
+    call("export.py", "--checkpoint", tmp_path / "run" / "last.pt", "--out", tmp_path / "new" / "hand.pt")
+    run, file = (load_checkpoint(path, "mesh")
+                 for path in (tmp_path / "run" / "last.pt", tmp_path / "new" / "hand.pt"))
+    assert set(file) == {"kind", "format", "ema", *export.KEPT}
+    for name, value in run["ema"].items():
+        assert file["ema"][name].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.allclose(file["ema"][name].to(value.dtype), value, rtol=1e-3, atol=1e-4), name
+    images = export.random_pictures(8, 64)
+    hands_before, hands_after = (as_predicted(path, images, synthetic_mano())
+                                 for path in (tmp_path / "run" / "last.pt", tmp_path / "new" / "hand.pt"))
+    assert export.difference(hands_before, hands_after) < 1
+    again = call("export.py", "--checkpoint", tmp_path / "run" / "last.pt", "--out",
+                 tmp_path / "new" / "hand.pt", check=False)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
 def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     checkpoint = write_weights(tmp_path / "hand.pt")
     there = tmp_path / "there.pt2"
@@ -115,7 +136,7 @@ def test_what_is_refused_leaves_nothing(tmp_path, monkeypatch):
     write_weights(tmp_path / "mano.pt", arrays=random_mano())
     monkeypatch.setattr(export, "PACKAGES", ("no_such_package",))
     before = sorted(tmp_path.iterdir())
-    for weights, name, message in ((checkpoint, "hand.bin", ".onnx or .pt2"),
+    for weights, name, message in ((checkpoint, "hand.bin", ".onnx, .pt2 or .pt"),
                                    (checkpoint, "there.pt2", "already"),
                                    (checkpoint, "hand.onnx", "pip install -r requirements-export.txt"),
                                    (tmp_path / "broken.pt", "hand.pt2", "broken.pt"),
@@ -151,5 +172,5 @@ def test_the_pages_example_gives_the_hands_of_predict(hands, tmp_path, monkeypat
     with np.load("out/photo.npz") as truth:
         x0, y0, x1, _ = truth["crop"]
         points = truth["camera"][0] * (truth["vertices"][:, :2] + truth["camera"][1:])
-        assert np.abs(names["vertices"][0] - truth["vertices"]).max() < 1e-3  # metres
+        assert np.abs(names["vertices"][0] - truth["vertices"]).max() < 2e-3  # metres; it is cut at once
         assert np.abs(names["points"] - (points + 1) / 2 * (x1 - x0) - [x0, y0]).max() < 1  # pixels
