@@ -22,6 +22,7 @@ Left hands come mirrored. The average of the weights (EMA) is what is validated,
 import copy
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ CLIP = 1.0  # largest norm of the gradient (ViTPose)
 # Random streams: of (seed, step, stream), of DROPOUT also of the process.
 THETA, COLOR, DROPOUT, LIGHT, FACTORS, BLUR, COVER = range(7)
 FRACTION = 77  # random stream of --label-fraction
+FRESH = {"image_size": 224, "head_width": 256, "head_hidden": 1024, "iterations": 3, "box_scale": 1.3}
+LIKE = "default: that of a mesh run in --init, else"
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
 
@@ -380,19 +383,19 @@ def flags():
                           "the last.pt of a run of this script, whose head is taken too")
     group.add_argument("--arch", choices=sorted(ARCHS),
                        help="architecture of the encoder (default: that of --init, else vit_small)")
-    group.add_argument("--image-size", type=int, default=224,
-                       help="side of the views in pixels, a multiple of the patch: 16, DINOv2's 14 (default "
+    group.add_argument("--image-size", type=int,
+                       help=f"side of the views in pixels, a multiple of the patch: 16, DINOv2's 14 ({LIKE} "
                             "224)")
     group.add_argument("--drop-path", type=float, default=0.1,
                        help="stochastic depth of a ViT (default .1, iBOT's for vit_small; .2 for vit_base)")
     group.add_argument("--dropout", type=float, default=0.1,
                        help="dropout of the head's regressors (default .1; PyMAF: .5, from scratch)")
-    group.add_argument("--head-width", type=int, default=256,
-                       help="channels of the head's maps (default 256, PyMAF; 64 is enough at toy sizes)")
-    group.add_argument("--head-hidden", type=int, default=1024,
-                       help="width of the head's regressors (default 1024, PyMAF; 256 for small networks)")
-    group.add_argument("--iterations", type=int, default=3, choices=[1, 2, 3],
-                       help="estimates of the head, each corrects the last one (default 3, PyMAF)")
+    group.add_argument("--head-width", type=int,
+                       help=f"channels of the head's maps ({LIKE} 256, PyMAF; 64 is enough at toy sizes)")
+    group.add_argument("--head-hidden", type=int,
+                       help=f"width of the head's regressors ({LIKE} 1024, PyMAF; 256 for small networks)")
+    group.add_argument("--iterations", type=int, choices=[1, 2, 3],
+                       help=f"estimates of the head, each corrects the last one ({LIKE} 3, PyMAF)")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
                        help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
@@ -405,8 +408,8 @@ def flags():
     group.add_argument("--label-fraction", type=float, default=1.0,
                        help="seeded share of the labelled poses to train on (default 1)")
     group = cli.add_argument_group("views: the usual window is --box-scale x the box")
-    group.add_argument("--box-scale", type=float, default=1.3,
-                       help="side of the usual window over the longer side of the box (default 1.3; "
+    group.add_argument("--box-scale", type=float,
+                       help=f"side of the usual window over the longer side of the box ({LIKE} 1.3; "
                             "PyMAF-X: 1.2)")
     group.add_argument("--rotation", type=float, default=90,
                        help="degrees either way (default 90: hands occur in all orientations; PyMAF: 30)")
@@ -424,6 +427,23 @@ def flags():
     cli.add_argument("--eval-every", type=int, default=500,
                      help="steps between validations (default 500); the last step always validates")
     return cli
+
+
+def fill_in(args):
+    """Flags that were not given become what they were in the mesh run that --init names, else FRESH."""
+    before = read_weights(args.init) if args.init and Path(args.init).is_file() else None
+    known = {}
+    try:
+        if isinstance(before, dict) and before.get("kind") == "mesh":
+            head = {"hidden": FRESH["head_hidden"]} | before["head"]  # older runs do not say it
+            known = {"image_size": before["encoder"]["config"]["image_size"], "head_width": head["width"],
+                     "head_hidden": head["hidden"], "iterations": head["iterations"],
+                     "box_scale": before["box_scale"]}
+    except (KeyError, TypeError):
+        pass  # load_head says that the file is damaged
+    for name, value in (FRESH | known).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def check_flags(args):
@@ -452,6 +472,7 @@ def lr_scale(name, encoder, decay):
 # ------------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = flags().parse_args(argv)
+    fill_in(args)
     check_flags(args)
     runtime = setup(args)
     device = runtime.device

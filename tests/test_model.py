@@ -595,8 +595,12 @@ def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
     for name in ("encoder.layer1.0.conv1.weight", "head.regress.1.fc1.weight", "head.mean_state"):
         torch.testing.assert_close(after[name], first[name], atol=1e-4, rtol=0)
     assert (fresh["head.regress.1.fc1.weight"] - first["head.regress.1.fc1.weight"]).abs().max() > 1e-2
-    refused = call(*data, "--init", run, "--out", tmp_path / "other", check=False)
+    refused = call(*data, "--init", run, "--iterations", 3, "--out", tmp_path / "other", check=False)
     assert refused.returncode == 2 and "iterations 2" in refused.stderr and not (tmp_path / "other").exists()
+    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--init", run, "--steps", 1,
+         "--batch-size", 8, "--workers", 0, "--out", tmp_path / "as_it_was")
+    config = json.loads((tmp_path / "as_it_was/config.json").read_text())
+    assert (config["image_size"], config["head_width"], config["iterations"]) == (32, 32, 2)
     np.savez(tmp_path / "hand.npz", **random_mano())
     refused = call(*data, "--init", run, "--iterations", 2, "--mano", tmp_path / "hand.npz",
                    "--out", tmp_path / "other", check=False)
