@@ -26,10 +26,12 @@ from scipy.spatial.transform import Rotation
 
 SMALLEST = 8  # pixels of a hand's longer side
 DOUBT = 0.1  # of a box's longer side: estimates of one network that differ by more are those of no hand
-PATIENCE = 10  # frames in a row that a hand is followed in doubt
+PATIENCE = 10  # frames in a row that a hand is followed in doubt,
+MISSES = 30  # and while a detector sees none: it may be worse than the network
+LEAD = 3  # votes
 DRIFT = 1.7  # times the size at which a hand was last found, from which it is looked at again
 ROTATION_GAIN, PLACE_GAIN, SIZE_GAIN = 0.3, 3.0, 3.0  # hertz for a radian, a hand, a factor e a second
-VOTES = 5  # for a track's side, before the detector is asked less often
+VOTES = 10  # for a track's side, before the detector is asked less often
 LOOK_EVERY = 10  # frames after which it is asked in any case: a second hand may have come
 SAME = 0.3  # share of two boxes (intersection over union) from which they are of one hand
 TWICE = 0.7  # ... from which two tracks follow one hand
@@ -143,7 +145,8 @@ def jitter(points: np.ndarray, tracks: np.ndarray, frames: np.ndarray) -> float:
 class Track:
     """One hand. box: where it is; None while it is lost. smooth: see Tracks.
 
-    Ours: the side is that of most votes, a tie keeps it. The shape is the mean of all estimates."""
+    Ours: the side is that of most votes; it changes where the other side leads by LEAD, because detectors
+    take one for the other for frames on end. The shape is the mean of all estimates."""
 
     def __init__(self, number: int, smooth: float):
         self.number = number
@@ -166,7 +169,7 @@ class Track:
             self._restart()
         self.missed = 0
         self.votes[side] += 1
-        if self.side is None or self.votes[side] > self.votes[self.side]:
+        if self.side is None or self.votes[side] >= self.votes[self.side] + LEAD:
             self.side = side
             self.shapes, self.shape = 0, np.zeros(10)  # that of its mirror image is another
             self._restart()
@@ -186,7 +189,7 @@ class Track:
     def miss(self):
         """A detector looked and saw no hand here."""
         self.missed += 1
-        if self.missed > PATIENCE:
+        if self.missed > MISSES:
             self.box = None
 
     def follow(self, box, crop, size, doubt):
