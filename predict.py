@@ -555,7 +555,7 @@ def main(argv=None):
     refuse_others_files(hands, videos, args.out)
     is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
-    failures = predict_photographs(hands, network, args)
+    failures = predict_photographs(hands, network, args) if hands else []
     for path, name in videos:
         try:
             predict_video(path, name, network, finder_of(path, args, detect, network.box_scale), args)

@@ -276,8 +276,8 @@ def mediapipe_detector(least: float = 0.5) -> Callable[[Image.Image], list[dict]
                                                    min_detection_confidence=least)
     except (ImportError, AttributeError):
         raise ValueError("the detector needs MediaPipe up to 0.10.21, in an environment made with `pip "
-                         "install -r requirements-video.txt`; or give another detector's keypoints with "
-                         "--detections") from None
+                         "install -r requirements-video.txt`; or give what another detector saw "
+                         "(--detections; predict.py --boxes)") from None
     sides_in_mirror = {"Right": "left", "Left": "right"}
 
     def detect(image):
