@@ -9,6 +9,7 @@ last.pt, encoder.pt and samples/*.png. One step:
 
     the loss         of each estimate                                       is compared with
     rotations        16 rotation matrices                                   the labels, turned like the view
+    joint_maps       maps of the joints                             the 2-D joints, with --joint-maps
     articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
     betas            10 shape numbers                                       the labels
     camera           true joints through the estimated camera               the 2-D joints in the view
@@ -37,7 +38,9 @@ from mano import (
     Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective,
 )
 from metrics import procrustes
-from model import ARCHS, HandMesh, MeshHead, choose_encoder, is_resnet, read_weights
+from model import (
+    ARCHS, HandMesh, MeshHead, choose_encoder, is_resnet, joint_map_loss, read_weights,
+)
 from runtime import (
     adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
     finish, generator, param_groups, parser, run, set_lr, setup, total_steps, update,
@@ -62,6 +65,7 @@ WEIGHTS = {
     "joints": 30.0,
     "vertices": 30.0,
     "articulation": 500.0,
+    "joint_maps": 10.0,
 }
 LAYER_DECAY = 0.75  # rate of a block over that of the next one, with --init (ViTPose)
 RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
@@ -71,7 +75,8 @@ CLIP = 1.0  # largest norm of the gradient (ViTPose)
 # Random streams: of (seed, step, stream), of DROPOUT also of the process.
 THETA, COLOR, DROPOUT, LIGHT, FACTORS, BLUR, COVER = range(7)
 FRACTION = 77  # random stream of --label-fraction
-FRESH = {"image_size": 224, "head_width": 256, "head_hidden": 1024, "iterations": 3, "box_scale": 1.3}
+FRESH = {"image_size": 224, "head_width": 256, "head_hidden": 1024, "iterations": 3, "joint_maps": False,
+         "box_scale": 1.3}
 LIKE = "default: that of a mesh run in --init, else"
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
@@ -83,7 +88,7 @@ def mesh_losses(estimates, joints, target):
     joints: list of (B,21,3), the joints of each estimate as the labels define them. target: of make_target.
     """
     steps = [estimate_losses(*estimate, target) for estimate in zip(estimates, joints, strict=True)]
-    return {name: sum(losses[name] / len(steps) for losses in steps) for name in WEIGHTS}
+    return {name: sum(losses[name] / len(steps) for losses in steps) for name in steps[0]}
 
 
 def estimate_losses(estimate, joints, target):
@@ -107,10 +112,15 @@ def estimate_losses(estimate, joints, target):
     fixed_camera = torch.where(has_joints[:, None] > 0, camera.detach(), camera)
     true_points = weak_perspective(from_wrist, camera)  # (B, 21, 2)
     points = weak_perspective(joints, fixed_camera)  # (B, 21, 2)
+    inside = (target["joints2d"].abs() < 1).all(2) * known2d  # (B, 21)
+    maps = {}
+    if "joint_maps" in estimate:
+        misses = joint_map_loss(estimate["joint_maps"], target["joints2d"])  # (B, 21)
+        maps = {"joint_maps": masked_mean(misses[..., None], inside)}
     rotation = estimate["rotmats"] - target["rotmats"]
     upright = (vertices - joints[:, :1]) @ estimate["rotmats"][:, 0]  # R^T v, in the hand's own frame
 
-    return {
+    return maps | {
         "rotations": masked_mean(rotation ** 2, target["has_pose"]),
         "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
         "betas": masked_mean((estimate["betas"] - target["betas"]) ** 2, target["has_betas"]),
@@ -349,7 +359,8 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path} was trained with another hand model: pass its file with --mano, "
                          f"or {advice}")
     try:
-        config = {"scale_bound": 0, "hidden": 1024} | before["head"]  # older networks do not say them
+        config = {"scale_bound": 0, "hidden": 1024, "joint_maps": False,
+                  "laterals": []} | before["head"]  # of older networks
         then = before["encoder"]["config"]["image_size"], before["box_scale"]
         other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
         if not other:
@@ -360,7 +371,8 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path}: its head cannot be read ({reason}): {advice}") from None
     if other:
         had = ", ".join(f"{name} {config[name]}" for name in other)
-        known = {"width": "--head-width", "iterations": "--iterations", "hidden": "--head-hidden"}
+        known = {"width": "--head-width", "iterations": "--iterations", "hidden": "--head-hidden",
+                 "joint_maps": "--joint-maps"}
         flags = " and ".join(known[name] for name in other if name in known)
         flags = f"set {flags} so, or " if flags else ""
         raise ValueError(f"--init {path} has a head of {had}: {flags}{advice}")
@@ -396,6 +408,9 @@ def flags():
                        help=f"width of the head's regressors ({LIKE} 1024, PyMAF; 256 for small networks)")
     group.add_argument("--iterations", type=int, choices=[1, 2, 3],
                        help=f"estimates of the head, each corrects the last one ({LIKE} 3, PyMAF)")
+    group.add_argument("--joint-maps", action="store_true", default=None,
+                       help="the head also finds the joints in its maps, to which finer maps of a ResNet are "
+                            "added, and sees how far its estimate lies from them (ours)")
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
                        help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
@@ -435,10 +450,10 @@ def fill_in(args):
     known = {}
     try:
         if isinstance(before, dict) and before.get("kind") == "mesh":
-            head = {"hidden": FRESH["head_hidden"]} | before["head"]  # older runs do not say it
+            head = FRESH | before["head"]  # older runs do not say all
             known = {"image_size": before["encoder"]["config"]["image_size"], "head_width": head["width"],
-                     "head_hidden": head["hidden"], "iterations": head["iterations"],
-                     "box_scale": before["box_scale"]}
+                     "head_hidden": head.get("hidden", 1024), "iterations": head["iterations"],
+                     "joint_maps": head["joint_maps"], "box_scale": before["box_scale"]}
     except (KeyError, TypeError):
         pass  # load_head says that the file is damaged
     for name, value in (FRESH | known).items():
@@ -496,7 +511,8 @@ def main(argv=None):
                              state["encoder"] if state else None, args.heads, args.pixels)
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=is_resnet(encoder.arch),
                     iterations=args.iterations, width=args.head_width, hidden=args.head_hidden,
-                    dropout=args.dropout)
+                    dropout=args.dropout, joint_maps=args.joint_maps,
+                    laterals=encoder.widths[2::-1] if args.joint_maps and is_resnet(encoder.arch) else ())
     if state is None and not load_head(head, args.init, inputs["mano"], size, args.box_scale):
         head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)

@@ -270,8 +270,9 @@ class ResNet(nn.Module):
         self.config = {"image_size": image_size}
         expansion = ARCHS[arch]["expansion"]
         channels = ARCHS[arch]["width"]
+        self.widths = [channels * expansion * 2 ** i for i in range(4)]  # of the maps of `pyramid`
         block = Bottleneck if expansion == 4 else BasicBlock
-        self.dim = 8 * channels * expansion
+        self.dim = self.widths[-1]
         self.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         for i, blocks in enumerate(ARCHS[arch]["blocks"]):
@@ -287,9 +288,15 @@ class ResNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # what a GPU's convolutions are fastest in
 
     def forward(self, images):
+        return self.pyramid(images)[-1]
+
+    def pyramid(self, images):
+        """The maps of the four stages, of stride 4, 8, 16 and 32."""
         images = images.contiguous(memory_format=torch.channels_last)
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        maps = [F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, 1)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
+        return maps[1:]
 
     def features(self, images):
         x = self(images)
@@ -678,17 +685,23 @@ class MeshHead(nn.Module):
     which every iteration sees too (ours: pre-training puts the pose there; 0 leaves it out). strides: True
     for a map of stride 32 (ResNet), which is upsampled once more.
 
-    forward(map (B,C,h,w), summary (B,D)) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
+    joint_maps: every F_t also says where the 21 joints are (B,21,h,w), and the regressor sees their places and
+    how far the last estimate's joints lie from them (ours: where joints are is learnt from far fewer images
+    than how a hand is turned, and tells it). laterals: channels of finer maps of a ResNet, stride 16 first,
+    which are added to F_0, F_1, ... (as in a feature pyramid, Lin et al. 2017).
+
+    forward(map (B,C,h,w), summary (B,D), finer maps) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
     ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features were read,
-    in [-1,1] of the view."""
+    in [-1,1] of the view; with joint_maps `joint_maps` (B,21,h,w), logits."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
-                 grid=21, dropout=0.1, scale_bound=2.0, hidden=1024):
+                 grid=21, dropout=0.1, scale_bound=2.0, hidden=1024, joint_maps=False, laterals=()):
         super().__init__()
         self.hand = hand
         self.config = {"channels": channels, "summary": summary, "strides": strides, "iterations": iterations,
                        "width": width, "mesh_points": mesh_points, "grid": grid, "dropout": dropout,
-                       "scale_bound": scale_bound, "hidden": hidden}
+                       "scale_bound": scale_bound, "hidden": hidden, "joint_maps": joint_maps,
+                       "laterals": list(laterals)}
         self.scale_bound = scale_bound
         if strides:
             first = _deconv(channels, width)
@@ -698,7 +711,10 @@ class MeshHead(nn.Module):
         samples = [grid * grid] + [mesh_points] * (iterations - 1)
         self.reduce = nn.ModuleList(PointReducer(width) for _ in samples)
         self.norm = nn.LayerNorm(summary) if summary else None
-        self.regress = nn.ModuleList(Regressor(5 * points + summary, dropout, hidden) for points in samples)
+        self.laterals = nn.ModuleList(nn.Conv2d(finer, width, 1) for finer in laterals[:iterations])
+        self.joint_maps = nn.ModuleList(nn.Conv2d(width, 21, 1) for _ in samples) if joint_maps else None
+        known = summary + (21 * 5 if joint_maps else 0)
+        self.regress = nn.ModuleList(Regressor(5 * points + known, dropout, hidden) for points in samples)
         self.register_buffer("mesh_points", farthest_points(hand.template, mesh_points), persistent=False)
         line = torch.arange(grid) * 2 / (grid - 1) - 1
         grid_points = torch.cartesian_prod(line, line).flip(1)  # (441, 2) x, y
@@ -713,22 +729,32 @@ class MeshHead(nn.Module):
         self.mean_state[:96] = rotmats[:, :, :2].transpose(1, 2).reshape(96)
         self.mean_scale.fill_(scale)
 
-    def forward(self, feature_map, summary=None):
+    def forward(self, feature_map, summary=None, finer=()):
         state = self.mean_state.expand(feature_map.shape[0], -1)  # (B, 109)
         points = self.grid_points.expand(feature_map.shape[0], -1, -1)
         outputs = []
-        for make_map, reduce, regress in zip(self.maps, self.reduce, self.regress, strict=True):
+        seen_joints = 0.0  # where the last estimate has the joints in the view, (B, 21, 2); none yet
+        for t, (make_map, reduce, regress) in enumerate(zip(self.maps, self.reduce, self.regress, strict=True)):
             feature_map = make_map(feature_map)  # F_t
+            if self.laterals:
+                feature_map = feature_map + self.laterals[t](finer[t])
             features = reduce(sample(feature_map, points))  # (B, 5 P)
             if self.norm is not None:
                 features = torch.cat([features, self.norm(summary)], dim=1)
+            maps = {}
+            if self.joint_maps is not None:
+                maps = {"joint_maps": self.joint_maps[t](feature_map).float()}
+                places, certainty = read_joint_maps(maps["joint_maps"].detach())
+                features = torch.cat([features, places.flatten(1), (places - seen_joints).flatten(1),
+                                      certainty], dim=1)
             with torch.autocast("cuda" if feature_map.is_cuda else "cpu", enabled=False):
                 # An iteration learns to correct the last estimate as it stands, not to make it easy to
                 # correct.
                 state = state.detach() + regress(features.float(), state.detach())
-                output = self.decode(state) | {"points": points}
+                output = self.decode(state) | {"points": points} | maps
             scale, shift = output["camera"][:, None, :1], output["camera"][:, None, 1:]
             points = (scale * (output["vertices"][:, self.mesh_points, :2] + shift)).detach()
+            seen_joints = (scale * (output["joints"][..., :2] + shift)).detach()
             outputs.append(output)
         return outputs
 
@@ -799,6 +825,37 @@ def sample(feature_map, points):
     return values[..., 0].transpose(1, 2)
 
 
+def read_joint_maps(logits):
+    """Logits (B,J,h,w) -> expected places (B,J,2) in [-1,1], x and y, and the largest probability (B,J)."""
+    height, width = logits.shape[2:]
+    chance = logits.flatten(2).softmax(2)  # (B, J, h w)
+    along = chance.unflatten(2, (height, width))
+    x = (torch.arange(width, device=logits.device) + 0.5) * 2 / width - 1
+    y = (torch.arange(height, device=logits.device) + 0.5) * 2 / height - 1
+    places = torch.stack([along.sum(2) @ x, along.sum(3) @ y], dim=2)
+    return places, chance.amax(2)
+
+
+def joint_map_loss(logits, places):
+    """Cross-entropy (B,J) of joint maps (B,J,h,w) with the places (B,J,2) in [-1,1]: the four cells around a
+    place share its weight bilinearly, so that the expected place can be exact. Places outside are moved in."""
+    height, width = logits.shape[2:]
+    size = torch.tensor([width, height], device=logits.device)
+    cells = ((places + 1) * size / 2 - 0.5).clamp(min=0)
+    cells = torch.minimum(cells, size - 1.0)  # (B, J, 2)
+    low = cells.floor()
+    high = torch.minimum(low + 1, size - 1.0)
+    share = cells - low
+    log_chance = logits.flatten(2).log_softmax(2)  # (B, J, h w)
+    loss = 0
+    for x, share_x in ((low, 1 - share), (high, share)):
+        for y, share_y in ((low, 1 - share), (high, share)):
+            cell = (y[..., 1] * width + x[..., 0]).long()  # (B, J)
+            weight = share_x[..., 0] * share_y[..., 1]
+            loss = loss - weight * log_chance.gather(2, cell[..., None])[..., 0]
+    return loss
+
+
 def farthest_points(points, count):
     """(count,) indices by farthest-point sampling, from the point farthest from the mean; ties to the lower
     index (ours)."""
@@ -833,6 +890,9 @@ class HandMesh(nn.Module):
         self.head = head
 
     def forward(self, images):
+        if self.head.laterals:
+            *finer, last = self.encoder.pyramid(images)
+            return self.head(last, last.mean((2, 3)), finer[::-1])
         summary, feature_map = self.encoder.features(images)
         return self.head(feature_map, summary)
 
@@ -842,7 +902,7 @@ def load_mesh(state: dict, hand) -> HandMesh:
     MeshHead's."""
     try:
         encoder = build_encoder(state["encoder"]["arch"], **state["encoder"]["config"])
-        head = {"scale_bound": 0, "hidden": 1024} | state["head"]  # older networks do not say them
+        head = {"scale_bound": 0} | state["head"]  # an older network has no bound
         net = HandMesh(encoder, MeshHead(hand, **head))
         net.load_state_dict(state["ema"])
         if not 0 < state["box_scale"] < 100:
