@@ -26,8 +26,10 @@ from model import (
     ViT,
     build_encoder,
     farthest_points,
+    joint_map_loss,
     load_encoder,
     load_mesh,
+    read_joint_maps,
     sample,
 )
 
@@ -579,6 +581,49 @@ def test_positions_start_as_a_code_of_the_place():
 
 # --------------------------------------------------------------------------------------------------- commands
 SHORT = ["--image-size", 32, "--head-width", 32, "--batch-size", 8, "--workers", 0, "--steps", 1]
+
+
+def test_joint_maps_can_say_any_place_exactly():
+    """At the least of its loss a map's expected place is the joint's, between cells as well as on them."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(2, 21, 2, generator=generator) * 1.6 - 0.8
+    places[0, 0] = torch.tensor([1 / 12, -1 / 8])  # the middle of a cell
+    logits = torch.zeros(2, 21, 8, 12, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        joint_map_loss(logits, places).sum().backward()
+        optimizer.step()
+    found, certainty = read_joint_maps(logits.detach())
+    assert (found - places).abs().max() < 0.01
+    assert certainty.shape == (2, 21) and certainty[0, 0] > 0.95
+    flat = joint_map_loss(torch.zeros(1, 21, 8, 12), places[:1])
+    torch.testing.assert_close(flat, torch.full((1, 21), 96.0).log())
+    edge = joint_map_loss(torch.zeros(1, 1, 8, 12), torch.tensor([[[1.0, -3.0]]]))  # outside: moved in
+    assert edge.isfinite().all()
+
+
+def test_a_head_with_joint_maps_reads_a_resnets_finer_maps():
+    """Each finer map reaches the estimate, and what the maps say of joints does, too."""
+    encoder = build_encoder("resnet_micro", 64)
+    head = MeshHead(Square(), encoder.dim, encoder.dim, strides=True, width=32, hidden=32, dropout=0,
+                    joint_maps=True, laterals=encoder.widths[2::-1])
+    net = HandMesh(encoder, head).eval()
+    for regressor in head.regress:
+        for last in regressor.heads:
+            nn.init.normal_(last.weight, std=0.1)
+    images = torch.rand(2, 3, 64, 64)
+    estimates = net(images)
+    shapes = [tuple(each["joint_maps"].shape) for each in estimates]
+    assert shapes == [(2, 21, side, side) for side in (4, 8, 16)]
+    estimates[-1]["betas"].square().sum().backward()
+    for name in ("laterals.0", "laterals.2", "reduce.2.fc1"):
+        assert head.get_submodule(name).weight.grad.abs().max() > 0, name
+    assert head.joint_maps[0].weight.grad is None  # they learn from a loss of their own
+    before = net(images)[-1]["betas"]
+    with torch.no_grad():
+        head.joint_maps[2].weight.normal_()
+    assert (net(images)[-1]["betas"] - before).abs().max() > 1e-5
 
 
 def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
