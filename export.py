@@ -1,5 +1,5 @@
-"""A trained network -> one file: ONNX or torch.export's .pt2, which run without this project, or a .pt to give
-away, by the suffix.
+"""A trained network -> one file, by the suffix: ONNX or torch.export's .pt2, which run without this project,
+or a .pt to give away.
 
     in    image (B,3,S,S)       crops of RIGHT hands, RGB in [0,1]: squares around the middle of a hand's box,
                                 `box_scale` times as wide as its longer side. Mirror left hands

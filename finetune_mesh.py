@@ -465,7 +465,8 @@ def check_flags(args):
     """ValueError that names the first flag out of its range, before anything is written."""
     check_ranges(args, {"image_size": (16, 4096), "drop_path": (0, 0.99), "dropout": (0, 0.99),
                         "lr": (0, 1e3), "image_weight": (0, 1e3), "ema": (0, 1), "box_scale": (0.5, CONTEXT),
-                        "rotation": (0, 180), "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2), "spoil": (0, 2)})
+                        "rotation": (0, 180), "zoom": (0.1, 3), "shift": (0, 1), "color": (0, 2),
+                        "spoil": (0, 2)})
     if args.head_hidden < 16:
         raise ValueError(f"--head-hidden {args.head_hidden}: must be 16 or more")
     if args.zoom[0] > args.zoom[1]:

@@ -685,14 +685,14 @@ class MeshHead(nn.Module):
     which every iteration sees too (ours: pre-training puts the pose there; 0 leaves it out). strides: True
     for a map of stride 32 (ResNet), which is upsampled once more.
 
-    joint_maps: every F_t also says where the 21 joints are (B,21,h,w), and the regressor sees their places and
-    how far the last estimate's joints lie from them (ours: where joints are is learnt from far fewer images
-    than how a hand is turned, and tells it). laterals: channels of finer maps of a ResNet, stride 16 first,
-    which are added to F_0, F_1, ... (as in a feature pyramid, Lin et al. 2017).
+    joint_maps: every F_t also says where the 21 joints are, and the regressor sees these places and how far
+    the last estimate's joints lie from them (ours: where joints are is learnt from far fewer images than how
+    a hand is turned, and tells it). laterals: channels of finer maps of a ResNet, stride 16 first, which are
+    added to F_0, F_1, ... (as in a feature pyramid, Lin et al. 2017).
 
-    forward(map (B,C,h,w), summary (B,D), finer maps) -> list over t of dicts: rotmats, betas, camera (B,3) = scale, tx,
-    ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features were read,
-    in [-1,1] of the view; with joint_maps `joint_maps` (B,21,h,w), logits."""
+    forward(map (B,C,h,w), summary (B,D), finer maps) -> list over t of dicts: rotmats, betas, camera (B,3) =
+    scale, tx, ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features
+    were read, in [-1,1] of the view; with joint_maps also `joint_maps` (B,21,h,w), logits."""
 
     def __init__(self, hand, channels, summary=0, strides=False, iterations=3, width=256, mesh_points=195,
                  grid=21, dropout=0.1, scale_bound=2.0, hidden=1024, joint_maps=False, laterals=()):
@@ -734,11 +734,11 @@ class MeshHead(nn.Module):
         points = self.grid_points.expand(feature_map.shape[0], -1, -1)
         outputs = []
         seen_joints = 0.0  # where the last estimate has the joints in the view, (B, 21, 2); none yet
-        for t, (make_map, reduce, regress) in enumerate(zip(self.maps, self.reduce, self.regress, strict=True)):
-            feature_map = make_map(feature_map)  # F_t
+        for t in range(len(self.maps)):
+            feature_map = self.maps[t](feature_map)  # F_t
             if self.laterals:
                 feature_map = feature_map + self.laterals[t](finer[t])
-            features = reduce(sample(feature_map, points))  # (B, 5 P)
+            features = self.reduce[t](sample(feature_map, points))  # (B, 5 P)
             if self.norm is not None:
                 features = torch.cat([features, self.norm(summary)], dim=1)
             maps = {}
@@ -750,7 +750,7 @@ class MeshHead(nn.Module):
             with torch.autocast("cuda" if feature_map.is_cuda else "cpu", enabled=False):
                 # An iteration learns to correct the last estimate as it stands, not to make it easy to
                 # correct.
-                state = state.detach() + regress(features.float(), state.detach())
+                state = state.detach() + self.regress[t](features.float(), state.detach())
                 output = self.decode(state) | {"points": points} | maps
             scale, shift = output["camera"][:, None, :1], output["camera"][:, None, 1:]
             points = (scale * (output["vertices"][:, self.mesh_points, :2] + shift)).detach()
@@ -837,8 +837,10 @@ def read_joint_maps(logits):
 
 
 def joint_map_loss(logits, places):
-    """Cross-entropy (B,J) of joint maps (B,J,h,w) with the places (B,J,2) in [-1,1]: the four cells around a
-    place share its weight bilinearly, so that the expected place can be exact. Places outside are moved in."""
+    """Cross-entropy (B,J) of joint maps (B,J,h,w) with the places (B,J,2) in [-1,1] (ours).
+
+    The four cells around a place share its weight bilinearly, so that the expected place can be exact. Places
+    outside are moved in."""
     height, width = logits.shape[2:]
     size = torch.tensor([width, height], device=logits.device)
     cells = ((places + 1) * size / 2 - 0.5).clamp(min=0)
