@@ -58,7 +58,7 @@ def camera_of(path: Path | str | None, size: tuple[int, int], K: tuple | None = 
     side: 53 degrees across it. ValueError where K is none of such a picture."""
     if K:
         fx, fy, cx, cy = K
-        if not (min(fx, fy) > 0 and 0 <= cx < size[0] and 0 <= cy < size[1]):
+        if not (0 < fx < 1e6 and 0 < fy < 1e6 and 0 <= cx < size[0] and 0 <= cy < size[1]):
             raise ValueError(f"--K {fx:g} {fy:g} {cx:g} {cy:g} looks beside the picture of {size[0]} x "
                              f"{size[1]} pixels: give fx fy cx cy for pictures of this size")
         return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), "K"

@@ -901,6 +901,8 @@ def mirror(name: str, value):
         return value * np.float32([-1] + [1] * (value.shape[-1] - 1))
     if name == "pose":  # diag(-1,1,1) R diag(-1,1,1) as axis-angle
         return value * np.tile(np.float32([1, -1, -1]), 16)
+    if name == "camera":  # scale, tx, ty
+        return value * np.float32([1, -1, 1])
     return value
 
 

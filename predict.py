@@ -70,7 +70,8 @@ MOST_DRAWN = 25e6  # pixels of an overlay: a larger photograph is shown at a hal
 KEYS = {"vertices", "joints", "rotmats", "betas", "camera", "crop", "side", "translation", "focal", "K",
         "focal_source", "hand_scale"}  # of NAME.npz,
 ROW_KEYS = KEYS | {"frame", "time", "track", "sure"}  # and of a video's
-DETECTED = 1600  # pixels of a photograph's longer side as the detector sees it
+ESTIMATED = ("rotmats", "betas", "vertices", "joints", "camera", "doubt")  # by the network
+DETECTED = 1600  # pixels a side: a JPEG that has more than twice as many is decoded smaller for the detector
 
 
 # ------------------------------------------------------------------------------------------ what is asked for
@@ -89,6 +90,13 @@ def find_images(paths, out):
             print(f"{path}: not taken: {counts_text(left_out)}")
         images += [(image, folder) for image in below]
     return list({os.path.abspath(image): (image, folder) for image, folder in images}.values())
+
+
+def clip_name(path):
+    """What the results of a video are called: as a file without its suffix, or as a folder, also where that
+    is written as . or .."""
+    whole = Path(os.path.abspath(path))
+    return (whole.name or "frames") if path.is_dir() else whole.stem
 
 
 class Names:
@@ -133,10 +141,10 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
         first = f"; the first in the file is {next(iter(without_image), 'missing')}" if boxes_path else ""
         raise ValueError(f"{source}: no {lines[2:]} for any of the {len(images)} photographs (the first is "
                          f"{images[0][0]}{first})")
-    for what, names in ((f"photographs without {lines}, left out", without_hand),
+    for what, which in ((f"photographs without {lines}, left out", without_hand),
                         ("names without a photograph", without_image)):
-        if names:
-            print(f"{source}: {what}: {len(names)} (the first is {names[0]})")
+        if which:
+            print(f"{source}: {what}: {len(which)} (the first is {which[0]})")
     return hands
 
 
@@ -170,7 +178,8 @@ def is_result(path):
     """True for a file or a folder of overlays that this command wrote."""
     try:
         if path.is_dir():
-            return (path / OVERLAYS).is_file()
+            names = os.listdir(path)
+            return OVERLAYS in names and all(name.endswith((OVERLAYS, ".jpg", ".mp4")) for name in names)
         if path.suffix == ".obj":
             with open(path, errors="replace") as file:
                 return file.read(len(OBJ_MARK)) == OBJ_MARK
@@ -241,8 +250,7 @@ class Network:
         side = (points[-1].amax(1) - points[-1].amin(1)).amax(1)  # (B,), of points (B,21,2)
         last["doubt"] = (points[-1] - points[-2]).norm(dim=2).mean(1) / side if before else 0 * side
         last["joints"] = joints_from_vertices(last["vertices"], self.arrays)
-        del last["points"]
-        last = {name: value.float().cpu().numpy() for name, value in last.items()}
+        last = {name: last[name].float().cpu().numpy() for name in ESTIMATED}
         return [_as_seen({name: value[i] for name, value in last.items()}, look.side)
                 for i, look in enumerate(looks)]
 
@@ -271,10 +279,12 @@ class Network:
         vertices, joints = self.hand(rotmats, torch.from_numpy(np.float32([betas, betas])).to(rotmats.device))
         vertices = vertices - joints[:, :1]
         joints = joints_from_vertices(vertices, self.arrays)
-        hand = {"betas": np.float32([betas, betas]), "camera": np.float32([smooth_camera, camera]),
-                "vertices": vertices.cpu().numpy(), "joints": joints.cpu().numpy(),
+        both = {"vertices": vertices.cpu().numpy(), "joints": joints.cpu().numpy(),
                 "rotmats": rotmats.cpu().numpy()}
-        return [_as_seen({name: value[i] for name, value in hand.items()}, look.side) for i in (0, 1)]
+        # Of the view, where a left hand is mirrored; the camera is the picture's already.
+        views = [{name: value[i] for name, value in both.items()} for i in (0, 1)]
+        return [_as_seen(view, look.side) | {"betas": np.float32(betas), "camera": np.float32(place)}
+                for view, place in zip(views, (smooth_camera, camera), strict=True)]
 
     @torch.inference_mode()
     def length(self, betas):
@@ -292,8 +302,7 @@ def _as_seen(estimate, side):
     """The estimate of a view as the hand lies in the picture: that of a left hand was mirrored."""
     if side == "right":
         return estimate
-    points = {name: mirror(name, estimate[name]) for name in ("vertices", "joints")}
-    return estimate | points | {"camera": estimate["camera"] * np.float32([1, -1, 1])}
+    return {name: mirror(name, value) for name, value in estimate.items()}
 
 
 def box_of(look, estimate):
@@ -381,6 +390,7 @@ def predict_photographs(hands, network, args):
     """Writes the results of the hands of find_hands; returns a text for each that could not be predicted."""
     failures = []
     sources = Counter()
+    first = {path: name for path, *_, name in reversed(hands)}  # the picture of all hands is called as it
     for path, group in groupby(predicted(hands, network, args, failures), lambda each: each[0]):
         try:
             photograph = read_photograph(path)
@@ -395,7 +405,7 @@ def predict_photographs(hands, network, args):
         if len(drawn) > 1:
             with staged_folder(args.out) as part:
                 all_hands = draw_hands(*photograph, drawn.values(), network.faces)
-                write_overlay(part / f"{next(iter(drawn))}_all.png", all_hands)
+                write_overlay(part / f"{first[path]}_all.png", all_hands)
         del photograph  # a large one takes hundreds of megabytes
     if sources:
         found = ", ".join(f"{source} ({count})" for source, count in sources.items())
@@ -415,7 +425,8 @@ def finder_of(path, args, detect, box_scale):
     boxes = {name_key(name): hands for name, hands in read_boxes(args.boxes).items()}
 
     def find(name, frame):
-        typed, relative, bare = (name_key(str(each)) for each in (path / name, f"{path.name}/{name}", name))
+        named = (path / name, f"{os.path.basename(os.path.abspath(path))}/{name}", name)
+        typed, relative, bare = (name_key(str(each)) for each in named)
         hands = boxes.get(typed) or boxes.get(relative) or boxes.get(bare)
         return hands and [(box, side or args.side) for box, side in hands]
 
@@ -551,7 +562,7 @@ def main(argv=None):
     names = Names()
     hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
     clips = [below for path in clips for below in (list_videos(path, args.out) if path.is_dir() else [path])]
-    videos = [(path, names.free(path.stem)) for path in dict.fromkeys(clips)]
+    videos = [(path, names.free(clip_name(path))) for path in dict.fromkeys(clips)]
     refuse_others_files(hands, videos, args.out)
     is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -254,6 +254,10 @@ class Tracks:
         size: width and height of the frame. see([track, ...]) looks where tracks are, and returns for each
         (box, crop, doubt, anything): see Track.follow. ask() is a detector, see find. It is asked
         before, where that is due, or else after, where a hand was lost; what it finds is looked at then."""
+        picture = np.array([0, 0, *size], float)
+        for track in self.live():
+            if not common_area(track.box, picture):  # frames of a folder may differ in size
+                track.box = None
         is_asked = not self.live() or (self.asks_often and self.wants_look(frame))
         if is_asked:
             self.find(ask())

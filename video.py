@@ -224,7 +224,8 @@ class OverlayWriter:
         if self.video:
             self.video.release()
         if self.folder.exists():
-            (self.folder / OVERLAYS).write_text(f"frames of {self.source}, drawn by predict.py\n")
+            text = f"frames of {self.source}, drawn by predict.py\n"
+            (self.folder / OVERLAYS).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 # ----------------------------------------------------------------------------------------------------- hands

@@ -403,6 +403,17 @@ def test_a_hand_that_is_lost_is_found_again_as_the_same():
     assert {16, 17, 18} <= set(asks) and 19 not in asks and len(doubted[19]) == 1
 
 
+def test_a_smaller_frame_is_no_mistake():
+    tracks = tracking.Tracks(0, False)
+    boxes = {(640, 480): square_at(500, 300), (200, 150): square_at(80, 70)}
+    for size, box in boxes.items():
+        def see(some, box=box):
+            assert all((track.box == box).all() for track in some)
+            return [(box, square_at(*((box[:2] + box[2:]) / 2), 140), 0.0, box)]
+
+        assert len(tracks.step(0, size, see, lambda box=box: [(box, "right")])) == 1
+
+
 def test_a_crop_that_shrinks_by_itself_is_looked_at_again_at_its_old_size():
     """By a network that calls each hand a tenth smaller than it is. A hand that does become smaller is
     followed."""
@@ -535,8 +546,30 @@ def test_smoothing_halves_jitter_where_a_hand_rests(clip, checkpoint, shaky, tmp
     assert not (tmp_path / "rough/wave").exists()
     assert rough["frame"].tolist() == list(range(12)) and set(rough["side"]) == {"left"}
     np.testing.assert_allclose(rough["crop"], smooth["crop"])
+    seen = camera.crop_to_picture(*(rough[name][0] for name in ("joints", "camera", "crop")))
+    box = tracking.box_around(seen)
+    np.testing.assert_allclose((box[:2] + box[2:]) / 2, [65, 75], atol=3)  # also of left hands
     shaking = [tracking.jitter(each["joints"], each["track"], each["frame"]) for each in (rough, smooth)]
     assert shaking[1] < 0.5 * shaking[0]
+
+
+def test_a_folder_of_frames_may_be_called_dot_dot(clip, checkpoint, shaky, monkeypatch):
+    """Its results have its name, and lie in --out; nothing else is touched."""
+    (clip / "inside").mkdir()
+    (clip / "inside/mine.txt").write_text("mine")
+    for here, typed in ((clip, "."), (clip / "inside", "..")):
+        monkeypatch.chdir(here)
+        call("predict.py", typed, "--video", "--checkpoint", checkpoint)
+        assert {path.name for path in (here / "predictions").iterdir()} == {"wave", "wave.npz"}
+    assert (clip / "inside/mine.txt").exists() and len(list(clip.glob("*.png"))) == 12
+
+
+def test_a_folder_of_overlays_that_holds_more_is_not_replaced(clip, checkpoint, shaky, tmp_path):
+    command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    call(*command)
+    (tmp_path / "out/wave/notes.txt").write_text("mine")
+    refused("wave is there already", *command)
+    assert (tmp_path / "out/wave/notes.txt").exists()
 
 
 def test_a_video_without_a_hand_is_named(clip, checkpoint, tmp_path):
