@@ -27,11 +27,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import CONTEXT, HAND_COLUMNS, HandDataset, HandIndex, canvas_size, mirror, square, write_index
+from data import (
+    CONTEXT, HAND_COLUMNS, PACK, HandDataset, HandIndex, canvas_size, mirror, square, write_index,
+)
 from draw import draw_joints, grid, overlay, save_image
 from mano import (
-    Mano, axis_angle_from_rotmat, joints_from_vertices, read_mano, rotmat_from_6d, rotmat_from_axis_angle,
-    weak_perspective,
+    Mano, axis_angle_from_rotmat, joints_from_vertices, nearest_rotation, read_mano, rotmat_from_6d,
+    rotmat_from_axis_angle, weak_perspective,
 )
 from runtime import add_device_flags, check_ranges, parser, run, setup
 from saving import staged_folder
@@ -52,11 +54,15 @@ BATCH = 256
 def fit(hand, arrays, points, score, points3d=None, has_space=None, steps=250):
     """The hand model at points (B,21,2) in [-1,1] of a square, of right hands.
 
-    score (B,21) from 0 to 1. points3d (B,21,3) metres, camera axes, of which has_space (B,) says where they
-    are known. Returns rotmats (B,16,3,3), betas (B,10), vertices (B,778,3) and joints (B,21,3) relative to
-    the wrist, camera (B,3), points (B,21,2) of the fit, error (B,): median distance over the box's side.
+    score (B,21) from 0, not seen, to 1. points3d (B,21,3) metres, camera axes, of which has_space (B,) says
+    where they are known. Returns rotmats (B,16,3,3), betas (B,10), vertices (B,778,3) and joints (B,21,3)
+    relative to the wrist, camera (B,3), points (B,21,2) of the fit, error (B,): median distance of the points
+    that were seen over the box's side, NaN where none was.
     """
     count = len(points)
+    seen = (score > 0)[..., None]  # (B, 21, 1)
+    middle = (points * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+    points = torch.where(seen, points, middle)  # the others may lie anywhere, and make no box larger
     side = (points.amax(1) - points.amin(1)).amax(1).clamp(min=1e-3)  # (B,)
     mean_pose = torch.as_tensor(arrays["hands_mean"], dtype=torch.float32, device=points.device)
     components = torch.as_tensor(arrays["hands_components"], dtype=torch.float32, device=points.device)
@@ -79,8 +85,8 @@ def fit(hand, arrays, points, score, points3d=None, has_space=None, steps=250):
         joints = joints_from_vertices(vertices, arrays)
         scale = state["camera"][:, :1].exp()  # a positive number
         camera = torch.cat([scale, state["camera"][:, 1:] / scale], dim=1)
-        seen = weak_perspective(joints - joints[:, :1], camera)  # (B, 21, 2)
-        distance = (seen - points).norm(dim=2) / side[:, None]  # (B, 21)
+        shown = weak_perspective(joints - joints[:, :1], camera)  # (B, 21, 2)
+        distance = (shown - points).norm(dim=2) / side[:, None]  # (B, 21)
         energy = (score * robust(distance / POINT / doubt)).sum(1)
         if points3d is not None:
             away = matched(points3d, joints.detach()) - (joints - joints.mean(1, keepdim=True))
@@ -91,8 +97,8 @@ def fit(hand, arrays, points, score, points3d=None, has_space=None, steps=250):
             energy.sum().backward()
             optimizer.step()
     found = {"rotmats": rotmats, "betas": state["betas"], "vertices": vertices - joints[:, :1],
-             "joints": joints - joints[:, :1], "camera": camera, "points": seen,
-             "error": distance.median(1).values}
+             "joints": joints - joints[:, :1], "camera": camera, "points": shown,
+             "error": distance.where(seen[..., 0], torch.nan).nanmedian(1).values}
     return {name: value.detach() for name, value in found.items()}
 
 
@@ -130,8 +136,8 @@ def first_guess(hand, arrays, points, points3d, has_space):
     factor = (wanted[:, None] * flat.conj()).sum(2) / (flat.abs() ** 2).sum(1)  # (B, D): scale and turn
     misfit = (wanted[:, None] - factor[..., None] * flat).abs().square().sum(2)  # (B, D)
     best = misfit.argmin(1)
-    turn = factor.gather(1, best[:, None])[:, 0]
-    about_z = _turn_about_z(turn.angle())
+    turn = factor.gather(1, best[:, None]).angle()  # (B, 1)
+    about_z = rotmat_from_axis_angle(turn * torch.tensor([0.0, 0, 1], device=turn.device))
     rotation = about_z @ tried[best]  # (B, 3, 3)
     if points3d is not None:
         in_space = points3d[:, PALM] - points3d[:, PALM].mean(1, keepdim=True)
@@ -145,14 +151,6 @@ def first_guess(hand, arrays, points, points3d, has_space):
     return rotation, torch.cat([scale.log()[:, None], shift], dim=1)
 
 
-def nearest_rotation(matrices):
-    """The rotations nearest to matrices (B,3,3) in the Frobenius norm."""
-    u, _, v = torch.linalg.svd(matrices)
-    sign = torch.det(u @ v).sign()
-    flip = torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], dim=1)
-    return u * flip[:, None] @ v
-
-
 def spread_rotations(count):
     """(count,3,3) rotations whose third row, the direction they are seen from, is spread over the sphere."""
     number = torch.arange(count) + 0.5
@@ -163,12 +161,6 @@ def spread_rotations(count):
     helper = torch.where(z[:, :1].abs() < 0.9, torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]))
     x = torch.nn.functional.normalize(torch.linalg.cross(helper, z), dim=1)
     return torch.stack([x, torch.linalg.cross(z, x), z], dim=1)
-
-
-def _turn_about_z(angle):
-    cos, sin = angle.cos(), angle.sin()
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    return torch.stack([cos, -sin, zero, sin, cos, zero, zero, zero, one], dim=1).view(-1, 3, 3)
 
 
 # -------------------------------------------------------------------------------------------------- the index
@@ -250,8 +242,8 @@ def main(argv=None):
     index = HandIndex(args.data)
     if "keypoints" not in index.columns:
         raise ValueError(f"--data {args.data}: no keypoints in this index; prepare_data.py video finds them")
-    if (args.out / "index.json").exists():
-        raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     hand = Mano(arrays).to(runtime.device)
     points, score, points3d = (None if value is None else torch.from_numpy(value).to(runtime.device)
@@ -266,8 +258,7 @@ def main(argv=None):
         parts.append(fit(hand, arrays, points[some], score[some], **space, steps=args.steps))
     found = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
     error = found["error"].numpy()
-    is_seen = score.amax(1).cpu().numpy() > 0
-    rows = np.flatnonzero(is_seen & np.isfinite(error) & (error <= args.most_error))
+    rows = np.flatnonzero(error <= args.most_error)  # not NaN, where no point was seen
     if not len(rows):
         raise ValueError(f"--data {args.data}: no fit is nearer than --most-error {args.most_error:g}")
     found = {name: value[rows] for name, value in found.items()}
@@ -284,9 +275,11 @@ def main(argv=None):
     with staged_folder(args.out) as folder:
         write_index(folder, columns, meta | {"joints": "freihand", "pose_mean": True, "fitted": True},
                     index.root.resolve())
+        for number in range(len(meta.get("packs", ()))):
+            (folder / PACK.format(number)).symlink_to((index.path / PACK.format(number)).resolve())
         save_samples(folder / "samples.png", index, found, rows, hand.faces.cpu().numpy())
     print(f"{args.out}: {len(rows)} of {len(error)} hands fitted; the median point is "
-          f"{100 * np.median(error):.1f} % of the box's side away; look at {args.out / 'samples.png'}")
+          f"{100 * np.nanmedian(error):.1f} % of the box's side away; look at {args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,14 @@ def rotmat_from_6d(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([b1, b2, torch.linalg.cross(b1, b2)], dim=-1)
 
 
+def nearest_rotation(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices (..., 3, 3) -> the rotations nearest to them in the Frobenius norm."""
+    u, _, v = torch.linalg.svd(matrices)
+    sign = torch.det(u @ v).sign()
+    flip = torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], dim=-1)
+    return (u * flip[..., None, :]) @ v
+
+
 # ------------------------------------------------------------------------------------------ cameras
 
 

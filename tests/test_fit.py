@@ -9,8 +9,10 @@ import torch
 from fixtures import call, log
 
 from data import HandDataset, HandIndex
-from fit_hands import fit, first_guess, nearest_rotation, spread_rotations
-from mano import Mano, joints_from_vertices, rotmat_from_axis_angle, weak_perspective
+from fit_hands import fit, first_guess, spread_rotations
+from mano import (
+    Mano, joints_from_vertices, nearest_rotation, rotmat_from_axis_angle, weak_perspective,
+)
 from metrics import procrustes
 from synthetic_hand import synthetic_mano
 
@@ -61,6 +63,12 @@ def test_a_wrong_point_moves_nothing_else():
     unsure[:, 8] = 0  # the detector says so: then it does not count at all
     ignored = fit(HAND, ARRAYS, wrong, unsure, joints, torch.ones(16))
     assert (ignored["points"] - clean["points"]).norm(dim=2).median() < 0.01
+    far = points.clone()
+    far[:, [8, 12]] = -5  # where a detector's file says nothing, far outside of the crop
+    unsure[:, 12] = 0
+    ignored = fit(HAND, ARRAYS, far, unsure, joints, torch.ones(16))
+    assert (ignored["points"] - points).norm(dim=2)[:, others].median() < 0.01 * side.median()
+    assert ignored["error"].median() < 0.01
 
 
 def test_first_guesses():
@@ -120,8 +128,16 @@ def test_the_index_has_labels_of_both_sides(drawn, detected, tmp_path):
     assert np.isfinite(log(tmp_path / "run")[-1]["val_pa_mpvpe_mm"])
 
 
+def test_a_packed_index_stays_readable(detected, tmp_path):
+    call("prepare_data.py", "pack", detected, "--out", tmp_path / "packed")
+    call("fit_hands.py", "--data", tmp_path / "packed", "--out", tmp_path / "fit", "--most-error", 1,
+         "--steps", 1)
+    hands = HandDataset([HandIndex(tmp_path / "fit")], 64, substitute=False).batch([0, 1])
+    assert (hands["failed"] < 0).all() and hands["canvas"].float().std() > 0
+
+
 def test_refusals(drawn, detected, tmp_path):
     done = call("fit_hands.py", "--data", detected, "--out", drawn, check=False)
-    assert done.returncode == 2 and "already holds an index" in done.stderr
+    assert done.returncode == 2 and "there are files already" in done.stderr
     done = call("fit_hands.py", "--data", detected, "--out", tmp_path / "a", "--most-error", 0, check=False)
     assert done.returncode == 2 and "--most-error" in done.stderr and not (tmp_path / "a").exists()

@@ -84,7 +84,7 @@ for folder in sys.argv[1:]:
 def test_what_stands_twice_is_the_same(tmp_path):
     """Library files import nothing of ours, so a few things stand in two of them."""
     assert saving.FORMATS["encoder"] == model.FORMAT
-    assert data.SUFFIXES == video.IMAGE_SUFFIXES
+    assert data.SUFFIXES == video.IMAGE_SUFFIXES and data.OVERLAYS == video.OVERLAYS
     points = np.random.default_rng(0).normal(size=(9, 3))
     np.testing.assert_array_equal(photo.unit(points), surfaces._unit(points))
     (tmp_path / "broken.json").write_text("[1, 2")
