@@ -4,10 +4,10 @@
 own files, so that its reader can be tried without the data: right hands, four backgrounds for each training
 hand, 10 % evaluation.
 
-Poses are drawn around the rows of `hands_coeffs`; in the everyday look half of the videos show `gestures`. A
-video has one person, light, camera and background, while pose and view move smoothly from key pose to key
-pose. Everything is a function of (seed, video, frame): the same seed gives the same bytes for any number of
-workers. 6 ms an image of 128 pixels on one core. The whole recipe is ours. How a picture is drawn:
+Poses are drawn around the rows of `hands_coeffs`. In the everyday look half of the videos show `gestures`, not
+with --mano. A video has one person, light, camera and background, while pose and view move smoothly from key
+pose to key pose. Everything is a function of (seed, video, frame): the same seed gives the same bytes for any
+number of workers. 6 ms an image of 128 pixels on one core. The whole recipe is ours. How a picture is drawn:
 `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo.py` (light, camera).
 """
 
@@ -32,6 +32,7 @@ from data import list_images, mirror, read_image, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import check_ranges, cores, parser, run
+from saving import staged_folder
 from synthetic_hand import gestures, synthetic_mano
 
 MIDDLE = 9  # joint whose place FreiHAND's labels hold
@@ -396,7 +397,7 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
         start_worker(*tools)
     drawn = []
     try:
-        with tqdm(total=hands * versions, unit="image", desc=f"drawing {folder}", smoothing=0.05) as bar:
+        with tqdm(total=hands * versions, unit="image", desc="drawing", smoothing=0.05) as bar:
             for labels in (pool.imap if pool else map)(draw_video, tasks):
                 drawn.append(labels)
                 bar.update(len(labels["side"]) * versions)
@@ -409,9 +410,9 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
 
 
 # ---------------------------------------------------------------------------------------------------- layouts
-def write_index_layout(args, arrays):
-    """Writes the index and boxes.csv. Returns paths of the pictures, joints2d and side of each."""
-    labels = draw_videos(args, arrays, 0, args.hands, args.videos, args.out / "images", 1)
+def write_index_layout(out, args, arrays):
+    """Writes the index and boxes.csv into `out`. Returns paths of the pictures, joints2d and side of each."""
+    labels = draw_videos(args, arrays, 0, args.hands, args.videos, out / "images", 1)
     names = [f"images/{k:08d}.jpg" for k in range(args.hands)]
     low = labels["joints2d"].min(1) + 0.5  # pixel edges
     high = labels["joints2d"].max(1) + 0.5
@@ -420,29 +421,29 @@ def write_index_layout(args, arrays):
     for name, box, left in zip(names, boxes, labels["side"], strict=True):
         edges = ",".join(f"{edge:.2f}" for edge in box)
         rows.append(f"{Path(name).name},{edges},{'left' if left else 'right'}\n")
-    (args.out / "boxes.csv").write_text("".join(rows))
+    (out / "boxes.csv").write_text("".join(rows))
     size = np.full((args.hands, 2), args.size)
     columns = labels | {"image": np.array(names, "S"), "box": boxes, "size": size}
     # The 45 articulation numbers are offsets to hands_mean. Joints are regressed from the posed mesh, as
     # FreiHAND's are.
     meta = {"name": "synthetic", "joints": "freihand", "pose_mean": True,
             "hand": "mano" if args.mano else "synthetic"}
-    write_index(args.out, columns, meta)
-    return [args.out / name for name in names], labels["joints2d"], labels["side"]
+    write_index(out, columns, meta)
+    return [out / name for name in names], labels["joints2d"], labels["side"]
 
 
-def write_freihand_layout(args, arrays):
-    """FreiHAND's files as its authors ship them, both roots in one. Returns what write_index_layout does."""
-    (args.out / "training" / "mask").mkdir(parents=True)
+def write_freihand_layout(out, args, arrays):
+    """FreiHAND's files as its authors ship them, both roots in `out`. Returns what write_index_layout does."""
+    (out / "training" / "mask").mkdir(parents=True)
     evaluation = max(1, args.hands // 10)
     names = []
     joints2d = []
     parts = (("training", args.hands - evaluation, VERSIONS), ("evaluation", evaluation, 1))
     for part, (name, hands, versions) in enumerate(parts):
-        folder = args.out / name / "rgb"
+        folder = out / name / "rgb"
         videos = max(1, min(hands, round(args.videos * hands / args.hands)))
         labels = draw_videos(args, arrays, part, hands, videos, folder, versions)
-        write_freihand_labels(args.out, name, labels)
+        write_freihand_labels(out, name, labels)
         names += [folder / f"{k:08d}.jpg" for k in range(hands * versions)]
         joints2d += [labels["joints2d"]] * versions
     return names, np.concatenate(joints2d), np.zeros(len(names))
@@ -540,9 +541,10 @@ def main(argv=None):
 
     begin = time.time()
     write = write_freihand_layout if freihand else write_index_layout
-    names, joints2d, side = write(args, arrays)
-    speed = len(names) / (time.time() - begin)
-    write_samples(args.out / "samples.png", names, joints2d, side, args.size)
+    with staged_folder(args.out) as folder:  # whole, or not at all
+        names, joints2d, side = write(folder, args, arrays)
+        speed = len(names) / (time.time() - begin)
+        write_samples(folder / "samples.png", names, joints2d, side, args.size)
     print(f"{args.out}: {args.hands} hands, {len(names)} images of {args.size} px, "
           f"{100 * np.mean(side):.0f} % left, {speed:.1f} images/s; look at {args.out / 'samples.png'}")
 

@@ -17,7 +17,6 @@ steps=${STEPS:-9000}
 
 draw() {                     # draw NAME HANDS SEED SHARE-SEEN-FROM-ANYWHERE, once
     if [ ! -e "$out/$1/index.json" ]; then
-        rm -rf "${out:?}/$1"
         "$python" make_synthetic.py --out "$out/$1" --hands "$2" --seed "$3" --anywhere "$4" \
             --videos $((($2 + 1) / 2))   # a video has one person, light and background
     fi
@@ -27,7 +26,6 @@ draw val 2000 900001 0.25
 
 data=("$out/train")
 val=$out/val
-mix=()
 if [ -n "${POOL:-}" ]; then
     for part in pool pool_val; do
         index=$POOL
@@ -36,13 +34,13 @@ if [ -n "${POOL:-}" ]; then
             "$python" fit_hands.py --data "$index" --out "$out/$part"
         fi
     done
-    data+=("$out/pool")
+    # Drawn hands keep the mesh right, photographs teach what hands look like.
+    data+=("$out/pool" --mix 0.65 0.35)
     val=$out/pool_val        # what the log follows
-    mix=(--mix 0.65 0.35)    # drawn hands keep the mesh right, photographs teach what hands look like
 fi
 
 training=(
-    --data "${data[@]}" "${mix[@]}"
+    --data "${data[@]}"
     --val "$val"
     --arch resnet_micro      # small enough for a laptop
     --image-size 96          # 12 ms a hand on one core
@@ -75,5 +73,6 @@ fi
 for part in val ${POOL:+pool_val}; do
     "$python" evaluate.py --data "$out/$part" --checkpoint "$out/mesh/last.pt" --out "$out/scores/$part"
 done
+rm -f "$out/hand.pt"         # of an earlier run of this recipe
 "$python" export.py --checkpoint "$out/mesh/last.pt" --out "$out/hand.pt"
 echo "$out/hand.pt is what weights/hand.pt is made of: copy it there"
