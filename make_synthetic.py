@@ -4,11 +4,11 @@
 own files, so that its reader can be tried without the data: right hands, four backgrounds for each training
 hand, 10 % evaluation.
 
-Poses are drawn around the rows of `hands_coeffs`. In the everyday look half of the videos show `gestures`, not
-with --mano. A video has one person, light, camera and background, while pose and view move smoothly from key
-pose to key pose. Everything is a function of (seed, video, frame): the same seed gives the same bytes for any
-number of workers. 6 ms an image of 128 pixels on one core. The whole recipe is ours. How a picture is drawn:
-`surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo.py` (light, camera).
+Poses are drawn around the rows of `hands_coeffs`. In the everyday look half of the videos show `gestures`,
+not with --mano. A video has one person, light, camera and background, while pose and view move smoothly from
+key pose to key pose. Everything is a function of (seed, video, frame): the same seed gives the same bytes for
+any number of workers. 6 ms an image of 128 pixels on one core. The whole recipe is ours. How a picture is
+drawn: `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo.py` (light, camera).
 """
 
 import json
@@ -433,7 +433,7 @@ def write_index_layout(out, args, arrays):
 
 
 def write_freihand_layout(out, args, arrays):
-    """FreiHAND's files as its authors ship them, both roots in `out`. Returns what write_index_layout does."""
+    """FreiHAND's files as its authors ship them, both roots in `out`. Returns as write_index_layout."""
     (out / "training" / "mask").mkdir(parents=True)
     evaluation = max(1, args.hands // 10)
     names = []
