@@ -53,7 +53,7 @@ class PlainHand(nn.Module):
     """The function of mano.Mano in operations that a graph can hold; a test holds the two equal.
 
     Mano's own are made for training: a loop over parts of the batch, and a backward pass by hand.
-    forward(rotmats (B,16,3,3), betas (B,10)) -> vertices (B,778,3), the chain's origins (B,16,3).
+    forward(rotmats (B,16,3,3), betas (B,10)) -> vertices (B,778,3), joints (B,21,3).
     """
 
     def __init__(self, hand):
@@ -82,7 +82,8 @@ class PlainHand(nn.Module):
         moves = torch.cat([turns, origins - turns @ joints], dim=-1)  # (B, 16, 3, 4)
         blended = (hand.weights @ moves.flatten(2)).unflatten(2, (3, 4))  # (B, V, 3, 4)
         vertices = (blended[..., :3] * points[:, :, None]).sum(-1) + blended[..., 3]
-        return vertices, origins[..., 0]
+        in_file_order = torch.cat([origins[..., 0], vertices.index_select(1, hand.tips)], dim=1)
+        return vertices, in_file_order.index_select(1, hand.to_freihand)
 
 
 class CropToHand(nn.Module):
