@@ -65,8 +65,8 @@ WEIGHTS = {
     "joints": 30.0,
     "vertices": 30.0,
     "articulation": 500.0,
-    "joint_maps": 10.0,
 }
+JOINT_MAPS = 10.0  # weight of the loss of --joint-maps (ours)
 LAYER_DECAY = 0.75  # rate of a block over that of the next one, with --init (ViTPose)
 RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
 WEIGHT_DECAY = 0.05  # not on 1-D tensors (MAE)
@@ -83,12 +83,14 @@ CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjp
 
 # ----------------------------------------------------------------------------------------------------- losses
 def mesh_losses(estimates, joints, target):
-    """Losses by the names of WEIGHTS, each the mean over the T estimates of MeshHead.
+    """Losses by the names of WEIGHTS, and joint_maps where the head has them, each the mean over the T
+    estimates of MeshHead.
 
     joints: list of (B,21,3), the joints of each estimate as the labels define them. target: of make_target.
     """
     steps = [estimate_losses(*estimate, target) for estimate in zip(estimates, joints, strict=True)]
-    return {name: sum(losses[name] / len(steps) for losses in steps) for name in steps[0]}
+    names = [*WEIGHTS, "joint_maps"] if "joint_maps" in steps[0] else WEIGHTS
+    return {name: sum(losses[name] / len(steps) for losses in steps) for name in names}
 
 
 def estimate_losses(estimate, joints, target):
@@ -545,6 +547,7 @@ def main(argv=None):
     lr_base = args.lr * args.batch_size / 256
     parts = batch_parts(args.batch_size // runtime.world, args.accumulate)
     weights = WEIGHTS | {name: args.image_weight * WEIGHTS[name] for name in ("camera", "joints2d")}
+    weights["joint_maps"] = JOINT_MAPS
     finer = choose_finer(args.box_scale / CONTEXT * args.zoom[1], canvas, size)
     theta_of = partial(draw_theta, box_scale=args.box_scale, rotation=args.rotation, zoom=args.zoom,
                        shift=args.shift)
