@@ -247,7 +247,8 @@ def crop_to_full_camera(camera: torch.Tensor, box_center: torch.Tensor, box_side
 
     The root lands exactly on its weak-perspective pixel, and the scale at the root's depth is the crop's. If
     fx != fy, no depth matches both; the depth of their geometric mean keeps the area. Points at other depths
-    differ by true perspective. Ours: PyMAF and HaMeR assume one focal length and a centred principal point.
+    differ by true perspective, which camera.place_points takes into account. Ours: PyMAF and HaMeR assume one
+    focal length and a centred principal point.
     """
     scale, tx, ty = camera.unbind(-1)
     fx, fy = K[..., 0, 0], K[..., 1, 1]

@@ -33,6 +33,7 @@ OTHERS_FLAGS = {"--help", "--nproc", "--nnodes", "--rdzv", "--max-restarts", "--
 TRAINING = ["--steps", "2", "--batch-size", "4", "--image-size", "32", "--workers", "0"]
 AT_THE_END = {
     "make_synthetic.py": ["--hands", "26", "--size", "64", "--workers", "1"],
+    "fit_hands.py": ["--steps", "3", "--most-error", "1"],  # the page's keypoints are those of no hand
     "pretrain_mim.py": [*TRAINING, "--prototypes", "64"],
     "pretrain_contrastive.py": TRAINING,
     "finetune_mesh.py": [*TRAINING, "--head-width", "32"],
