@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter1d
 from runtime import generator
 from views import (
     apply_color,
+    apply_cover,
     apply_strong_color,
     apply_theta,
     blur,
@@ -19,6 +20,7 @@ from views import (
     invert_theta,
     normalise,
     random_color,
+    random_cover,
     random_theta,
     rows_to_blur,
     strong_color,
@@ -159,3 +161,15 @@ def test_blur_is_a_gaussian():
 def test_normalised_views_come_back_as_pictures():
     pixels = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     assert np.array_equal(to_rgb(normalise(pixels.float() / 255)), pixels.permute(0, 2, 3, 1).numpy())
+
+
+def test_a_cover_shows_what_lies_opposite():
+    """In its rectangle and nowhere else, in a share of the pictures."""
+    images = torch.rand(400, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    boxes = random_cover(400, torch.Generator().manual_seed(1), 0.25)
+    covered = apply_cover(images, boxes)
+    line = (torch.arange(20) + 0.5) / 10 - 1
+    for image, found, (x0, y0, x1, y1) in zip(images, covered, boxes, strict=True):
+        inside = ((line > y0) & (line < y1))[:, None] & ((line > x0) & (line < x1))
+        assert torch.equal(found, torch.where(inside, image.rot90(2, (1, 2)), image))
+    assert 0.15 < (covered != images).flatten(1).any(1).float().mean() < 0.35
