@@ -126,7 +126,7 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
     names = names or Names()
     asked = [[(None, side)]] * len(images)
     without_image = []
-    source, lines = (f"--boxes {boxes_path}", "a line") if boxes_path else ("--detector", "a hand")
+    source, what = (f"--boxes {boxes_path}", "line") if boxes_path else ("--detector", "hand")
     if boxes_path:
         asked, without_image = match_boxes(read_boxes(boxes_path), images, boxes_path)
     elif detect:
@@ -139,12 +139,12 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
     without_hand = [path for (path, _), found in zip(images, asked, strict=True) if not found]
     if not hands:
         first = f"; the first in the file is {next(iter(without_image), 'missing')}" if boxes_path else ""
-        raise ValueError(f"{source}: no {lines[2:]} for any of the {len(images)} photographs (the first is "
+        raise ValueError(f"{source}: no {what} for any of the {len(images)} photographs (the first is "
                          f"{images[0][0]}{first})")
-    for what, which in ((f"photographs without {lines}, left out", without_hand),
+    for kind, which in ((f"photographs without a {what}, left out", without_hand),
                         ("names without a photograph", without_image)):
         if which:
-            print(f"{source}: {what}: {len(which)} (the first is {which[0]})")
+            print(f"{source}: {kind}: {len(which)} (the first is {which[0]})")
     return hands
 
 
