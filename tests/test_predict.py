@@ -285,6 +285,16 @@ def test_a_detector_finds_hands_and_sides(tmp_path, checkpoint, monkeypatch):
     refused("leave one out", *command, "--boxes", tmp_path / "boxes.csv")
 
 
+def test_a_hand_beside_its_photograph_spoils_no_other(tmp_path, checkpoint):
+    photo = picture(tmp_path / "photo.png")
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.png,400,400,500,500\n"
+                                        "photo.png,20,40,120,160\nphoto.png,150,30,260,140\n")
+    refused("400 400 500 500 lies outside of it (1 of 3 not predicted)", "predict.py", photo, "--checkpoint",
+            checkpoint, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {f"photo_{k}.{end}" for k in (2, 3) for end in ("obj", "npz", "png")} | {"photo_all.png"}
+
+
 # -------------------------------------------------------------------------------------------------- smoothing
 def one_euro(values, times, cutoff, gain, speed_cutoff=1.0):
     """Algorithm 1 of Casiez et al. 2012 as it is printed, for numbers."""

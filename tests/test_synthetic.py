@@ -287,6 +287,13 @@ def test_draws_another_hand_but_no_left_file(tmp_path, arrays):
         make_synthetic.main(["--out", str(tmp_path / "b"), *flags, str(tmp_path / "left.npz")])
 
 
+def test_a_set_that_is_cut_off_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_synthetic, "write_samples", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_synthetic.main(["--out", str(tmp_path / "new"), "--hands", "1", "--size", "32"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_never_writes_into_a_used_folder(index):
     with pytest.raises(ValueError, match="files already"):
         make_synthetic.main(["--out", str(index.path), "--hands", "2"])
