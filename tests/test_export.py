@@ -176,4 +176,5 @@ def test_the_pages_example_gives_the_hands_of_predict(hands, tmp_path, monkeypat
         x0, y0, x1, _ = truth["crop"]
         points = truth["camera"][0] * (truth["vertices"][:, :2] + truth["camera"][1:])
         assert np.abs(names["vertices"][0] - truth["vertices"]).max() < 2e-3  # metres; it is cut at once
-        assert np.abs(names["points"] - (points + 1) / 2 * (x1 - x0) - [x0, y0]).max() < 1  # pixels
+        off = names["points"] - (points + 1) / 2 * (x1 - x0) - [x0, y0]  # pixels of the photograph
+        assert np.abs(off).max() < (x1 - x0) / 32 / 4  # a quarter of a pixel that the network sees
