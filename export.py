@@ -18,8 +18,8 @@ noise, from two pixels wide to as many as the crop has. The largest distance of 
 through the camera, is printed, with the time that a hand takes alone. A file that is off by more than 0.05 mm
 is refused.
 
-A .pt holds what predict.py needs and no more: the averaged weights in half precision, and the arguments that
-rebuild the network. weights/hand.pt is one.
+A .pt holds what predict.py needs and no more: the averaged weights, matrices in half precision, and the arguments
+that rebuild the network. weights/hand.pt is one.
 """
 
 import importlib.util
@@ -152,8 +152,10 @@ KEPT = ("encoder", "head", "hand", "box_scale")  # of a checkpoint, in a .pt
 
 
 def write_weights(state, path):
-    """The averaged weights of a checkpoint in half precision, and what rebuilds the network."""
-    weights = {name: value.half() if value.is_floating_point() else value
+    """The averaged weights of a checkpoint, matrices in half precision, and what rebuilds the network.
+
+    What has one axis, such as a BatchNorm's statistics, is small and stays as it is."""
+    weights = {name: value.half() if value.is_floating_point() and value.ndim > 1 else value
                for name, value in state["ema"].items()}
     save_checkpoint(path, "mesh", **{name: state[name] for name in KEPT}, ema=weights)
 

@@ -512,6 +512,8 @@ def main(argv=None):
     state = check_run(args, runtime, "mesh", inputs)
     encoder = choose_encoder(args.arch, args.init, size, "vit_small", args.drop_path,
                              state["encoder"] if state else None, args.heads, args.pixels)
+    if args.joint_maps and is_resnet(encoder.arch) and size % 32:
+        raise ValueError(f"--image-size {size}: with --joint-maps a ResNet needs a multiple of 32")
     head = MeshHead(hand, encoder.dim, encoder.dim, strides=is_resnet(encoder.arch),
                     iterations=args.iterations, width=args.head_width, hidden=args.head_hidden,
                     dropout=args.dropout, joint_maps=args.joint_maps,

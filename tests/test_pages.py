@@ -21,7 +21,7 @@ from synthetic_hand import synthetic_mano
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ["README.md", *(f"docs/{name}.md" for name in (
-    "data", "handmim", "contrastive", "mesh", "predict", "evaluation", "export", "experiments",
+    "data", "handmim", "contrastive", "mesh", "predict", "weights", "evaluation", "export", "experiments",
     "benchmarks"))]
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*ORDER, "CONTRIBUTING.md")}
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
