@@ -1,6 +1,6 @@
 """Photographs and videos -> meshes of their hands.
 
-Without --boxes and --detector a photograph is one hand, which fills it; --refine then crops again around the
+Without --boxes and --detector a photograph is one hand, which fills it; --refine crops again around the
 mesh. --boxes is a CSV with the header image,x0,y0,x1,y1[,side]: tight boxes in pixels of any number of hands,
 `image` as on the command line or relative to the folder given there (for a photograph its bare name).
 --detector mediapipe finds hands and sides by itself. Left hands are mirrored for the network and back.
@@ -509,7 +509,7 @@ def flags():
     where.add_argument("--side", default="right", choices=["right", "left"],
                        help="side of the hands where nothing else says it (default right)")
     where.add_argument("--refine", type=int, metavar="N",
-                       help="crop again around the mesh, N times (default 1, with boxes or a detector 0)")
+                       help="crop again around the mesh, N times (default 1, with --detector 0)")
     room = cli.add_argument_group("where they are in the room", "without --K and --focal a photograph's tags "
                                   "say how long its lens is, else its longer side is the guess")
     room.add_argument("--K", nargs=4, type=float, metavar=("FX", "FY", "CX", "CY"),
@@ -552,7 +552,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     check(args)
     if args.refine is None:
-        args.refine = 0 if args.boxes or args.detector else 1
+        args.refine = 0 if args.detector else 1
     runtime = setup(args, alone=True)
     network = Network(args.checkpoint, args.mano, runtime)
     detect = mediapipe_detector() if args.detector else None
