@@ -18,8 +18,8 @@ noise, from two pixels wide to as many as the crop has. The largest distance of 
 through the camera, is printed, with the time that a hand takes alone. A file that is off by more than 0.05 mm
 is refused.
 
-A .pt holds what predict.py needs and no more: the averaged weights, matrices in half precision, and the arguments
-that rebuild the network. weights/hand.pt is one.
+A .pt holds what predict.py needs and no more: the averaged weights, matrices in half precision, and the
+arguments that rebuild the network. weights/hand.pt is one.
 """
 
 import importlib.util
