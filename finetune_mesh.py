@@ -35,7 +35,8 @@ from data import (
 )
 from draw import draw_joints, grid, overlay, save_curves, save_image
 from mano import (
-    Mano, hand_fingerprint, labelled_joints, read_mano, rotmat_from_axis_angle, weak_perspective,
+    Mano, hand_fingerprint, labelled_joints, nearest_rotation, read_mano, rotmat_from_axis_angle,
+    weak_perspective,
 )
 from metrics import procrustes
 from model import (
@@ -77,6 +78,9 @@ THETA, COLOR, DROPOUT, LIGHT, FACTORS, BLUR, COVER = range(7)
 FRACTION = 77  # random stream of --label-fraction
 FRESH = {"image_size": 224, "head_width": 256, "head_hidden": 1024, "iterations": 3, "joint_maps": False,
          "box_scale": 1.3}
+HEAD_FLAGS = {"head_width": "width", "head_hidden": "hidden", "iterations": "iterations",
+              "joint_maps": "joint_maps"}  # and what MeshHead calls them
+OLD_HEAD = {"scale_bound": 0, "hidden": 1024, "joint_maps": False, "laterals": []}  # older networks say none
 LIKE = "default: that of a mesh run in --init, else"
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
@@ -255,7 +259,7 @@ def training_mean(dataset, hands_mean, box_scale, most=4000):
             scales.append(_camera_scales(index, rows, box_scale))
     rotmats = rotmat_from_axis_angle(torch.cat([torch.zeros(1, 3), hands_mean.cpu()]))
     if sum(map(len, orientations)):
-        rotmats[0] = _nearest_rotation(torch.cat(orientations).mean(0))
+        rotmats[0] = nearest_rotation(torch.cat(orientations).mean(0))
     scales = np.concatenate([*scales, []])
     return rotmats, float(np.median(scales)) if len(scales) else 9.0
 
@@ -284,12 +288,6 @@ def _spread(points, known):
     """Mean distance (R,) of the points (R,21,2) that are known (R,21) from their middle."""
     points = np.where(known[..., None], points, np.nan)
     return np.nanmean(np.linalg.norm(points - np.nanmean(points, 1, keepdims=True), axis=-1), 1)
-
-
-def _nearest_rotation(matrix):
-    """The rotation nearest to a matrix (3,3) in the Frobenius norm."""
-    u, _, v = torch.linalg.svd(matrix)
-    return u @ torch.diag(torch.tensor([1.0, 1.0, float(torch.det(u @ v).sign())])) @ v
 
 
 # ------------------------------------------------------------------------------------------------- validation
@@ -361,8 +359,7 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path} was trained with another hand model: pass its file with --mano, "
                          f"or {advice}")
     try:
-        config = {"scale_bound": 0, "hidden": 1024, "joint_maps": False,
-                  "laterals": []} | before["head"]  # of older networks
+        config = OLD_HEAD | before["head"]
         then = before["encoder"]["config"]["image_size"], before["box_scale"]
         other = [name for name, value in head.config.items() if name != "dropout" and config[name] != value]
         if not other:
@@ -373,9 +370,8 @@ def load_head(head, path, hand, size, box_scale):
         raise ValueError(f"--init {path}: its head cannot be read ({reason}): {advice}") from None
     if other:
         had = ", ".join(f"{name} {config[name]}" for name in other)
-        known = {"width": "--head-width", "iterations": "--iterations", "hidden": "--head-hidden",
-                 "joint_maps": "--joint-maps"}
-        flags = " and ".join(known[name] for name in other if name in known)
+        known = [f"--{flag.replace('_', '-')}" for flag, name in HEAD_FLAGS.items() if name in other]
+        flags = " and ".join(known)
         flags = f"set {flags} so, or " if flags else ""
         raise ValueError(f"--init {path} has a head of {had}: {flags}{advice}")
     if then != (size, box_scale):
@@ -452,10 +448,10 @@ def fill_in(args):
     known = {}
     try:
         if isinstance(before, dict) and before.get("kind") == "mesh":
-            head = FRESH | before["head"]  # older runs do not say all
-            known = {"image_size": before["encoder"]["config"]["image_size"], "head_width": head["width"],
-                     "head_hidden": head.get("hidden", 1024), "iterations": head["iterations"],
-                     "joint_maps": head["joint_maps"], "box_scale": before["box_scale"]}
+            head = OLD_HEAD | before["head"]
+            known = {flag: head[name] for flag, name in HEAD_FLAGS.items()}
+            known |= {"image_size": before["encoder"]["config"]["image_size"],
+                      "box_scale": before["box_scale"]}
     except (KeyError, TypeError):
         pass  # load_head says that the file is damaged
     for name, value in (FRESH | known).items():

@@ -35,16 +35,6 @@ from model import choose_encoder, load_encoder
 from synthetic_hand import synthetic_mano
 
 
-@pytest.fixture(scope="module")
-def checkpoint(hands, tmp_path_factory):
-    """A mesh network after one step: it predicts anything, as fast as any."""
-    run = tmp_path_factory.mktemp("run") / "mesh"
-    tiny = ["--arch", "vit_micro", "--image-size", 32, "--head-width", 32, "--batch-size", 4, "--workers", 0]
-    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", run, *tiny,
-         "--steps", 1)
-    return run / "last.pt"
-
-
 def picture(path, shade=90, size=(64, 48)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (shade, 120, 60)).save(path)

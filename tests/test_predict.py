@@ -24,16 +24,6 @@ from synthetic_hand import synthetic_mano
 FLIP = np.float32([-1, 1, 1])
 
 
-@pytest.fixture(scope="module")
-def checkpoint(hands, tmp_path_factory):
-    """A mesh network after one step: it predicts anything, as fast as any."""
-    run = tmp_path_factory.mktemp("run") / "mesh"
-    tiny = ["--arch", "vit_micro", "--image-size", 32, "--head-width", 32, "--batch-size", 4, "--workers", 0]
-    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", run, *tiny,
-         "--steps", 1)
-    return run / "last.pt"
-
-
 def picture(path, size=(300, 200), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.effect_noise(size, 60).convert("RGB").save(path, **options)
