@@ -64,21 +64,20 @@ def fit(hand, arrays, points, score, points3d=None, has_space=None, steps=250):
     middle = (points * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
     points = torch.where(seen, points, middle)  # the others may lie anywhere, and make no box larger
     side = (points.amax(1) - points.amin(1)).amax(1).clamp(min=1e-3)  # (B,)
-    mean_pose = torch.as_tensor(arrays["hands_mean"], dtype=torch.float32, device=points.device)
     components = torch.as_tensor(arrays["hands_components"], dtype=torch.float32, device=points.device)
-    start, camera = first_guess(hand, arrays, points, points3d, has_space)
+    start, first_camera = first_guess(hand, arrays, points, points3d, has_space)
     doubt = torch.ones(21, device=points.device)
     doubt[0] = WRIST
     state = {"coefficients": torch.zeros(count, len(components)),
              "orientation": start[:, :, :2].transpose(1, 2).reshape(count, 6),
-             "betas": torch.zeros(count, 10), "camera": camera}
+             "betas": torch.zeros(count, 10), "camera": first_camera}
     state = {name: value.to(points.device).clone().requires_grad_() for name, value in state.items()}
     optimizer = torch.optim.Adam([{"params": [value], "lr": RATES[name]} for name, value in state.items()])
 
     for step in range(steps + 1):
         for group, rate in zip(optimizer.param_groups, RATES.values(), strict=True):
             group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
-        pose = (mean_pose + state["coefficients"] @ components).unflatten(1, (15, 3))
+        pose = hand.hands_mean + (state["coefficients"] @ components).unflatten(1, (15, 3))
         fingers = rotmat_from_axis_angle(pose)  # (B, 15, 3, 3)
         rotmats = torch.cat([rotmat_from_6d(state["orientation"])[:, None], fingers], dim=1)
         vertices, _ = hand(rotmats, state["betas"])
@@ -121,8 +120,7 @@ def first_guess(hand, arrays, points, points3d, has_space):
 
     Where metric points are known, the rotation that lays the mean hand's palm on theirs. Elsewhere the best
     of DIRECTIONS by the palm in the image: the turn in the image plane has a closed form."""
-    mean_pose = torch.as_tensor(arrays["hands_mean"], dtype=torch.float32, device=points.device)
-    fingers = rotmat_from_axis_angle(mean_pose.view(15, 3))
+    fingers = rotmat_from_axis_angle(hand.hands_mean)
     rest = torch.cat([torch.eye(3, device=points.device)[None], fingers])[None]
     vertices, _ = hand(rest, torch.zeros(1, 10, device=points.device))
     joints = joints_from_vertices(vertices, arrays)[0]  # (21, 3)
@@ -180,13 +178,13 @@ def read_points(index):
     left = is_left(index)
     points[left] = mirror("keypoints", points[left])
     if points3d is not None:
-        points3d[left] = mirror("joints", points3d[left])
+        points3d[left] = mirror("keypoints3d", points3d[left])
     return points, score, points3d
 
 
 def is_left(index):
     """(N,) True for left hands."""
-    return np.array([index.side(row) == 1 for row in range(len(index))])
+    return index.columns["side"] == 1 if "side" in index.columns else np.zeros(len(index), bool)
 
 
 def labels_of(found, index, rows, hands_mean):
