@@ -706,7 +706,7 @@ class MeshHead(nn.Module):
         if strides:
             first = _deconv(channels, width)
         else:
-            first = nn.Sequential(nn.Conv2d(channels, width, 1), nn.GroupNorm(32, width), nn.ReLU())
+            first = nn.Sequential(nn.Conv2d(channels, width, 1), MapNorm(32, width), nn.ReLU())
         self.maps = nn.ModuleList([first] + [_deconv(width, width) for _ in range(iterations - 1)])
         samples = [grid * grid] + [mesh_points] * (iterations - 1)
         self.reduce = nn.ModuleList(PointReducer(width) for _ in samples)
@@ -812,7 +812,14 @@ class Regressor(nn.Module):
 
 def _deconv(channels, width):
     up = nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)
-    return nn.Sequential(up, nn.GroupNorm(32, width), nn.ReLU())
+    return nn.Sequential(up, MapNorm(32, width), nn.ReLU())
+
+
+class MapNorm(nn.GroupNorm):
+    """GroupNorm on maps in any memory format. On a CPU, PyTorch's own is some 20 times slower in channels_last."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
 
 
 def sample(feature_map, points):
