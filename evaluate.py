@@ -28,11 +28,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import metrics
+from camera import place_points
 from data import (CONTEXT, HandDataset, HandIndex, canvas_size, crop_canvas, make_loader, read_image,
                   refuse_unread, square)
 from draw import BONES, FINGER_COLORS, draw_joints, overlay
-from mano import (JOINT_NAMES, TIPS, Mano, crop_to_full_camera, hand_fingerprint, labelled_joints, mean_hand,
-                  read_mano)
+from mano import (JOINT_NAMES, TIPS, Mano, hand_fingerprint, labelled_joints, mean_hand, read_mano,
+                  weak_perspective)
 from model import load_mesh
 from results import is_own_zip, read_predictions, warn_of_order, warn_of_units, write_predictions
 from runtime import add_device_flags, parser, run, setup
@@ -48,6 +49,7 @@ ODDITIES = {"count_not_scored": "more not scored", "count_reboxed": "with their 
             "count_unseen": "not in their image"}
 RESULTS = ("metrics.json", "scores.txt", "report.html", "pred.json", "pred.zip", "pred.txt",
            "pred_world.json", "definitions.json")
+TO_MIDDLE_TIP = [0, 9, 10, 11, 12]  # joints from the wrist
 HEADLINE = ("pa_mpjpe_mm", "pa_mpvpe_mm", "auc_joints", "auc_vertices", "f_5", "f_15")
 COLUMNS = ("joints mm", "mesh mm", "AUC joints", "AUC mesh", "F@5", "F@15")
 CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, mesh", "mm"),
@@ -82,7 +84,7 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
         found = torch.cat([joints, hand["vertices"], hand["joints"]], 1)  # (B, 820, 3) relative to the wrist
         found, camera = mirror_back(found, hand["camera"], left)
         if "K" in index.columns:
-            found = found + wrist_in_camera(index, rows, camera, batch["crop"], zoom)
+            found = found + wrist_in_camera(index, rows, found[:, :21], camera, batch["crop"], zoom)
         points[rows] = found.numpy()
     return points[:, :21], points[:, 21:-21], points[:, -21:]
 
@@ -95,14 +97,16 @@ def mirror_back(points, camera, left):
     return points * torch.stack([sign, one, one], 1)[:, None], camera * torch.stack([one, sign, one], 1)
 
 
-def wrist_in_camera(index, rows, camera, crop, zoom):
-    """The wrists (B,1,3) in the camera frame, metres, by the intrinsics K of the index. The hand's place in
-    its view gives the direction, its size there the depth.
+def wrist_in_camera(index, rows, joints, camera, crop, zoom):
+    """The wrists (B,1,3) in the camera frame, metres, by the intrinsics K of the index: where joints (B,21,3)
+    about the wrist lie over their places in the photograph.
 
     camera (B,3): weak perspective of the view. crop (B,3): centre and side of the canvas, in pixels."""
-    K = torch.from_numpy(np.array(index.columns["K"][index.pose_ids()[rows]]))  # (B, 3, 3)
-    side = crop[:, 2] * zoom  # of the view, in pixels of the photograph
-    return crop_to_full_camera(camera, crop[:, :2], side, K)[:, None]
+    K = index.columns["K"][index.pose_ids()[rows]]  # (B, 3, 3)
+    half = crop[:, 2, None, None] * zoom / 2  # of the view, in pixels of the photograph
+    pixels = crop[:, None, :2] + half * weak_perspective(joints, camera)  # (B, 21, 2)
+    hands = zip(joints.numpy(), pixels.numpy(), K, strict=True)
+    return torch.tensor(np.array([place_points(*hand) for hand in hands]))[:, None]
 
 
 def predict_views(net, canvas, zoom, size, runtime, tta):
@@ -509,6 +513,18 @@ def predict_with_checkpoint(args, index, arrays, definition):
                   "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
 
 
+def wrist_errors(joints, truth):
+    """Where the wrist stands before the camera (ours), medians: `wrist_cm`, how far joints (N,21,3) have it
+    from the true ones, both in the camera frame; `wrist_true_size_cm`, the same if the hand's size were
+    known; `wrist_depth_cm`, its distance. A hand of f times the size fills the same pixels f times as far."""
+    size, true_size = (np.linalg.norm(np.diff(points[:, TO_MIDDLE_TIP], axis=1), axis=2).sum(1)  # (N,)
+                       for points in (joints, truth))
+    wrist, true_wrist = joints[:, 0], truth[:, 0]
+    ways = {"wrist_cm": wrist - true_wrist, "wrist_depth_cm": true_wrist,
+            "wrist_true_size_cm": wrist * (true_size / size)[:, None] - true_wrist}
+    return {name: float(100 * np.nanmedian(np.linalg.norm(way, axis=1))) for name, way in ways.items()}
+
+
 def score_mean_hand(index, arrays, definition, labels, protocol):
     """metrics.per_sample_errors of the hand model's mean hand, predicted for every hand of the index."""
     joints, vertices = mean_hand(arrays, definition)  # (1, 21, 3), (1, 778, 3)
@@ -555,6 +571,8 @@ def main(argv=None):
     table = metrics.summarise(errors, protocol)
     mean_table = metrics.summarise(baseline, protocol)
     table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
+    if "K" in index.columns:
+        table |= wrist_errors(pred[0], labels["gt_joints"])
     table |= {"views": args.tta} if args.tta > 1 else {}
     odd_ones = len(index) - table["count"], *(len(index.meta.get(name, ())) for name in ("reboxed", "unseen"))
     table |= dict(zip(ODDITIES, odd_ones, strict=True))
@@ -579,6 +597,9 @@ def main(argv=None):
     print(text_table(COLUMNS, table_rows(table, protocol)))
     if definitions:
         print(text_table(tuple(ALIGNMENTS.values()), definition_rows(definitions)))
+    if "wrist_cm" in table:
+        facts |= {"wrist": "{wrist_cm:.1f} cm off, {wrist_true_size_cm:.1f} if the hand's size were known, "
+                           "{wrist_depth_cm:.0f} cm from the camera (medians)".format(**table)}
     print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
     headline = [f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table]
     print(*headline, f"-> {args.out / 'report.html'}")
