@@ -31,6 +31,7 @@ from synthetic_hand import synthetic_mano
 SURELY_HAND = -0.02
 SURELY_NOT = 0.08
 DOUBT = 0.03  # from the mesh's edge at which the odds of a pixel are e to 1
+MESH = ("vertices", "joints", "joints2d")
 PER_HAND = ("side", "video")
 
 
@@ -123,12 +124,19 @@ def paste(rng, canvas, alpha, background):
     return (alpha * light * canvas + (1 - alpha) * background).clip(0, 255).astype(np.uint8)
 
 
-def canvas_labels(index, times, size):
-    """The columns of the new index without its images: the labels of each hand in the pixels of its canvas,
-    once, for `times` pictures."""
-    labels = index.pose_ids()
-    centre_x, centre_y, side = square(index.columns["box"], CONTEXT)
-    corner = np.stack([centre_x, centre_y], axis=1) - side[:, None] / 2  # (N, 2)
+def rows_with_a_mesh(index):
+    """Rows of the hands whose labels have no gap in the mesh or in the joints."""
+    whole = [np.isfinite(index.columns[name]).all((1, 2)) for name in MESH]
+    return np.flatnonzero(np.all(whole, axis=0)[index.pose_ids()])
+
+
+def canvas_labels(index, rows, times, size):
+    """The columns of the new index without its images: the labels of the hands `rows` in the pixels of their
+    canvases, once, for `times` pictures."""
+    labels = index.pose_ids()[rows]
+    boxes = np.array(index.columns["box"])[rows]
+    centre_x, centre_y, side = square(boxes, CONTEXT)
+    corner = np.stack([centre_x, centre_y], axis=1) - side[:, None] / 2  # (R, 2)
     zoom = size / side
     columns = {}
     for name in ("pose", "betas", "joints", "vertices", "joints2d", "keypoints", "keypoints3d",
@@ -139,10 +147,10 @@ def canvas_labels(index, times, size):
         if name in columns:  # pixel-centre coordinates
             places = (columns[name] + 0.5 - corner[:, None]) * zoom[:, None, None] - 0.5
             columns[name] = places.astype(np.float32)
-    box = (np.array(index.columns["box"]) - np.tile(corner, 2)) * zoom[:, None]
-    of_hands = {name: np.array(index.columns[name]) for name in PER_HAND if name in index.columns}
-    of_hands |= {"box": box.astype(np.float32), "size": np.full((len(index), 2), size, np.int32),
-                 "label": np.arange(len(index), dtype=np.int32)}
+    boxes = (boxes - np.tile(corner, 2)) * zoom[:, None]
+    of_hands = {name: np.array(index.columns[name])[rows] for name in PER_HAND if name in index.columns}
+    of_hands |= {"box": boxes.astype(np.float32), "size": np.full((len(rows), 2), size, np.int32),
+                 "label": np.arange(len(rows), dtype=np.int32)}
     return columns | {name: np.repeat(value, times, axis=0) for name, value in of_hands.items()}
 
 
@@ -164,7 +172,7 @@ def main(argv=None):
     args = flags().parse_args(argv)
     check_ranges(args, {"times": (1, 1000), "size": (64, 1024), "seed": (0, 2**63)})
     index = HandIndex(args.data)
-    missing = [name for name in ("vertices", "joints", "joints2d") if name not in index.columns]
+    missing = [name for name in MESH if name not in index.columns]
     if missing:
         raise ValueError(f"--data {args.data}: no {missing[0]} in this index; fit_hands.py makes them")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
@@ -174,9 +182,12 @@ def main(argv=None):
         raise ValueError(f"--backgrounds {args.backgrounds}: no images there")
     faces = synthetic_mano()["f"]  # MANO's are the same
     names, tiles = [], []
-    shown = set(np.linspace(0, len(index) - 1, 24).astype(int).tolist())
+    rows = rows_with_a_mesh(index)
+    if not len(rows):
+        raise ValueError(f"--data {args.data}: no hand of this index has a whole mesh")
+    shown = set(rows[np.linspace(0, len(rows) - 1, 24).astype(int)].tolist())
     with staged_folder(args.out) as folder:
-        for row in tqdm(range(len(index)), unit="hand"):
+        for row in tqdm(rows.tolist(), unit="hand"):
             canvas, _ = cut_canvas(index.open_image(row), index.columns["box"][row], CONTEXT, args.size)
             alpha = cut_out(canvas, *mesh_in_canvas(index, row, args.size), faces)
             below = Path("images") / f"{row // 1000:04d}"
@@ -189,12 +200,12 @@ def main(argv=None):
                 Image.fromarray(picture).save(folder / names[-1], quality=92)
             if row in shown:
                 tiles += [canvas, picture]
-        columns = canvas_labels(index, args.times, args.size) | {"image": np.array(names)}
+        columns = canvas_labels(index, rows, args.times, args.size) | {"image": np.array(names)}
         meta = {name: value for name, value in index.meta.items()
-                if name in ("name", "joints", "pose_mean", "fitted", "video_names")}
+                if name in ("name", "joints", "pose_mean", "fitted", "partial", "video_names")}
         write_index(folder, columns, meta, ".")
         save_image(folder / "samples.png", grid(tiles, 12, ["before", "after"] * (len(tiles) // 2), cell=128))
-    print(f"{args.out}: {len(names)} pictures of {len(index)} hands; look at {args.out / 'samples.png'}")
+    print(f"{args.out}: {len(names)} pictures of {len(rows)} of {len(index)} hands; look at {args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -93,10 +93,16 @@ def _is_of_processes(error):
 
 
 # ------------------------------------------------------------------------------------------------------ flags
-def parser(description: str) -> argparse.ArgumentParser:
-    """ArgumentParser whose help keeps the docstring's lines."""
-    return argparse.ArgumentParser(description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all flags."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def parser(description: str) -> Parser:
+    """A Parser whose help keeps the docstring's lines."""
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_device_flags(cli, workers=True):

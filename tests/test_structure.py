@@ -21,7 +21,7 @@ import surfaces
 import video
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["make_synthetic", "prepare_data", "fit_hands", "mine_pairs", "pretrain_mim",
+SCRIPTS = ["make_synthetic", "prepare_data", "fit_hands", "paste_hands", "mine_pairs", "pretrain_mim",
            "pretrain_contrastive", "finetune_mesh", "probe", "evaluate", "predict", "export"]
 LIBRARY = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in SCRIPTS)
 PACKAGES = {"torch", "numpy", "scipy", "PIL", "tqdm"}
