@@ -205,7 +205,8 @@ def main(argv=None):
                 if name in ("name", "joints", "pose_mean", "fitted", "partial", "video_names")}
         write_index(folder, columns, meta, ".")
         save_image(folder / "samples.png", grid(tiles, 12, ["before", "after"] * (len(tiles) // 2), cell=128))
-    print(f"{args.out}: {len(names)} pictures of {len(rows)} of {len(index)} hands; look at {args.out / 'samples.png'}")
+    print(f"{args.out}: {len(names)} pictures of {len(rows)} of {len(index)} hands; look at "
+          f"{args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":
