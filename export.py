@@ -60,6 +60,9 @@ class PlainHand(nn.Module):
         super().__init__()
         self.hand = hand
         self.template = hand.template
+        self.pose_spread = hand.pose_spread
+        self.joint_jacobian = hand.joint_jacobian
+        self.turn = hand.turn
 
     def forward(self, rotmats, betas):
         hand = self.hand

@@ -439,8 +439,9 @@ class Mano(nn.Module):
     also takes a right hand's arrays and mirrors them. repair=False keeps a left file's own `shapedirs`, which
     DexYCB's labels were made with. On a left hand, tips="manopth" is that project's list for left hands.
 
-    Attributes: faces (1538, 3) int64, template (778, 3), hands_mean (15, 3) axis-angle, side. No state_dict
-    contains them. Computes in float32 (float64 after `.double()`), also under autocast. Differentiable once.
+    Attributes: faces (1538, 3) int64, template (778, 3), hands_mean (15, 3) axis-angle, side; pose_spread L
+    (45, 45), whose L L^T is the covariance of the file's natural poses, axis-angle. No state_dict contains
+    them. Computes in float32 (float64 after `.double()`), also under autocast. Differentiable once.
     ValueError: a left hand's arrays with side="right", an unknown side or fingertip set, wrong input shapes.
     """
 
@@ -477,6 +478,9 @@ class Mano(nn.Module):
         self._add_buffer("tips", _tip_vertices(tips), torch.int64)
         self._add_buffer("to_freihand", MANO_TO_FREIHAND, torch.int64)
         self._add_buffer("to_mano", FREIHAND_TO_MANO, torch.int64)
+        self._add_buffer("moves", _moved_joints())
+        poses = arrays["hands_coeffs"] @ arrays["hands_components"]
+        self._add_buffer("pose_spread", np.linalg.cholesky(np.cov(poses.T) + 0.02 ** 2 * np.eye(45)))
 
     def _add_buffer(self, name, values, dtype=torch.float32):
         """Not persistent: no state_dict, and so no checkpoint, contains the licensed arrays."""
@@ -487,6 +491,34 @@ class Mano(nn.Module):
             raise ValueError(_shape_message(rotmats, betas))
         with _no_autocast(rotmats):
             return _Skinning.apply(rotmats.to(self.template.dtype), betas.to(self.template.dtype), self)
+
+    def turn(self, rotmats: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Rotations (B, 16, 3, 3), each turned in its own frame by an axis-angle of turns (B, 16, 3)."""
+        return rotmats @ rotmat_from_axis_angle(turns)
+
+    def joint_jacobian(self, rotmats: torch.Tensor, joints: torch.Tensor) -> torch.Tensor:
+        """How the joints (B, 21, 3) of `forward` move with the turns of `turn`: (B, 21, 3, 16, 3), metres a
+        radian, of which the last two say joint and axis. As of rigid bones: pose blend shapes, which move the
+        tips a little, are left out (ours)."""
+        fingers = rotmats[:, 1:].unflatten(1, (5, 3))
+        frames = [rotmats[:, None, 0].expand(-1, 5, -1, -1)]
+        for part in range(3):  # PARENTS: five chains of three
+            frames.append(frames[-1] @ fingers[:, :, part])  # (B, 5, 3, 3) to the camera
+        frames = torch.cat([rotmats[:, :1], torch.stack(frames[1:], 2).flatten(1, 2)], dim=1)  # (B, 16, 3, 3)
+        levers = joints[:, None] - joints[:, self.to_mano[:16], None]  # (B, 16, 21, 3)
+        axes = frames.transpose(2, 3)[:, :, :, None]  # (B, 16, 3, 1, 3): a turn about the k-th axis, ...
+        moved = torch.linalg.cross(axes, levers[:, :, None])  # ..., and where it takes a joint
+        return (moved * self.moves[:, None, :, None]).permute(0, 3, 4, 1, 2)
+
+
+def _moved_joints():
+    """(16, 21) 1 where a rotation moves a joint: joints of the file, by FreiHAND's order."""
+    parents = (*PARENTS, 15, 3, 6, 12, 9)  # and of the tips, thumb to little finger
+    moves = np.zeros((16, 21))
+    for joint, number in enumerate(MANO_TO_FREIHAND):
+        while (number := parents[number]) >= 0:
+            moves[number, joint] = 1
+    return moves
 
 
 def _shape_message(rotmats, betas):

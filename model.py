@@ -51,6 +51,10 @@ ARCHS = {
 }
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in views.py; a test holds them equal
 STD = (0.229, 0.224, 0.225)
+# Standard deviations of what MeshHead.settle finds, about the network's estimate: degrees of freedom as the
+# hand model's natural poses have them times `fingers`, radians of the wrist, log of the camera's scale, its
+# shift in the view; and of a joint map's peak, as a share of the hand's size. Ours.
+SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.15, "shift": 0.3, "place": 0.03}
 FORMAT = 1  # of encoder.pt; a file without a number was written before there were any and counts as 1
 
 
@@ -688,7 +692,8 @@ class MeshHead(nn.Module):
     joint_maps: every F_t also says where the 21 joints are, and the regressor sees these places and how far
     the last estimate's joints lie from them (ours: where joints are is learnt from far fewer images than how
     a hand is turned, and tells it). laterals: channels of finer maps of a ResNet, stride 16 first, which are
-    added to F_0, F_1, ... (as in a feature pyramid, Lin et al. 2017).
+    added to F_0, F_1, ... (as in a feature pyramid, Lin et al. 2017). In use, not in training, `settle` then
+    makes one more estimate.
 
     forward(map (B,C,h,w), summary (B,D), finer maps) -> list over t of dicts: rotmats, betas, camera (B,3) =
     scale, tx, ty; vertices and joints relative to the kinematic wrist; `points` (B,P,2), where the features
@@ -757,6 +762,46 @@ class MeshHead(nn.Module):
             seen_joints = (scale * (output["joints"][..., :2] + shift)).detach()
             outputs.append(output)
         return outputs
+
+    def settle(self, estimate):
+        """The estimate, bent so that its joints lie where its joint maps have their peaks; fp32.
+
+        Ours. Maps find joints on photographs unlike those trained on, where the regressors follow them only
+        in part. Two rounds of Gauss and Newton find the most probable hand. The deviations of what is to be
+        found, about the estimate, are those of SETTLE; that of a peak is the larger, the less of the map's
+        probability lies there. What is far away counts by its distance, not by the square."""
+        places, share = read_peaks(estimate["joint_maps"])  # (B, 21, 2), (B, 21)
+        rotmats, betas, camera = estimate["rotmats"], estimate["betas"], estimate["camera"]
+        scale, shift = camera[:, :1], camera[:, :1] * camera[:, 1:]
+        spread = torch.block_diag(SETTLE["wrist"] * torch.eye(3, device=places.device),
+                                  SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
+        to_shift = SETTLE["shift"] * torch.eye(2, device=places.device).expand(*places.shape[:2], 2, 2)
+        found = torch.zeros(places.shape[0], 51, device=places.device)  # in deviations: 48 turns, scale, shift
+        for _ in range(2):
+            _, joints = self.hand(rotmats, betas)
+            joints = joints - joints[:, :1]
+            flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
+            away = places - flat - shift[:, None]
+            turned = self.hand.joint_jacobian(rotmats, joints)[:, :, :2].flatten(3)  # (B, 21, 2, 48)
+            ways = torch.cat([scale[..., None, None] * turned @ spread,
+                              SETTLE["log_scale"] * flat[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
+            size = (flat.amax(1) - flat.amin(1)).amax(1)[:, None]  # (B, 1)
+            exact = share / (SETTLE["place"] * size)  # (B, 21), one over a peak's deviation
+            deviations = exact * away.norm(dim=2)
+            weights = exact ** 2 * 2 / deviations.clamp(min=2)  # robust (Huber)
+            ways, pull = ways.flatten(1, 2), (weights[..., None] * away).flatten(1)  # (B, 42, 51), (B, 42)
+            weighted = ways.transpose(1, 2) * weights.repeat_interleave(2, 1)[:, None]
+            curvature = weighted @ ways + torch.eye(51, device=places.device)
+            slope = (ways.transpose(1, 2) @ pull[..., None])[..., 0] - found
+            step = conjugate_gradients(curvature, slope)
+            found = found + step
+            rotmats = self.hand.turn(rotmats, (step[:, :48] @ spread.T).unflatten(1, (16, 3)))
+            grown = (SETTLE["log_scale"] * step[:, 48:49]).exp()
+            scale, shift = scale * grown, shift + SETTLE["shift"] * step[:, 49:]
+        vertices, joints = self.hand(rotmats, betas)
+        root = joints[:, :1]
+        return estimate | {"rotmats": rotmats, "camera": torch.cat([scale, shift / scale], dim=1),
+                           "vertices": vertices - root, "joints": joints - root}
 
     def decode(self, state):
         """State (B,109) -> rotations, shape, camera and the hand they make; fp32."""
@@ -865,6 +910,40 @@ def joint_map_loss(logits, places):
     return loss
 
 
+def read_peaks(logits, reach=2):
+    """The same within `reach` cells of the largest probability: places (B,J,2) and their share of it (B,J).
+
+    Where a map is in doubt between two places, read_joint_maps lies between them, and this on one."""
+    height, width = logits.shape[2:]
+    chance = logits.flatten(2).softmax(2)
+    best = chance.argmax(2)  # (B, J)
+    row = torch.arange(height, device=logits.device)
+    column = torch.arange(width, device=logits.device)
+    near_row = (row - (best // width)[..., None]).abs() <= reach  # (B, J, h)
+    near_column = (column - (best % width)[..., None]).abs() <= reach
+    near = chance.unflatten(2, (height, width)) * near_row[..., None] * near_column[:, :, None]
+    share = near.sum((2, 3))  # (B, J)
+    x = (near.sum(2) @ (column + 0.5)) * 2 / width / share - 1
+    y = (near.sum(3) @ (row + 0.5)) * 2 / height / share - 1
+    return torch.stack([x, y], dim=2), share
+
+
+def conjugate_gradients(matrix, wanted, steps=20):
+    """x (B,N) near matrix^-1 wanted, of symmetric positive matrices (B,N,N) (Hestenes, Stiefel 1952). ONNX,
+    which has no solver, can run it."""
+    x = torch.zeros_like(wanted)
+    way = left = wanted
+    size = left.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        ahead = (matrix @ way[..., None])[..., 0]
+        length = size / (way * ahead).sum(1, keepdim=True).clamp(min=1e-20)
+        x = x + length * way
+        left = left - length * ahead
+        before, size = size, left.square().sum(1, keepdim=True)
+        way = left + size / before.clamp(min=1e-20) * way
+    return x
+
+
 def farthest_points(points, count):
     """(count,) indices by farthest-point sampling, from the point farthest from the mean; ties to the lower
     index (ours)."""
@@ -891,7 +970,7 @@ def rotmat_from_6d(x):
 
 class HandMesh(nn.Module):
     """Encoder and mesh head: normalised views (B,3,S,S) -> the head's list of estimates, of which the last is
-    the answer."""
+    the answer; in eval mode that of MeshHead.settle, where the head has joint maps."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -901,9 +980,14 @@ class HandMesh(nn.Module):
     def forward(self, images):
         if self.head.laterals:
             *finer, last = self.encoder.pyramid(images)
-            return self.head(last, last.mean((2, 3)), finer[::-1])
-        summary, feature_map = self.encoder.features(images)
-        return self.head(feature_map, summary)
+            estimates = self.head(last, last.mean((2, 3)), finer[::-1])
+        else:
+            summary, feature_map = self.encoder.features(images)
+            estimates = self.head(feature_map, summary)
+        if self.training or self.head.joint_maps is None:
+            return estimates
+        with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):
+            return [*estimates, self.head.settle(estimates[-1])]
 
 
 def load_mesh(state: dict, hand) -> HandMesh:

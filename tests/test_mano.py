@@ -217,6 +217,26 @@ def test_fingertip_sets(name, ids):
     assert torch.equal(joints[:, 12], vertices[:, 445 if name == "manopth" else ids[2]])
 
 
+def test_joints_move_as_the_jacobian_says():
+    """Against differences, of a hand whose tips are rigid."""
+    rng = np.random.default_rng(0)
+    arrays = synthetic_mano()
+    rigid = np.eye(16)[arrays["weights"].argmax(1)]
+    hand = Mano(arrays | {"posedirs": np.zeros((778, 3, 135)), "weights": rigid}).double()
+    rotmats = rotmat_from_axis_angle(torch.from_numpy(rng.normal(0, 0.4, (2, 16, 3))))
+    betas = torch.from_numpy(rng.normal(size=(2, 10)))
+    _, joints = hand(rotmats, betas)
+    found = hand.joint_jacobian(rotmats, joints)
+    assert found.shape == (2, 21, 3, 16, 3)
+    for joint in range(16):
+        for axis in range(3):
+            turns = torch.zeros(2, 16, 3, dtype=torch.float64)
+            turns[:, joint, axis] = 1e-6
+            ends = [hand(hand.turn(rotmats, sign * turns), betas)[1] for sign in (1, -1)]
+            expected = (ends[0] - ends[1]) / 2e-6
+            torch.testing.assert_close(found[..., joint, axis], expected, atol=1e-7, rtol=1e-5)
+
+
 def test_regressed_joints_are_not_kinematic_ones(arrays):
     """They are equal at rest, and millimetres apart once fingers bend."""
     hand = Mano(arrays)

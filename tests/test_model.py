@@ -18,6 +18,7 @@ from torch import nn
 import mano
 import model
 import views
+from mano import Mano, rotmat_from_axis_angle
 from model import (
     HandMesh,
     MeshHead,
@@ -25,13 +26,16 @@ from model import (
     ResNet50,
     ViT,
     build_encoder,
+    conjugate_gradients,
     farthest_points,
     joint_map_loss,
     load_encoder,
     load_mesh,
     read_joint_maps,
+    read_peaks,
     sample,
 )
+from synthetic_hand import synthetic_mano
 
 TINY = {"dim": 64, "depth": 2, "heads": 1}
 
@@ -603,12 +607,77 @@ def test_joint_maps_can_say_any_place_exactly():
     assert edge.isfinite().all()
 
 
+def test_peaks_lie_on_the_likelier_of_two_places():
+    cells = torch.zeros(1, 2, 12, 16)
+    cells[0, :, 3, 4] = 1.0
+    cells[0, 0, 9, 12] = 0.6  # far away
+    cells[0, 1, 3, 5] = 1.0  # beside it
+    places, share = read_peaks((cells + 1e-9).log())
+    expected = torch.tensor([[4.5 / 8 - 1, 3.5 / 6 - 1], [5 / 8 - 1, 3.5 / 6 - 1]])
+    torch.testing.assert_close(places[0], expected)
+    torch.testing.assert_close(share[0], torch.tensor([1 / 1.6, 1.0]))
+
+
+def test_conjugate_gradients_solve():
+    generator = torch.Generator().manual_seed(0)
+    ways = torch.randn(3, 8, 20, generator=generator, dtype=torch.float64)
+    matrix = torch.eye(20, dtype=torch.float64) + ways.transpose(1, 2) @ ways
+    wanted = torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    found = conjugate_gradients(matrix, wanted)  # nine eigenvalues: nine steps
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, wanted))
+    assert (conjugate_gradients(matrix, torch.zeros_like(wanted)) == 0).all()
+
+
+def test_a_hand_settles_where_its_joint_maps_have_their_peaks():
+    """Hands bent away from what their maps show come most of the way back, in space as well; where estimate
+    and maps agree, or maps know nothing, nothing moves. One wrong peak is not believed."""
+    generator = torch.Generator().manual_seed(0)
+    hand = Mano(synthetic_mano())
+    head = MeshHead(hand, 32, width=32, hidden=32, joint_maps=True)
+    pose = torch.randn(16, 45, generator=generator) @ hand.pose_spread.T + hand.hands_mean.flatten()
+    pose = torch.cat([torch.randn(16, 3, generator=generator), pose], dim=1).unflatten(1, (16, 3))
+    rotmats, betas = rotmat_from_axis_angle(pose), torch.zeros(16, 10)
+    camera = torch.tensor([[7.0, 0.01, 0.02]]).expand(16, -1)
+
+    def posed(rotmats):
+        vertices, joints = hand(rotmats, betas)
+        return {"rotmats": rotmats, "betas": betas, "camera": camera, "vertices": vertices - joints[:, :1],
+                "joints": joints - joints[:, :1]}
+
+    def seen(estimate):
+        scale, shift = estimate["camera"][:, None, :1], estimate["camera"][:, None, 1:]
+        return scale * (estimate["joints"][..., :2] + shift)
+
+    def maps_of(places):
+        cells = (torch.arange(48) + 0.5) / 24 - 1
+        x, y = (torch.exp(-(40 * (cells - places[..., axis:axis + 1])) ** 2) for axis in (0, 1))
+        return (y[..., :, None] * x[..., None, :] + 1e-12).log()  # (B, 21, 48, 48)
+
+    truth = posed(rotmats)
+    bent = posed(hand.turn(rotmats, 0.15 * torch.randn(16, 16, 3, generator=generator)))
+    settled = head.settle(bent | {"joint_maps": maps_of(seen(truth))})
+    for part, most in ((seen, 0.3), (lambda estimate: estimate["joints"], 0.8)):
+        before, after = ((part(one) - part(truth)).norm(dim=2).mean() for one in (bent, settled))
+        assert after < most * before
+    torch.testing.assert_close(settled["rotmats"] @ settled["rotmats"].transpose(2, 3),
+                               torch.eye(3).expand(16, 16, 3, 3), atol=1e-4, rtol=0)
+    agreed = head.settle(truth | {"joint_maps": maps_of(seen(truth))})
+    assert (seen(agreed) - seen(truth)).norm(dim=2).mean() < 0.005
+    ignorant = head.settle(bent | {"joint_maps": torch.zeros(16, 21, 48, 48)})
+    assert (seen(ignorant) - seen(bent)).norm(dim=2).mean() < 0.2 * (seen(bent)).norm(dim=2).mean()
+    wrong = seen(truth)
+    wrong[:, 8] = 0.9
+    misled = head.settle(truth | {"joint_maps": maps_of(wrong)})
+    others = [k for k in range(21) if not 5 <= k <= 8]
+    assert (seen(misled) - seen(truth))[:, others].norm(dim=2).mean() < 0.05
+
+
 def test_a_head_with_joint_maps_reads_a_resnets_finer_maps():
     """Each finer map reaches the estimate, and what the maps say of joints does, too."""
     encoder = build_encoder("resnet_micro", 64)
     head = MeshHead(Square(), encoder.dim, encoder.dim, strides=True, width=32, hidden=32, dropout=0,
                     joint_maps=True, laterals=encoder.widths[2::-1])
-    net = HandMesh(encoder, head).eval()
+    net = HandMesh(encoder, head)
     for regressor in head.regress:
         for last in regressor.heads:
             nn.init.normal_(last.weight, std=0.1)
