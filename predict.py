@@ -455,7 +455,7 @@ def predict_video(path, name, network, find, args):
             if frame is None:
                 unread.append(frame_name)
                 continue
-            seen = tracks.step(number, frame.size, partial(look_at, network, frame, args.refine),
+            seen = tracks.step(frame.size, partial(look_at, network, frame, args.refine),
                                partial(find, frame_name, frame))
             camera = camera_of(None, frame.size, args.K, args.focal)
             hands = []

@@ -25,14 +25,12 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 SMALLEST = 8  # pixels of a hand's longer side
-DOUBT = 0.1  # of a box's longer side: estimates of one network that differ by more are those of no hand
+DOUBT = 0.13  # of a box's longer side: estimates of one network that differ by more are those of no hand
 PATIENCE = 10  # frames in a row that a hand is followed in doubt,
 MISSES = 30  # and while a detector sees none: it may be worse than the network
 LEAD = 3  # votes
 DRIFT = 1.7  # times the size at which a hand was last found, from which it is looked at again
 ROTATION_GAIN, PLACE_GAIN, SIZE_GAIN = 0.3, 3.0, 3.0  # hertz for a radian, a hand, a factor e a second
-VOTES = 10  # for a track's side, before the detector is asked less often
-LOOK_EVERY = 10  # frames after which it is asked in any case: a second hand may have come
 SAME = 0.3  # share of two boxes (intersection over union) from which they are of one hand
 TWICE = 0.7  # ... from which two tracks follow one hand
 
@@ -161,12 +159,11 @@ class Track:
         return self.box is None or self.doubted > 0 or self.missed > 0
 
     def find(self, box, side):
-        """Takes what a detector sees: where the hand is, if that is in doubt, and a vote for its side."""
-        self.longest = longer_side(box)
-        if self.is_doubtful():
-            self._look_at(np.asarray(box, float))
-            self.longest = None  # that of the mesh that will be seen
+        """Takes what a detector sees: where the hand is, and a vote for its side."""
+        if self.box is None or overlap(self.box, box) <= SAME:
             self._restart()
+        self._look_at(np.asarray(box, float))
+        self.longest = None  # that of the mesh that will be seen
         self.missed = 0
         self.votes[side] += 1
         if self.side is None or self.votes[side] >= self.votes[self.side] + LEAD:
@@ -240,31 +237,29 @@ class Track:
 class Tracks:
     """All hands of a video. smooth: 1 / smooth hertz is the cutoff of the smoothing at rest; 0: none.
 
-    asks_often: there is a detector, which knows where hands are; else `find` is asked only while no hand is
-    followed."""
+    asks_often: there is a detector, whose boxes are better than those of the last mesh. It is asked in every
+    frame; else only while no hand is followed."""
 
     def __init__(self, smooth: float, asks_often: bool):
         self.smooth = smooth
         self.asks_often = asks_often
         self.all = []
 
-    def step(self, frame: int, size: tuple[int, int], see: Callable, ask: Callable) -> list:
+    def step(self, size: tuple[int, int], see: Callable, ask: Callable) -> list:
         """The hands of the next frame: [(track, what `see` said of it)].
 
         size: width and height of the frame. see([track, ...]) looks where tracks are, and returns for each
         (box, crop, doubt, anything): see Track.follow. ask() is a detector, see find. It is asked
-        before, where that is due, or else after, where a hand was lost; what it finds is looked at then."""
+        before, or else after, where the last hand was lost; what it finds is looked at then."""
         picture = np.array([0, 0, *size], float)
         for track in self.live():
             if not common_area(track.box, picture):  # frames of a folder may differ in size
                 track.box = None
-        is_asked = not self.live() or (self.asks_often and self.wants_look(frame))
+        is_asked = self.asks_often or not self.live()
         if is_asked:
             self.find(ask())
-        before = self.live()
-        seen = self._follow(before, size, see)
-        is_lost = any(track.box is None for track in before)
-        if is_lost and not is_asked and (self.asks_often or not self.live()):
+        seen = self._follow(self.live(), size, see)
+        if not is_asked and not self.live():
             self.find(ask())
         done = [track for track, _ in seen]
         seen += self._follow([track for track in self.live() if track not in done], size, see)
@@ -279,13 +274,6 @@ class Tracks:
 
     def live(self):
         return [track for track in self.all if track.box is not None]
-
-    def wants_look(self, frame: int) -> bool:
-        """True where a detector should look at a frame: no hand is followed, one is followed in doubt or has
-        few votes for its side, or it is time to see who came."""
-        live = self.live()
-        unsure = any(track.doubted or track.missed or sum(track.votes.values()) < VOTES for track in live)
-        return not live or unsure or frame % LOOK_EVERY == 0
 
     def find(self, hands: list | None):
         """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left". None: it did not
