@@ -53,8 +53,9 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, as in views.py; a test holds them eq
 STD = (0.229, 0.224, 0.225)
 # Standard deviations of what MeshHead.settle finds, about the network's estimate: degrees of freedom as the
 # hand model's natural poses have them times `fingers`, radians of the wrist, log of the camera's scale, its
-# shift in the view; and of a joint map's peak, as a share of the hand's size. Ours.
-SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.15, "shift": 0.3, "place": 0.03}
+# shift in the view; and of a joint map's peak, as a share of the hand's size. Where a detector has seen the
+# joints, the estimate is believed less: fingers and wrist deviate `seen` times as much. Ours.
+SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.15, "shift": 0.3, "place": 0.03, "seen": 2.5}
 FORMAT = 1  # of encoder.pt; a file without a number was written before there were any and counts as 1
 
 
@@ -763,41 +764,50 @@ class MeshHead(nn.Module):
             outputs.append(output)
         return outputs
 
-    def settle(self, estimate):
+    def settle(self, estimate, seen=None):
         """The estimate, bent so that its joints lie where its joint maps have their peaks; fp32.
+
+        seen (B,21,3): places of the joints in [-1,1] of the view as a detector has them, and its certainty,
+        0 where it knows none. They count beside the peaks, or alone where the head has no joint maps.
 
         Ours. Maps find joints on photographs unlike those trained on, where the regressors follow them only
         in part. Two rounds of Gauss and Newton find the most probable hand. The deviations of what is to be
         found, about the estimate, are those of SETTLE; that of a peak is the larger, the less of the map's
         probability lies there. What is far away counts by its distance, not by the square."""
-        places, share = read_peaks(estimate["joint_maps"])  # (B, 21, 2), (B, 21)
+        measured = [read_peaks(estimate["joint_maps"])] if "joint_maps" in estimate else []
+        measured += [] if seen is None else [(seen[..., :2], seen[..., 2])]
         rotmats, betas, camera = estimate["rotmats"], estimate["betas"], estimate["camera"]
         scale, shift = camera[:, :1], camera[:, :1] * camera[:, 1:]
-        spread = torch.block_diag(SETTLE["wrist"] * torch.eye(3, device=places.device),
+        device = camera.device
+        looser = torch.ones(camera.shape[0], 1, device=device)
+        if seen is not None:
+            looser = torch.where(seen[..., 2:].amax(1) > 0, SETTLE["seen"], looser)
+        spread = torch.block_diag(SETTLE["wrist"] * torch.eye(3, device=device),
                                   SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
-        to_shift = SETTLE["shift"] * torch.eye(2, device=places.device).expand(*places.shape[:2], 2, 2)
-        found = torch.zeros(places.shape[0], 51, device=places.device)  # in deviations: 48 turns, scale, shift
+        to_shift = SETTLE["shift"] * torch.eye(2, device=device).expand(camera.shape[0], 21, 2, 2)
+        found = torch.zeros(camera.shape[0], 51, device=device)  # in deviations: 48 turns, scale, shift
         for _ in range(2):
             _, joints = self.hand(rotmats, betas)
             joints = joints - joints[:, :1]
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
-            away = places - flat - shift[:, None]
             turned = self.hand.joint_jacobian(rotmats, joints)[:, :, :2].flatten(3)  # (B, 21, 2, 48)
-            ways = torch.cat([scale[..., None, None] * turned @ spread,
+            ways = torch.cat([(looser * scale)[..., None, None] * turned @ spread,
                               SETTLE["log_scale"] * flat[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
+            ways = ways.flatten(1, 2)  # (B, 42, 51), how the places move
             size = (flat.amax(1) - flat.amin(1)).amax(1)[:, None]  # (B, 1)
-            exact = share / (SETTLE["place"] * size)  # (B, 21), one over a peak's deviation
-            deviations = exact * away.norm(dim=2)
-            weights = exact ** 2 * 2 / deviations.clamp(min=2)  # robust (Huber)
-            ways, pull = ways.flatten(1, 2), (weights[..., None] * away).flatten(1)  # (B, 42, 51), (B, 42)
-            weighted = ways.transpose(1, 2) * weights.repeat_interleave(2, 1)[:, None]
-            curvature = weighted @ ways + torch.eye(51, device=places.device)
-            slope = (ways.transpose(1, 2) @ pull[..., None])[..., 0] - found
+            curvature, slope = torch.eye(51, device=device), -found
+            for places, certainty in measured:
+                away = places - flat - shift[:, None]  # (B, 21, 2)
+                exact = certainty / (SETTLE["place"] * size)  # (B, 21), one over a place's deviation
+                weights = exact ** 2 * 2 / (exact * away.norm(dim=2)).clamp(min=2)  # robust (Huber)
+                weighted = ways.transpose(1, 2) * weights.repeat_interleave(2, 1)[:, None]  # (B, 51, 42)
+                curvature = curvature + weighted @ ways
+                slope = slope + (weighted @ away.flatten(1)[..., None])[..., 0]
             step = conjugate_gradients(curvature, slope)
             found = found + step
-            rotmats = self.hand.turn(rotmats, (step[:, :48] @ spread.T).unflatten(1, (16, 3)))
-            grown = (SETTLE["log_scale"] * step[:, 48:49]).exp()
-            scale, shift = scale * grown, shift + SETTLE["shift"] * step[:, 49:]
+            rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))
+            scale = scale * (SETTLE["log_scale"] * step[:, 48:49]).exp()
+            shift = shift + SETTLE["shift"] * step[:, 49:]
         vertices, joints = self.hand(rotmats, betas)
         root = joints[:, :1]
         return estimate | {"rotmats": rotmats, "camera": torch.cat([scale, shift / scale], dim=1),
@@ -970,24 +980,25 @@ def rotmat_from_6d(x):
 
 class HandMesh(nn.Module):
     """Encoder and mesh head: normalised views (B,3,S,S) -> the head's list of estimates, of which the last is
-    the answer; in eval mode that of MeshHead.settle, where the head has joint maps."""
+    the answer. In eval mode that is MeshHead.settle's, where the head has joint maps, or joints are `seen`
+    (B,21,3), as there."""
 
     def __init__(self, encoder, head):
         super().__init__()
         self.encoder = encoder
         self.head = head
 
-    def forward(self, images):
+    def forward(self, images, seen=None):
         if self.head.laterals:
             *finer, last = self.encoder.pyramid(images)
             estimates = self.head(last, last.mean((2, 3)), finer[::-1])
         else:
             summary, feature_map = self.encoder.features(images)
             estimates = self.head(feature_map, summary)
-        if self.training or self.head.joint_maps is None:
+        if self.training or (self.head.joint_maps is None and seen is None):
             return estimates
         with torch.autocast("cuda" if images.is_cuda else "cpu", enabled=False):
-            return [*estimates, self.head.settle(estimates[-1])]
+            return [*estimates, self.head.settle(estimates[-1], seen)]
 
 
 def load_mesh(state: dict, hand) -> HandMesh:

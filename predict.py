@@ -117,14 +117,14 @@ class Names:
 
 
 def find_hands(images, boxes_path, side, detect=None, names=None):
-    """[(path, box, side, name)] of every hand asked for, those of a photograph together; box None without a
-    file of boxes and a detector. Names are unique.
+    """[(path, box, side, points, name)] of every hand asked for, those of a photograph together; box None
+    without a file of boxes and a detector, points as detect_in gives them, or None. Names are unique.
 
     images: of find_images. side: where nothing else says it. Photographs without a hand are left out, which
     is printed, as are names in the file without a photograph. ValueError where none has a hand.
     """
     names = names or Names()
-    asked = [[(None, side)]] * len(images)
+    asked = [[(None, side, None)]] * len(images)
     without_image = []
     source, what = (f"--boxes {boxes_path}", "line") if boxes_path else ("--detector", "hand")
     if boxes_path:
@@ -133,9 +133,9 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
         asked = [detect_in_file(path, detect) for path, _ in tqdm(images, unit="photograph", desc="detector")]
     hands = []
     for (path, _), found in zip(images, asked, strict=True):
-        for number, (box, box_side) in enumerate(found):
+        for number, (box, box_side, *points) in enumerate(found):
             ends = ("_all",) if number == 0 and len(found) > 1 else ()
-            hands.append((path, box, box_side or side, names.free(path.stem, *ends)))
+            hands.append((path, box, box_side or side, *(points or [None]), names.free(path.stem, *ends)))
     without_hand = [path for (path, _), found in zip(images, asked, strict=True) if not found]
     if not hands:
         first = f"; the first in the file is {next(iter(without_image), 'missing')}" if boxes_path else ""
@@ -149,13 +149,22 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
 
 
 def detect_in_file(path, detect):
-    """[(box, side)] that a detector sees in a photograph. One that cannot be read has a hand, whose reading
-    will say what is wrong."""
+    """detect_in of a photograph. One that cannot be read has a hand, whose reading will say what is wrong."""
     try:
         image, scale = read_image(path, DETECTED)
     except (ValueError, OSError):
-        return [(None, None)]
-    return [(hand_box(hand) / scale, hand["side"]) for hand in detect(image)]
+        return [(None, None, None)]
+    return detect_in(image, detect, scale)
+
+
+def detect_in(image, detect, scale=1.0):
+    """[(box, side, points)] that a detector sees in a picture, which is `scale` times as large as its file.
+    Boxes and points in pixels of the file: points (21,3) x, y and the detector's certainty."""
+    hands = []
+    for hand in detect(image):
+        places = (hand["keypoints"] + 0.5) / scale  # pixel edges
+        hands.append((hand_box(hand) / scale, hand["side"], np.column_stack([places, hand["score"]])))
+    return hands
 
 
 def refuse_others_files(hands, videos, folder):
@@ -199,8 +208,18 @@ class Look:
     source: Path | Image.Image  # a photograph's file, or a frame
     size: tuple  # width and height of the picture
     side: str
+    points: np.ndarray | None  # (21,3) a detector's: pixels of the picture, certainty
     crop: np.ndarray  # (4,) the square that the network sees, pixels
     canvas: np.ndarray  # (3,S,S) u8, mirrored for a left hand
+
+    def points_in_view(self):
+        """points in [-1,1] of the view; (21,3) zeros where there are none."""
+        if self.points is None:
+            return np.zeros((21, 3), np.float32)
+        x0, y0, x1, _ = self.crop
+        half = (x1 - x0) / 2
+        places = (self.points - [x0 + half, y0 + half, 0]) / [half, half, 1]
+        return np.float32(places * [-1 if self.side == "left" else 1, 1, 1])
 
 
 class Network:
@@ -222,7 +241,7 @@ class Network:
         self.size = self.net.encoder.config["image_size"]
         self.faces = self.hand.faces.cpu().numpy()
 
-    def look(self, source, size, box, side):
+    def look(self, source, size, box, side, points=None):
         """Cuts the Look at a hand. box None: the picture is its crop. ValueError: the box lies beside it."""
         box = whole_box(size, self.box_scale) if box is None else box
         x0, y0, x1, y1 = (float(place) for place in box)
@@ -236,7 +255,7 @@ class Network:
             canvas = canvas[:, ::-1]
         x, y, length = square(box, self.box_scale)
         crop = np.array([x, y, x, y]) + np.array([-1, -1, 1, 1]) * length / 2
-        return Look(source, size, side, crop, canvas.transpose(2, 0, 1))
+        return Look(source, size, side, points, crop, canvas.transpose(2, 0, 1))
 
     @torch.inference_mode()
     def _estimate(self, looks):
@@ -244,8 +263,11 @@ class Network:
         mean distance of the joints in the last two estimates, as a share of the box's longer side."""
         canvases = torch.from_numpy(np.stack([look.canvas for look in looks]))
         views = upright_views(canvases.to(self.runtime.device), self.box_scale / CONTEXT, self.size)
+        seen = None
+        if any(look.points is not None for look in looks):
+            seen = torch.from_numpy(np.stack([look.points_in_view() for look in looks])).to(views.device)
         with self.runtime.autocast():
-            *before, last = self.net(views)
+            *before, last = self.net(views, seen)
         points = [weak_perspective(each["joints"], each["camera"]) for each in (*before, last)]
         side = (points[-1].amax(1) - points[-1].amin(1)).amax(1)  # (B,), of points (B,21,2)
         last["doubt"] = (points[-1] - points[-2]).norm(dim=2).mean(1) / side if before else 0 * side
@@ -262,7 +284,7 @@ class Network:
             for look, estimate in zip(looks, self._estimate(looks), strict=True):
                 box = box_of(look, estimate)
                 if not is_gone(box, None, look.crop, look.size):
-                    look = self.look(look.source, look.size, box, look.side)
+                    look = self.look(look.source, look.size, box, look.side, look.points)
                 again.append(look)
             looks = again
         return list(zip(looks, self._estimate(looks), strict=True))
@@ -370,11 +392,11 @@ def predicted(hands, network, args, failures):
     for start in range(0, len(hands), args.batch_size):
         some_hands = hands[start:start + args.batch_size]
         looks, owners = [], []
-        for path, box, side, name in some_hands:
+        for path, box, side, points, name in some_hands:
             try:
                 size = image_size(path)
                 camera = camera_of(path, size, args.K, args.focal)
-                looks.append(network.look(path, size, box, side))
+                looks.append(network.look(path, size, box, side, points))
                 owners.append((path, name, camera))
             except (ValueError, OSError) as error:
                 failures.append(_named(error, path))
@@ -416,10 +438,10 @@ def predict_photographs(hands, network, args):
 
 # ----------------------------------------------------------------------------------------------------- videos
 def finder_of(path, args, detect, box_scale):
-    """A function (frame's name, frame) -> [(box, side)], as --detector or --boxes know it; None for
-    frames that --boxes do not name. Without both a hand fills the frame."""
+    """A function (frame's name, frame) -> [(box, side)], as --detector or --boxes know it, of a detector
+    with points; None for frames that --boxes do not name. Without both a hand fills the frame."""
     if detect:
-        return lambda name, frame: [(hand_box(hand), hand["side"]) for hand in detect(frame)]
+        return lambda name, frame: detect_in(frame, detect)
     if not args.boxes:
         return lambda name, frame: [(whole_box(frame.size, box_scale), args.side)]
     boxes = {name_key(name): hands for name, hands in read_boxes(args.boxes).items()}
@@ -436,7 +458,7 @@ def finder_of(path, args, detect, box_scale):
 def look_at(network, frame, refine, tracks):
     """What Tracks.step asks for: the box of the mesh of each track, its crop, the network's doubt, and with
     them the Look and the estimate."""
-    looks = [network.look(frame, frame.size, track.box, track.side) for track in tracks]
+    looks = [network.look(frame, frame.size, track.box, track.side, track.points) for track in tracks]
     rounds = refine if any(track.is_new for track in tracks) else 0
     return [(box_of(look, estimate), look.crop, estimate["doubt"], (look, estimate))
             for look, estimate in network.estimate(looks, rounds)]

@@ -141,7 +141,8 @@ def jitter(points: np.ndarray, tracks: np.ndarray, frames: np.ndarray) -> float:
 
 # ----------------------------------------------------------------------------------------------------- tracks
 class Track:
-    """One hand. box: where it is; None while it is lost. smooth: see Tracks.
+    """One hand. box: where it is; None while it is lost. points: what a detector said beside a box in this
+    frame, or None. smooth: see Tracks.
 
     Ours: the side is that of most votes; it changes where the other side leads by LEAD, because detectors
     take one for the other for frames on end. The shape is the mean of all estimates."""
@@ -152,18 +153,20 @@ class Track:
         self.votes = Counter()
         self.side = None
         self.box = None
+        self.points = None
         self.doubted = 0  # frames in a row in which the network's estimates differ
         self.missed = 0  # looks in a row in which a detector saw no hand here
 
     def is_doubtful(self):
         return self.box is None or self.doubted > 0 or self.missed > 0
 
-    def find(self, box, side):
+    def find(self, box, side, points=None):
         """Takes what a detector sees: where the hand is, and a vote for its side."""
         if self.box is None or overlap(self.box, box) <= SAME:
             self._restart()
         self._look_at(np.asarray(box, float))
         self.longest = None  # that of the mesh that will be seen
+        self.points = points
         self.missed = 0
         self.votes[side] += 1
         if self.side is None or self.votes[side] >= self.votes[self.side] + LEAD:
@@ -252,6 +255,8 @@ class Tracks:
         (box, crop, doubt, anything): see Track.follow. ask() is a detector, see find. It is asked
         before, or else after, where the last hand was lost; what it finds is looked at then."""
         picture = np.array([0, 0, *size], float)
+        for track in self.all:
+            track.points = None
         for track in self.live():
             if not common_area(track.box, picture):  # frames of a folder may differ in size
                 track.box = None
@@ -276,8 +281,8 @@ class Tracks:
         return [track for track in self.all if track.box is not None]
 
     def find(self, hands: list | None):
-        """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left". None: it did not
-        look.
+        """Takes what a detector sees in a frame: [(box, side)], sides "right" or "left", or [(box, side,
+        points)]. None: it did not look.
 
         A box goes to the track that it overlaps most; else to one of its side that is lost or in doubt, the
         latest first; else it begins a track."""
@@ -285,25 +290,25 @@ class Tracks:
             return
         free = list(self.all)
         strangers = []
-        for box, side in hands:
+        for box, *said in hands:
             box = np.asarray(box, float)
             live = [track for track in free if track.box is not None and overlap(track.box, box) > SAME]
             if live:
                 best = max(live, key=lambda track, box=box: overlap(track.box, box))
                 free.remove(best)
-                best.find(box, side)
+                best.find(box, *said)
             else:
-                strangers.append((box, side))
+                strangers.append((box, *said))
         for track in free:
             if track.box is not None:
                 track.miss()
-        for box, side in strangers:
-            lost = [track for track in free if track.side == side and track.is_doubtful()]
+        for box, *said in strangers:
+            lost = [track for track in free if track.side == said[0] and track.is_doubtful()]
             if lost:
                 free.remove(lost[-1])
             else:
                 self.all.append(Track(len(self.all), self.smooth))
-            (lost or self.all)[-1].find(box, side)
+            (lost or self.all)[-1].find(box, *said)
 
     def _drop_twins(self):
         """Two tracks that came to follow one hand: the younger is lost."""
