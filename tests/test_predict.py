@@ -275,6 +275,40 @@ def test_a_detector_finds_hands_and_sides(tmp_path, checkpoint, monkeypatch):
     refused("leave one out", *command, "--boxes", tmp_path / "boxes.csv")
 
 
+def test_the_mesh_settles_on_a_detectors_points(tmp_path, hands, checkpoint, monkeypatch):
+    """Of left and right hands, with a network that knows nothing: the mesh lies nearer to the points than the
+    same network's mesh in the same boxes."""
+    index = HandIndex(hands / "train")
+    points = index.columns["joints2d"][index.pose_ids()] + 0.5
+    sides = np.array(["right", "left"])[index.columns["side"]]
+    seen = {}
+    for row in range(len(index)):
+        seen[np.asarray(Image.open(index.image_path(row)).convert("RGB")).tobytes()] = row
+    paths = [index.image_path(row) for row in range(len(index))]
+
+    def detect(image):
+        row = seen[np.asarray(image).tobytes()]
+        return [{"side": sides[row], "score": np.ones(21), "keypoints": points[row] - 0.5}]
+
+    monkeypatch.setattr(predict, "mediapipe_detector", lambda: detect)
+    call("predict.py", *paths, "--checkpoint", checkpoint, "--detector", "mediapipe", "--out", tmp_path / "a")
+    lines = [f"{path},{','.join(map(str, tracking.box_around(points[row])))},{sides[row]}"
+             for row, path in enumerate(paths)]
+    (tmp_path / "boxes.csv").write_text("\n".join(["image,x0,y0,x1,y1,side", *lines]))
+    call("predict.py", *paths, "--checkpoint", checkpoint, "--boxes", tmp_path / "boxes.csv", "--refine", 0,
+         "--out", tmp_path / "b")
+    ratios = {"right": [], "left": []}
+    for row, path in enumerate(paths):
+        settled, alone = (dict(np.load(tmp_path / out / f"{path.stem}.npz")) for out in "ab")
+        np.testing.assert_allclose(settled["crop"], alone["crop"], atol=1e-3)
+        seen_at = [camera.crop_to_picture(hand["joints"], hand["camera"], hand["crop"])
+                   for hand in (settled, alone)]
+        off = [np.linalg.norm(places - points[row], axis=1).mean() for places in seen_at]
+        ratios[sides[row]].append(off[0] / off[1])
+    assert np.median(ratios["right"] + ratios["left"]) < 0.5  # some are turned too far from the mean hand
+    assert min(ratios["right"]) < 0.15 and min(ratios["left"]) < 0.15
+
+
 def test_a_hand_beside_its_photograph_spoils_no_other(tmp_path, checkpoint):
     photo = picture(tmp_path / "photo.png")
     (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.png,400,400,500,500\n"
