@@ -106,7 +106,8 @@ def wrist_in_camera(index, rows, joints, camera, crop, zoom):
     half = crop[:, 2, None, None] * zoom / 2  # of the view, in pixels of the photograph
     pixels = crop[:, None, :2] + half * weak_perspective(joints, camera)  # (B, 21, 2)
     hands = zip(joints.numpy(), pixels.numpy(), K, strict=True)
-    return torch.tensor(np.array([place_points(*hand) for hand in hands]))[:, None]
+    places = [place_points(*hand) if np.isfinite(hand[2]).all() else np.full(3, np.nan) for hand in hands]
+    return torch.tensor(np.array(places))[:, None]
 
 
 def predict_views(net, canvas, zoom, size, runtime, tta):
@@ -516,13 +517,17 @@ def predict_with_checkpoint(args, index, arrays, definition):
 def wrist_errors(joints, truth):
     """Where the wrist stands before the camera (ours), medians: `wrist_cm`, how far joints (N,21,3) have it
     from the true ones, both in the camera frame; `wrist_true_size_cm`, the same if the hand's size were
-    known; `wrist_depth_cm`, its distance. A hand of f times the size fills the same pixels f times as far."""
+    known; `wrist_depth_cm`, its distance. A hand of f times the size fills the same pixels f times as far.
+    {} where no hand is labelled so far."""
     size, true_size = (np.linalg.norm(np.diff(points[:, TO_MIDDLE_TIP], axis=1), axis=2).sum(1)  # (N,)
                        for points in (joints, truth))
     wrist, true_wrist = joints[:, 0], truth[:, 0]
     ways = {"wrist_cm": wrist - true_wrist, "wrist_depth_cm": true_wrist,
             "wrist_true_size_cm": wrist * (true_size / size)[:, None] - true_wrist}
-    return {name: float(100 * np.nanmedian(np.linalg.norm(way, axis=1))) for name, way in ways.items()}
+    known = np.isfinite(np.concatenate(list(ways.values()), axis=1)).all(1)
+    if not known.any():
+        return {}
+    return {name: float(100 * np.median(np.linalg.norm(way[known], axis=1))) for name, way in ways.items()}
 
 
 def score_mean_hand(index, arrays, definition, labels, protocol):
@@ -571,7 +576,7 @@ def main(argv=None):
     table = metrics.summarise(errors, protocol)
     mean_table = metrics.summarise(baseline, protocol)
     table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
-    if "K" in index.columns:
+    if "K" in index.columns and args.checkpoint:  # others' results may be relative to the wrist
         table |= wrist_errors(pred[0], labels["gt_joints"])
     table |= {"views": args.tta} if args.tta > 1 else {}
     odd_ones = len(index) - table["count"], *(len(index.meta.get(name, ())) for name in ("reboxed", "unseen"))
@@ -585,6 +590,9 @@ def main(argv=None):
               "hand model": args.mano or "the synthetic hand",
               "reflected": ", ".join(f"{table[key]} ({key[10:]})"
                                      for key in table if key.startswith("reflected"))}
+    if "wrist_cm" in table:
+        facts |= {"wrist": "{wrist_cm:.1f} cm off, {wrist_true_size_cm:.1f} if the hand's size were known, "
+                           "{wrist_depth_cm:.0f} cm from the camera (medians)".format(**table)}
     with staged_folder(args.out) as folder:
         (folder / "metrics.json").write_text(json.dumps(table, indent=1))
         scores = metrics.official_scores(table, protocol)
@@ -597,9 +605,6 @@ def main(argv=None):
     print(text_table(COLUMNS, table_rows(table, protocol)))
     if definitions:
         print(text_table(tuple(ALIGNMENTS.values()), definition_rows(definitions)))
-    if "wrist_cm" in table:
-        facts |= {"wrist": "{wrist_cm:.1f} cm off, {wrist_true_size_cm:.1f} if the hand's size were known, "
-                           "{wrist_depth_cm:.0f} cm from the camera (medians)".format(**table)}
     print("\n".join(f"{key:>14}: {value}" for key, value in facts.items()))
     headline = [f"{key} {table[key]:.2f} " for key in HEADLINE[:2] if key in table]
     print(*headline, f"-> {args.out / 'report.html'}")

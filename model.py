@@ -798,6 +798,7 @@ class MeshHead(nn.Module):
             curvature, slope = torch.eye(51, device=device), -found
             for places, certainty in measured:
                 away = places - flat - shift[:, None]  # (B, 21, 2)
+                away = torch.where(certainty[..., None] > 0, away, 0.0)  # else they may be anything, also NaN
                 exact = certainty / (SETTLE["place"] * size)  # (B, 21), one over a place's deviation
                 weights = exact ** 2 * 2 / (exact * away.norm(dim=2)).clamp(min=2)  # robust (Huber)
                 weighted = ways.transpose(1, 2) * weights.repeat_interleave(2, 1)[:, None]  # (B, 51, 42)
@@ -874,7 +875,7 @@ class MapNorm(nn.GroupNorm):
     """GroupNorm of maps in any memory format. On a CPU, PyTorch's own is slow in channels_last."""
 
     def forward(self, x):
-        return super().forward(x.contiguous())
+        return super().forward(x if x.is_cuda else x.contiguous())
 
 
 def sample(feature_map, points):

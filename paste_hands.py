@@ -180,6 +180,8 @@ def main(argv=None):
     photographs = list_images(args.backgrounds) if args.backgrounds else []
     if args.backgrounds and not photographs:
         raise ValueError(f"--backgrounds {args.backgrounds}: no images there")
+    for path in photographs:  # all at once, so that none ends a long run
+        read_image(path, smallest=32)
     faces = synthetic_mano()["f"]  # MANO's are the same
     names, tiles = [], []
     rows = rows_with_a_mesh(index)

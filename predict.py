@@ -37,7 +37,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -128,14 +128,15 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
     without_image = []
     source, what = (f"--boxes {boxes_path}", "line") if boxes_path else ("--detector", "hand")
     if boxes_path:
-        asked, without_image = match_boxes(read_boxes(boxes_path), images, boxes_path)
+        boxes, without_image = match_boxes(read_boxes(boxes_path), images, boxes_path)
+        asked = [[(*hand, None) for hand in found] for found in boxes]
     elif detect:
         asked = [detect_in_file(path, detect) for path, _ in tqdm(images, unit="photograph", desc="detector")]
     hands = []
     for (path, _), found in zip(images, asked, strict=True):
-        for number, (box, box_side, *points) in enumerate(found):
+        for number, (box, box_side, points) in enumerate(found):
             ends = ("_all",) if number == 0 and len(found) > 1 else ()
-            hands.append((path, box, box_side or side, *(points or [None]), names.free(path.stem, *ends)))
+            hands.append((path, box, box_side or side, points, names.free(path.stem, *ends)))
     without_hand = [path for (path, _), found in zip(images, asked, strict=True) if not found]
     if not hands:
         first = f"; the first in the file is {next(iter(without_image), 'missing')}" if boxes_path else ""
@@ -159,11 +160,13 @@ def detect_in_file(path, detect):
 
 def detect_in(image, detect, scale=1.0):
     """[(box, side, points)] that a detector sees in a picture, which is `scale` times as large as its file.
-    Boxes and points in pixels of the file: points (21,3) x, y and the detector's certainty."""
+    Boxes and points in pixels of the file: points (21,3) x, y and the detector's certainty of the hand."""
     hands = []
     for hand in detect(image):
         places = (hand["keypoints"] + 0.5) / scale  # pixel edges
-        hands.append((hand_box(hand) / scale, hand["side"], np.column_stack([places, hand["score"]])))
+        points = np.column_stack([places, hand["score"]])
+        points[0, 2] /= 2  # MediaPipe's wrist lies beside the hand model's: see fit_hands.py
+        hands.append((hand_box(hand) / scale, hand["side"], points))
     return hands
 
 
@@ -208,7 +211,7 @@ class Look:
     source: Path | Image.Image  # a photograph's file, or a frame
     size: tuple  # width and height of the picture
     side: str
-    points: np.ndarray | None  # (21,3) a detector's: pixels of the picture, certainty
+    points: np.ndarray | None  # (21,3) of a detector: pixels of the picture, certainty
     crop: np.ndarray  # (4,) the square that the network sees, pixels
     canvas: np.ndarray  # (3,S,S) u8, mirrored for a left hand
 
@@ -270,7 +273,9 @@ class Network:
             *before, last = self.net(views, seen)
         points = [weak_perspective(each["joints"], each["camera"]) for each in (*before, last)]
         side = (points[-1].amax(1) - points[-1].amin(1)).amax(1)  # (B,), of points (B,21,2)
-        last["doubt"] = (points[-1] - points[-2]).norm(dim=2).mean(1) / side if before else 0 * side
+        steps = [0 * side] + [(new - old).norm(dim=2).mean(1) for old, new in pairwise(points)]
+        # A hand without joint maps that no detector saw has nothing to settle on.
+        last["doubt"] = torch.where(steps[-1] > 0, steps[-1], steps[max(len(steps) - 2, 0)]) / side
         last["joints"] = joints_from_vertices(last["vertices"], self.arrays)
         last = {name: last[name].float().cpu().numpy() for name in ESTIMATED}
         return [_as_seen({name: value[i] for name, value in last.items()}, look.side)

@@ -240,8 +240,8 @@ class Track:
 class Tracks:
     """All hands of a video. smooth: 1 / smooth hertz is the cutoff of the smoothing at rest; 0: none.
 
-    asks_often: there is a detector, whose boxes are better than those of the last mesh. It is asked in every
-    frame; else only while no hand is followed."""
+    asks_often: `find` is asked in every frame, because boxes of detectors and people are better than those of
+    the last mesh. False: it is asked while no hand is followed."""
 
     def __init__(self, smooth: float, asks_often: bool):
         self.smooth = smooth

@@ -5,7 +5,7 @@
 # out/release).
 # In the environment:
 #   POOL="INDEX ..."   photographs with keypoints (prepare_data.py video), an index a source: all sources are
-#                      seen equally often. Without them it trains on drawn hands alone
+#                      seen equally often. Other ones need another DIR. Without them it trains on drawn hands
 #   POOL_VAL=INDEX     the same of other people, to score
 #   HANDS=48000   to draw: 2.5 minutes of a core for 10,000     STEPS=15000   of 32 hands
 #   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each

@@ -76,7 +76,8 @@ def random_mano(seed=0):
         "posedirs": rng.normal(scale=1e-3, size=(778, 3, 135)),
         "J_regressor": regressor, "weights": near / near.sum(1, keepdims=True), "J": regressor @ v_template,
         "f": rng.permuted(np.tile(np.arange(778), (1538, 1)), axis=1)[:, :3],
-        "kintree_table": np.array([PARENTS, range(16)]), "hands_components": rng.normal(size=(45, 45)),
+        "kintree_table": np.array([PARENTS, range(16)]),
+        "hands_components": rng.normal(scale=0.05, size=(45, 45)),  # poses of .3 radians
         "hands_mean": rng.normal(scale=0.3, size=45), "hands_coeffs": rng.normal(size=(20, 45))}
 
 

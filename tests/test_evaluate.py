@@ -314,7 +314,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
     assert table["wrist_cm"] < 0.1 and table["wrist_true_size_cm"] < 0.1 and 50 < table["wrist_depth_cm"] < 80
     evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
     # what is written is what was scored
-    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == table
+    again = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert again == {name: value for name, value in table.items() if not name.startswith("wrist")}
     # a split whose labels are withheld
     columns = {name: np.array(HandIndex(index).columns[name]) for name in ("image", "side", "K", "box")}
     write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)
