@@ -804,7 +804,8 @@ class MeshHead(nn.Module):
                 weighted = ways.transpose(1, 2) * weights.repeat_interleave(2, 1)[:, None]  # (B, 51, 42)
                 curvature = curvature + weighted @ ways
                 slope = slope + (weighted @ away.flatten(1)[..., None])[..., 0]
-            step = conjugate_gradients(curvature, slope)
+            step = (conjugate_gradients(curvature, slope) if torch.compiler.is_compiling()
+                    else torch.linalg.solve(curvature, slope))
             found = found + step
             rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))
             scale = scale * (SETTLE["log_scale"] * step[:, 48:49]).exp()
