@@ -96,7 +96,9 @@ def test_every_command_and_snippet_runs(tmp_path, monkeypatch):
     (tmp_path / "stand-ins").mkdir()
     for name in ("python", "torchrun"):
         stand_in = tmp_path / "stand-ins" / name
-        stand_in.write_text(f"""#!/bin/sh\n{{ printf '%s\\0' {name} "$@"; echo; }} >> "$RECORD"\n""")
+        # Through a file of its own: recipes call two at once, and cat appends a whole line.
+        stand_in.write_text(f"""#!/bin/sh\n{{ printf '%s\\0' {name} "$@"; echo; }} > "$RECORD.$$"
+cat "$RECORD.$$" >> "$RECORD"\nrm "$RECORD.$$"\n""")
         stand_in.chmod(0o755)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     write_downloads(tmp_path)
