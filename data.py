@@ -482,6 +482,18 @@ def read_mask(path: Path | PackedFile) -> Image.Image:
         raise ValueError(f"{path}: no label file with `seg` ({type(error).__name__}: {error})") from None
 
 
+def find_backgrounds(folder: Path) -> list[Path]:
+    """Paths of the images below --backgrounds. ValueError where there are none, or one cannot be read."""
+    if not folder.is_dir():
+        raise ValueError(f"--backgrounds {folder}: not a folder")
+    found = list_images(folder)
+    if not found:
+        raise ValueError(f"--backgrounds {folder}: no images there; give a folder of photographs")
+    for path in found:  # all at once, so that no set is left half drawn
+        read_image(path, smallest=32)
+    return found
+
+
 def list_images(folder: Path | str, skip: Path | str | None = None, left_out: Counter | None = None):
     """The image files below a folder, by their suffix, sorted.
 

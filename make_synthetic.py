@@ -28,7 +28,7 @@ from tqdm import tqdm
 import photo
 import rooms
 import surfaces
-from data import list_images, mirror, read_image, write_index
+from data import find_backgrounds, mirror, read_image, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import check_ranges, cores, parser, run
@@ -507,18 +507,6 @@ def flags():
     return cli
 
 
-def find_photographs(folder):
-    """Paths of the images below --backgrounds. ValueError where there are none, or one cannot be read."""
-    if not folder.is_dir():
-        raise ValueError(f"--backgrounds {folder}: not a folder")
-    found = list_images(folder)
-    if not found:
-        raise ValueError(f"--backgrounds {folder}: no images there; give a folder of photographs")
-    for path in found:  # all at once, so that no set is left half drawn
-        read_image(path, smallest=32)
-    return found
-
-
 def main(argv=None):
     args = flags().parse_args(argv)
     freihand = args.layout == "freihand"
@@ -534,7 +522,7 @@ def main(argv=None):
                         "workers": (1, 512)})
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
-    args.photographs = find_photographs(args.backgrounds) if args.backgrounds else []
+    args.photographs = find_backgrounds(args.backgrounds) if args.backgrounds else []
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     if np.diff(arrays["J"][[0, 4], 0]) > 0:  # MANO's right hand points to -x
         raise ValueError(f"--mano {args.mano}: a left hand; give MANO_RIGHT.pkl, which is mirrored")

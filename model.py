@@ -891,13 +891,36 @@ def sample(feature_map, points):
 
 def read_joint_maps(logits):
     """Logits (B,J,h,w) -> expected places (B,J,2) in [-1,1], x and y, and the largest probability (B,J)."""
+    chance = _chances(logits)
+    return _expected_places(chance), chance.amax((2, 3))
+
+
+def read_peaks(logits, reach=2):
+    """Logits (B,J,h,w) -> expected places (B,J,2) in [-1,1] of the cells within `reach` of the likeliest, and
+    their share (B,J) of the probability.
+
+    Where a map is in doubt between two places, read_joint_maps lies between them, and this on one."""
+    chance = _chances(logits)
     height, width = logits.shape[2:]
-    chance = logits.flatten(2).softmax(2)  # (B, J, h w)
-    along = chance.unflatten(2, (height, width))
-    x = (torch.arange(width, device=logits.device) + 0.5) * 2 / width - 1
-    y = (torch.arange(height, device=logits.device) + 0.5) * 2 / height - 1
-    places = torch.stack([along.sum(2) @ x, along.sum(3) @ y], dim=2)
-    return places, chance.amax(2)
+    best = chance.flatten(2).argmax(2)[..., None]  # (B, J, 1)
+    near_row = (torch.arange(height, device=logits.device) - best // width).abs() <= reach  # (B, J, h)
+    near_column = (torch.arange(width, device=logits.device) - best % width).abs() <= reach
+    near = chance * near_row[..., None] * near_column[:, :, None]
+    share = near.sum((2, 3))
+    return _expected_places(near / share[..., None, None]), share
+
+
+def _chances(logits):
+    """Maps (B,J,h,w) of which each sums to 1."""
+    return logits.flatten(2).softmax(2).unflatten(2, logits.shape[2:])
+
+
+def _expected_places(chance):
+    """Maps (B,J,h,w) that sum to 1 -> the means (B,J,2) of their cells' places in [-1,1], x and y."""
+    height, width = chance.shape[2:]
+    x = (torch.arange(width, device=chance.device) + 0.5) * 2 / width - 1
+    y = (torch.arange(height, device=chance.device) + 0.5) * 2 / height - 1
+    return torch.stack([chance.sum(2) @ x, chance.sum(3) @ y], dim=2)
 
 
 def joint_map_loss(logits, places):
@@ -920,24 +943,6 @@ def joint_map_loss(logits, places):
             weight = share_x[..., 0] * share_y[..., 1]
             loss = loss - weight * log_chance.gather(2, cell[..., None])[..., 0]
     return loss
-
-
-def read_peaks(logits, reach=2):
-    """The same within `reach` cells of the largest probability: places (B,J,2) and their share of it (B,J).
-
-    Where a map is in doubt between two places, read_joint_maps lies between them, and this on one."""
-    height, width = logits.shape[2:]
-    chance = logits.flatten(2).softmax(2)
-    best = chance.argmax(2)  # (B, J)
-    row = torch.arange(height, device=logits.device)
-    column = torch.arange(width, device=logits.device)
-    near_row = (row - (best // width)[..., None]).abs() <= reach  # (B, J, h)
-    near_column = (column - (best % width)[..., None]).abs() <= reach
-    near = chance.unflatten(2, (height, width)) * near_row[..., None] * near_column[:, :, None]
-    share = near.sum((2, 3))  # (B, J)
-    x = (near.sum(2) @ (column + 0.5)) * 2 / width / share - 1
-    y = (near.sum(3) @ (row + 0.5)) * 2 / height / share - 1
-    return torch.stack([x, y], dim=2), share
 
 
 def conjugate_gradients(matrix, wanted, steps=20):

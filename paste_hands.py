@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
-from data import CONTEXT, HandIndex, cut_canvas, list_images, read_image, square, write_index
+from data import CONTEXT, HandIndex, cut_canvas, find_backgrounds, read_image, square, write_index
 from draw import grid, rasterise, save_image
 from rooms import cut_of, random_room
 from runtime import check_ranges, parser, run
@@ -177,11 +177,7 @@ def main(argv=None):
         raise ValueError(f"--data {args.data}: no {missing[0]} in this index; fit_hands.py makes them")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
-    photographs = list_images(args.backgrounds) if args.backgrounds else []
-    if args.backgrounds and not photographs:
-        raise ValueError(f"--backgrounds {args.backgrounds}: no images there")
-    for path in photographs:  # all at once, so that none ends a long run
-        read_image(path, smallest=32)
+    photographs = find_backgrounds(args.backgrounds) if args.backgrounds else []
     faces = synthetic_mano()["f"]  # MANO's are the same
     names, tiles = [], []
     rows = rows_with_a_mesh(index)

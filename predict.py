@@ -273,9 +273,10 @@ class Network:
             *before, last = self.net(views, seen)
         points = [weak_perspective(each["joints"], each["camera"]) for each in (*before, last)]
         side = (points[-1].amax(1) - points[-1].amin(1)).amax(1)  # (B,), of points (B,21,2)
-        steps = [0 * side] + [(new - old).norm(dim=2).mean(1) for old, new in pairwise(points)]
+        *_, before_last, moved = [0 * side, 0 * side,
+                                  *((new - old).norm(dim=2).mean(1) for old, new in pairwise(points))]
         # A hand without joint maps that no detector saw has nothing to settle on.
-        last["doubt"] = torch.where(steps[-1] > 0, steps[-1], steps[max(len(steps) - 2, 0)]) / side
+        last["doubt"] = torch.where(moved > 0, moved, before_last) / side
         last["joints"] = joints_from_vertices(last["vertices"], self.arrays)
         last = {name: last[name].float().cpu().numpy() for name in ESTIMATED}
         return [_as_seen({name: value[i] for name, value in last.items()}, look.side)
