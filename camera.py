@@ -75,6 +75,15 @@ def crop_to_picture(points: np.ndarray, camera, crop) -> np.ndarray:
     return (scale * (points[:, :2] + [tx, ty]) + 1) / 2 * (x1 - x0) + [x0, y0]
 
 
+def fit_weak_perspective(points: np.ndarray, pixels: np.ndarray) -> tuple[float, np.ndarray]:
+    """Scale and shift (2,) with pixels (N,2) nearest to scale points[:, :2] + shift, of points (N,3), in least
+    squares. Points that all stand at one place get scale 0."""
+    flat = points[:, :2] - points[:, :2].mean(0)
+    middle = pixels.mean(0)
+    scale = ((pixels - middle) * flat).sum() / max((flat ** 2).sum(), 1e-12)
+    return scale, middle - scale * points[:, :2].mean(0)
+
+
 def place_points(points: np.ndarray, pixels: np.ndarray, K: np.ndarray) -> np.ndarray:
     """The translation (3,) of points (N,3) that brings them best to their pixels (N,2) through K.
 

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import metrics
-from camera import place_points
+from camera import fit_weak_perspective, place_points
 from data import (CONTEXT, HandDataset, HandIndex, canvas_size, crop_canvas, make_loader, read_image,
                   refuse_unread, square)
 from draw import BONES, FINGER_COLORS, draw_joints, overlay
@@ -415,10 +415,8 @@ def image_camera(index, row, joints):
         return None, False
     known = np.isfinite(joints).all(1)
     pixels = index.columns["joints2d"][label][known] + 0.5  # (n, 2), pixel edges
-    flat = joints[known, :2]
-    centre, root = pixels.mean(0), flat.mean(0)
-    scale = ((pixels - centre) * (flat - root)).sum() / max(((flat - root) ** 2).sum(), 1e-12)
-    return lambda points: np.concatenate([scale * (points[:, :2] - root) + centre, points[:, 2:]], 1), False
+    scale, shift = fit_weak_perspective(joints[known], pixels)
+    return lambda points: np.concatenate([scale * points[:, :2] + shift, points[:, 2:]], 1), False
 
 
 def _data_uri(image):

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
+from camera import fit_weak_perspective
 from data import CONTEXT, HandIndex, cut_canvas, find_backgrounds, read_image, square, write_index
 from draw import grid, rasterise, save_image
 from rooms import cut_of, random_room
@@ -45,10 +46,8 @@ def mesh_in_canvas(index, row, size):
                                   for name in ("joints", "joints2d", "vertices"))
     centre_x, centre_y, side = square(index.columns["box"][row], CONTEXT)
     seen = (joints2d + 0.5 - [centre_x, centre_y]) / side * size + size / 2  # (21, 2)
-    flat = joints[:, :2] - joints[:, :2].mean(0)
-    scale = ((seen - seen.mean(0)) * flat).sum() / (flat ** 2).sum()
-    places = scale * (vertices[:, :2] - joints[:, :2].mean(0)) + seen.mean(0)
-    return np.concatenate([places, vertices[:, 2:]], axis=1), seen
+    scale, shift = fit_weak_perspective(joints, seen)
+    return np.concatenate([scale * vertices[:, :2] + shift, vertices[:, 2:]], axis=1), seen
 
 
 def cut_out(canvas: np.ndarray, mesh: np.ndarray, joints: np.ndarray, faces: np.ndarray) -> np.ndarray:

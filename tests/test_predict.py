@@ -196,6 +196,8 @@ def test_points_come_back_through_any_camera():
     seen = (points + [0.2, -0.1, 0.7]) @ K.T
     pixels = seen[:, :2] / seen[:, 2:] + 0.5
     np.testing.assert_allclose(camera.place_points(points, pixels, K), [0.2, -0.1, 0.7], atol=1e-12)
+    scale, shift = camera.fit_weak_perspective(points, 900 * points[:, :2] + [30, -7])
+    np.testing.assert_allclose([scale, *shift], [900, 30, -7], atol=1e-9)
 
 
 def test_the_focal_length_in_a_photographs_tags(tmp_path, checkpoint):
