@@ -72,6 +72,20 @@ def test_vit_equals_pytorchs_own_encoder():
     torch.testing.assert_close(ours(images), ours.norm(x), atol=1e-5, rtol=1e-5)
 
 
+def test_attention_in_bf16_is_that_in_fp32():
+    """On a CPU the products are written out: values and gradients within bf16's eight bits."""
+    q, k, v, weights = torch.randn(4, 2, 3, 17, 64, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        inputs = [part.to(kind).requires_grad_() for part in (q, k, v)]
+        values = model.attend(*inputs)
+        assert values.dtype == kind
+        gradients = torch.autograd.grad((values * weights.to(kind)).sum(), inputs)
+        found[kind] = torch.stack([values, *gradients]).float()
+    error = (found[torch.float32] - found[torch.bfloat16]).flatten(1).norm(dim=1)
+    assert (error < 0.01 * found[torch.float32].flatten(1).norm(dim=1)).all()
+
+
 def test_masked_patches_do_not_show():
     vit, mask = ViT("test", 64, **TINY), torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True
