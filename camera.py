@@ -76,8 +76,9 @@ def crop_to_picture(points: np.ndarray, camera, crop) -> np.ndarray:
 
 
 def fit_weak_perspective(points: np.ndarray, pixels: np.ndarray) -> tuple[float, np.ndarray]:
-    """Scale and shift (2,) with pixels (N,2) nearest to scale points[:, :2] + shift, of points (N,3), in least
-    squares. Points that all stand at one place get scale 0."""
+    """Scale and shift (2,): pixels (N,2) are nearest to scale points[:, :2] + shift in least squares.
+
+    points: (N,3). Where all stand at one place, the scale is 0."""
     flat = points[:, :2] - points[:, :2].mean(0)
     middle = pixels.mean(0)
     scale = ((pixels - middle) * flat).sum() / max((flat ** 2).sum(), 1e-12)
