@@ -3,7 +3,7 @@
 # bash recipes/ladder.sh NAME STAGE [SWITCH ...]    one row: STAGE is mim, contrastive, untrained or scratch
 #
 # Given again, it skips what is done and goes on with what was cut off.
-# A run sees 480,000 hands, 20 times those of its data: 50 minutes on one core for the smallest ViT. Runs are
+# A run sees 480,000 hands, 20 times those of its data: an hour on one core for the smallest ViT. Runs are
 # runs/ladder/NAME.SEED. NAME anywhere_... is of hands seen from anywhere, NAME pool_... of real photographs.
 # In the environment:
 #   ROWS="handmim ibot"    rows to run (default: all)          SEEDS="0 1 2"    seeds of each
