@@ -1,4 +1,4 @@
-"""Masks over patches, and what hidden patches are asked for: pixels, edges (HOG).
+"""Masks over patches, and what tokens are asked for: pixels of patches, a small picture, edges (HOG).
 
 Square images, patches in rows. A mask is bool (B,N), True = hidden. Masks are drawn on the CPU by a
 generator, so that they are the same on every device.
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+PICTURE = 16  # pixels a side of the small picture of a view
 HOG_CELLS = 8  # cells a side of the whole view's HOG
 HOG_DIRECTIONS = 8  # of 180 degrees
 
@@ -106,6 +107,12 @@ def normalise_patches(patches):
     mean = patches.mean(-1, keepdim=True)
     deviation = (((patches - mean) ** 2).sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-2).sqrt()
     return (patches - mean) / deviation, mean, deviation
+
+
+def small_picture(views):
+    """Views (...,3,S,S) -> (...,256): grey, averaged to 16 x 16 pixels."""
+    grey = views.flatten(0, -4).mean(1, keepdim=True)
+    return F.adaptive_avg_pool2d(grey, PICTURE).flatten(1).unflatten(0, views.shape[:-3])
 
 
 def from_patches(patches, size, patch):

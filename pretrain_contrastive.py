@@ -334,7 +334,7 @@ def flags():
     cli.add_argument("--labelled", action="store_true",
                      help="use the labels joints2d for views and weights, not the keypoints")
     cli.add_argument("--probe", metavar="INDEX",
-                     help="hands with joints or detected keypoints: at every save, 2,000 of them show what "
+                     help="hands with joints or detected keypoints: at every save, 3,000 of them show what "
                           "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
                           "far")
     group = cli.add_argument_group("network")

@@ -12,9 +12,11 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
     the pose loss
     class token          -> K pseudo keypoints -> undone by theta  = the teacher's of the OTHER view  align
                             (with --pairs view v shows a similar hand of another video: ours)
-    the others
+    patch self-distillation
     masked patch tokens  -> prototypes                             = the teacher's of the SAME patch  patch
-                         -> their pixels                                                              pixel
+    pixels, at two levels
+    masked patch tokens  -> their pixels                                                              pixel
+    class token          -> the whole view, 16 x 16 grey                                              picture
     only with --hog, which is ours and not the paper's
     class token          -> HOG of the whole view                                                     hog
     every patch token    -> HOG of its patch                                                       patch_hog
@@ -35,8 +37,8 @@ from data import (CONTEXT, HandDataset, HandIndex, PairSampler, UnreadImages, ca
                   has_points, index_fingerprint, make_loader, make_sampler, pair_rows, pose_labels,
                   read_pairs)
 from draw import draw_hog, draw_points, grid, save_curves, save_image
-from masking import (HOG_CELLS, HOG_DIRECTIONS, block_mask, from_patches, hog_targets, least_block,
-                     mask_sampler, normalise_patches, random_mask, to_patches)
+from masking import (HOG_CELLS, HOG_DIRECTIONS, PICTURE, block_mask, from_patches, hog_targets,
+                     least_block, mask_sampler, normalise_patches, random_mask, small_picture, to_patches)
 from metrics import procrustes
 from model import ARCHS, KeypointHead, PrototypeHead, choose_encoder, is_resnet
 from probing import LIVE_CHARTS, PROBE_WINDOW, LiveProbe
@@ -75,6 +77,7 @@ class HandMIM(nn.Module):
         self.prototype_head = PrototypeHead(dim, prototypes, width) if distil else None
         self.keypoint_head = KeypointHead(dim, keypoints) if keypoints else None
         self.pixel_head = nn.Linear(dim, 3 * encoder.patch ** 2) if pixels else None
+        self.picture_head = nn.Linear(dim, PICTURE ** 2) if pixels else None
         self.hog_head = nn.Linear(dim, HOG_DIRECTIONS * HOG_CELLS ** 2) if hog else None
         self.patch_hog_head = nn.Linear(dim, HOG_DIRECTIONS * 4) if hog else None
 
@@ -83,8 +86,8 @@ class HandMIM(nn.Module):
         flat mask; hide: True for the student, which does not see them, False for the teacher.
 
         Returns a dict, all fp32: tokens (2B,1+N,D); class (2,B,P) and patch (M,P) logits; keypoints
-        (2,B,K,2), coordinates of the VIEW; and from the student pixels (M,3pp), hog (2,B,512), patch_hog
-        (2,B,N,32)."""
+        (2,B,K,2), coordinates of the VIEW; and from the student pixels (M,3pp), picture (2,B,256), hog
+        (2,B,512), patch_hog (2,B,N,32)."""
         two_views = views.shape[:2]
         hidden = mask.flatten(0, 1) if hide else None  # (2B, N)
         tokens = self.encoder(views.flatten(0, 1), hidden, self.mask_token).float()
@@ -100,6 +103,7 @@ class HandMIM(nn.Module):
                 outputs["keypoints"] = self.keypoint_head(class_tokens).unflatten(0, two_views)
         if self.pixel_head is not None and hide:
             outputs["pixels"] = self.pixel_head(masked_patches).float()
+            outputs["picture"] = self.picture_head(class_tokens).float().unflatten(0, two_views)
         if self.hog_head is not None and hide:
             outputs["hog"] = self.hog_head(class_tokens).float().unflatten(0, two_views)
             outputs["patch_hog"] = self.patch_hog_head(tokens[:, 1:]).float().unflatten(0, two_views)
@@ -206,6 +210,11 @@ def pixel_loss(predicted, patches, weights):
     """Squared error of masked patches (M,3pp), normalised each (MAE), weighted by weights (M,)."""
     error = ((predicted - normalise_patches(patches)[0]) ** 2).mean(1)
     return (error * weights).sum()
+
+
+def picture_loss(predicted, pictures):
+    """Squared error of small pictures (2,B,256), normalised each as a patch is (ours)."""
+    return F.mse_loss(predicted, normalise_patches(pictures)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -343,7 +352,8 @@ def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
 
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
     (rings; a keypoint has one colour); the masked input; the reconstruction with the visible patches pasted;
-    the HOG of the view, and what the class token makes of the masked input."""
+    the small picture that the class token reads from the masked input; the HOG of the view, and what the
+    class token makes of the masked input."""
     is_shown = masked // mask.shape[2] % mask.shape[1] < hands  # (M,)
     views, theta, mask = views[:, :hands], theta[:, :hands], mask[:, :hands]
     size = views.shape[-1]
@@ -362,6 +372,9 @@ def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
         filled = patches.clone()
         filled[mask] = student["pixels"][is_shown] * deviation + mean
         columns["reconstruction"] = to_rgb(from_patches(filled, size, patch))
+        _, mean, deviation = normalise_patches(small_picture(views))
+        small = (student["picture"][:, :hands] * deviation + mean).reshape(-1, 1, PICTURE, PICTURE)
+        columns["picture read"] = to_rgb(F.interpolate(small, size).expand(-1, 3, -1, -1))
     if "hog" in student:
         for name, cells in (("HOG", hog_targets(views, patch)[0]), ("HOG read", student["hog"][:, :hands])):
             cells = cells.float().reshape(-1, HOG_DIRECTIONS, HOG_CELLS, HOG_CELLS).cpu().numpy()
@@ -373,7 +386,8 @@ def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
     return grid(tiles, 2 * len(columns), names, cell=128)
 
 
-CHARTS = {"loss": ("class", "patch", "pixel", "hog", "patch_hog", "align", "contrast", "loss"),
+CHARTS = {"loss": ("class", "patch", "pixel", "picture", "hog", "patch_hog", "align", "contrast",
+                     "loss"),
             "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy",
                          "patch_entropy_of_mean"),
             "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error",
@@ -393,7 +407,7 @@ def flags():
     cli = parser(__doc__)
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; labels are not read")
     cli.add_argument("--probe", metavar="INDEX",
-                     help="hands with joints or detected keypoints: at every save, 2,000 of them show what "
+                     help="hands with joints or detected keypoints: at every save, 3,000 of them show what "
                           "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
                           "far")
     group = cli.add_argument_group("network")
@@ -413,7 +427,8 @@ def flags():
     group.add_argument("--patch-loss", type=float, default=1.0, metavar="W",
                        help="weight of the self-distillation of masked patches (default 1)")
     group.add_argument("--pixel-loss", type=float, default=1.0, metavar="W",
-                       help="weight of the pixels of masked patches (default 1)")
+                       help="weight of the pixels: of masked patches from their tokens, and of a small grey "
+                            "picture of the view from the class token (default 1)")
     group.add_argument("--hog", type=float, default=0.0, metavar="W",
                        help="weight of HOG: of the whole view from the class token, of each patch from its "
                             "token (ours, not the paper's; default 0; 3 teaches most in some minutes, with "
@@ -500,17 +515,19 @@ def check_flags(args):
                          "--batch-size")
     if on_keypoints and not (args.align or args.contrast or args.hog):
         raise ValueError("--align, --contrast and --hog are all 0: use --pose-loss none")
-    whole_view = args.hog or args.pose_loss != "none"
-    if not (args.patch_loss or args.pixel_loss or whole_view):
+    pose = args.hog or args.pose_loss != "none"
+    if not (args.patch_loss or args.pixel_loss or pose):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
-    if not whole_view and (args.mask_share == 0 or args.mask_ratio[1] == 0):
-        raise ValueError("--mask-share or --mask-ratio is 0: --patch-loss and --pixel-loss need masks")
+    if args.patch_loss and not pose and (args.mask_share == 0 or args.mask_ratio[1] == 0):
+        raise ValueError("--mask-share or --mask-ratio is 0: --patch-loss needs masks; raise it or set "
+                         "--patch-loss 0")
 
 
 def loss_weights(args):
     """{name of a loss: its weight}, of the losses that are on."""
     weights = {"align": args.align, "contrast": args.contrast, "class": float(args.pose_loss == "class"),
-               "patch": args.patch_loss, "pixel": args.pixel_loss, "hog": args.hog, "patch_hog": args.hog}
+               "patch": args.patch_loss, "pixel": args.pixel_loss, "picture": args.pixel_loss,
+               "hog": args.hog, "patch_hog": args.hog}
     return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -654,6 +671,8 @@ def main(argv=None):
                     patches = to_patches(some_views, patch).flatten(0, 2)[masked]  # (M, 3pp)
                     share = real[:, part].flatten()[masked] / real_masked  # (M,)
                     losses["pixel"] = pixel_loss(learned["pixels"], patches, share)
+                if "picture" in weights:  # class token: the whole view, also what is masked
+                    losses["picture"] = picture_loss(learned["picture"], small_picture(some_views))
                 if "hog" in weights:
                     whole, of_patches = hog_targets(some_views, patch)
                     losses["hog"] = F.mse_loss(learned["hog"], whole)

@@ -37,7 +37,7 @@ from scipy.sparse.csgraph import connected_components
 
 PROBE_WINDOW = 1.3  # side of a probe's view over the longer side of the box; the view is upright
 PROBE_HANDS = 10_000  # at most so many hands are fitted, and tested
-LIVE_HANDS = 1_000  # the same of a LiveProbe
+LIVE_HANDS = (2_000, 1_000)  # of a LiveProbe, fitted and tested: a ridge on 384 features needs many
 LEAST_HANDS = 10  # at least so many hands are fitted, and tested
 LIVE_CHARTS = {"probe": ("probe_ridge_mm", "probe_neighbour_mm", "probe_ridge_percent",
                          "probe_neighbour_percent"),
@@ -300,7 +300,7 @@ class LiveProbe:
     align: as probe_pose's. runtime: its device, autocast(), and is_main, the process that decodes (in as many
     threads) and calls.
 
-    LIVE_HANDS at most are fitted, and tested; no pose or video is in both. They are always the same, so that
+    LIVE_HANDS at most are fitted and tested; no pose or video is in both. They are always the same, so that
     runs can be compared. ValueError where there are too few.
 
     score: name of the number that says which encoder is the best; lower is better.
@@ -314,7 +314,8 @@ class LiveProbe:
         self.score = "probe_ridge_mm" if "joints" in hands.labels else "probe_ridge_percent"
         index = hands.indices[0]
         groups = hand_groups(index.pose_ids(), index.columns.get("video"))
-        halves = [spread_rows(half[is_usable[half]], LIVE_HANDS) for half in split_groups(groups)]
+        halves = [spread_rows(half[is_usable[half]], most)
+                  for half, most in zip(split_groups(groups), LIVE_HANDS, strict=True)]
         if min(map(len, halves)) < LEAST_HANDS:
             raise ValueError(f"--probe {index.path}: {len(halves[0])} hands to fit on and {len(halves[1])} "
                              f"of other videos to test on: at least {LEAST_HANDS} are needed")

@@ -10,6 +10,7 @@
 #   JOBS=1                 runs side by side (default: cores)  STEPS=15000      of 32 hands
 #   LABELS="0.1 1"         shares of the labels to fine-tune with (default: a tenth)
 #   CACHE=device           on a GPU                             PYTHON=          another interpreter
+#   RUNS=runs/ladder       folder of the runs: another one for another length
 #   PRECISION=bf16         on a CPU whose /proc/cpuinfo says avx512_bf16: 1.5 times as fast
 #   POOL=INDEX POOL_VAL=INDEX    photographs with keypoints, of other scenes in either (prepare_data.py video)
 set -euo pipefail
@@ -18,6 +19,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-python}
 together=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
 steps=${STEPS:-15000}
+runs=${RUNS:-runs/ladder}
 
 machine=(--cache "${CACHE:-file}" --workers 0 --precision "${PRECISION:-auto}")
 pretraining=(
@@ -77,7 +79,7 @@ draw_hands() {               # once
 }
 
 job() {                      # job NAME SEED STAGE [SWITCH ...]: pre-trains, probes, fine-tunes
-    local name=$1 seed=$2 stage=$3 run=runs/ladder/$1.$2 start labels
+    local name=$1 seed=$2 stage=$3 run=$runs/$1.$2 start labels
     shift 3
     start=(--init "$run/encoder.pt")
     case $stage in
@@ -116,17 +118,17 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
     shift
     case " ${ROWS:-$name} " in *" $name "*) ;; *) return 0 ;; esac
     draw_hands
-    mkdir -p runs/ladder
+    mkdir -p "$runs"
     for seed in ${SEEDS:-$seeds}; do
         case $started in *" $name.$seed "*) continue ;; esac
         started+="$name.$seed "
-        echo "$name.$seed: runs/ladder/$name.$seed.txt"
+        echo "$name.$seed: $runs/$name.$seed.txt"
         if [ "$together" = 1 ]; then
-            job "$name" "$seed" "$@" >>"runs/ladder/$name.$seed.txt" 2>&1
+            job "$name" "$seed" "$@" >>"$runs/$name.$seed.txt" 2>&1
         else
             wait_until $((together - 1))
             set -m           # a process group of its own, which can be ended as a whole
-            job "$name" "$seed" "$@" >>"runs/ladder/$name.$seed.txt" 2>&1 &
+            job "$name" "$seed" "$@" >>"$runs/$name.$seed.txt" 2>&1 &
             set +m
         fi
     done
@@ -134,7 +136,7 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
 
 finish() {
     local status=$? run
-    [ $status = 0 ] || echo "stopped: the ends of runs/ladder/*.txt say why" >&2
+    [ $status = 0 ] || echo "stopped: the ends of $runs/*.txt say why" >&2
     for run in $(jobs -rp); do
         kill -- "-$run"      # it saves first
     done
@@ -187,7 +189,7 @@ row simhand contrastive "${simhand[@]}"
 row resnet18 scratch --arch resnet18
 wait_until 0                                                               # the next row needs SiMHand's
 for seed in ${SEEDS:-$seeds}; do
-    SEEDS=$seed row simhand_handmim mim --init "runs/ladder/simhand.$seed/encoder.pt"
+    SEEDS=$seed row simhand_handmim mim --init "$runs/simhand.$seed/encoder.pt"
 done
 
 if [ -n "${POOL:-}" ]; then
@@ -202,4 +204,4 @@ if [ -n "${POOL:-}" ]; then
     row pool_drawn_handmim mim --data "$POOL" hands/anywhere --mix 0.5 0.5
 fi
 wait_until 0
-"$python" recipes/ladder_table.py
+"$python" recipes/ladder_table.py --runs "$runs"

@@ -22,7 +22,7 @@ from saving import read_json, read_log, write_atomically  # noqa: E402
 TITLES = {  # name of a row -> what it is; also the order of the tables
     "untrained": "untrained", "ibot": "iBOT's losses", "handmim": "**HandMIM**",
     "no_keypoints": "HandMIM without keypoints", "no_patches": "HandMIM without patches",
-    "no_pixels": "HandMIM without pixels", "pixels": "masked pixels alone", "patches": "masked patches alone",
+    "no_pixels": "HandMIM without pixels", "pixels": "pixels alone", "patches": "masked patches alone",
     "keypoints": "keypoints alone", "hog": "HOG alone", "handmim_hog": "HandMIM + HOG",
     "similar": "HandMIM, similar hands", "simclr": "SimCLR", "peclr": "PeCLR", "simhand": "SiMHand",
     "simhand_handmim": "SiMHand, then HandMIM", "drawn_handmim": "HandMIM, half of the hands drawn",

@@ -131,6 +131,25 @@ def test_patch_and_pixel_losses_weigh_as_documented():
     assert float(found_pixel) == pytest.approx(pixel / float(counted), rel=1e-5)
 
 
+def test_the_small_picture_is_asked_for_as_documented():
+    """Against a loop: means of 4 x 4 x 3 values, minus their mean and over their deviation in each view."""
+    views = torch.rand(2, 3, 3, 64, 64, generator=generator(6))
+    predicted = torch.rand(2, 3, 256, generator=generator(7))
+    pictures = masking.small_picture(views)
+    errors = []
+    for view in range(2):
+        for hand in range(3):
+            for place in range(256):
+                y, x = divmod(place, 16)
+                cell = views[view, hand, :, 4 * y:4 * y + 4, 4 * x:4 * x + 4]
+                assert float(pictures[view, hand, place]) == pytest.approx(float(cell.mean()), abs=1e-6)
+            known = pictures[view, hand]
+            target = (known - known.mean()) / (known.var() + 1e-2).sqrt()
+            errors.append(float(((predicted[view, hand] - target) ** 2).mean()))
+    assert float(pretrain_mim.picture_loss(predicted, pictures)) == pytest.approx(np.mean(errors), rel=1e-5)
+    assert masking.small_picture(torch.rand(2, 1, 3, 32, 32)).shape == (2, 1, 256)
+
+
 def test_hog_is_the_histogram_of_a_double_loop():
     """And a patch's HOG is the patch's; a whole view's is the same cells, where it is 64 pixels wide."""
     views = torch.rand(2, 1, 3, 64, 64, generator=generator(14), dtype=torch.float64)
@@ -270,7 +289,8 @@ def test_the_student_does_not_see_masked_patches_and_the_teacher_sees_all():
     shapes = {name: tuple(value.shape) for name, value in learned.items()}
     assert shapes == {"tokens": (6, 17, 192), "class": (2, 3, 64), "patch": (48, 64),
                       "keypoints": (2, 3, 5, 2),
-                      "pixels": (48, 768), "hog": (2, 3, 512), "patch_hog": (2, 3, 16, 32)}
+                      "pixels": (48, 768), "picture": (2, 3, 256), "hog": (2, 3, 512),
+                      "patch_hog": (2, 3, 16, 32)}
     assert set(taught) == {"tokens", "class", "patch", "keypoints"}
 
 
@@ -298,7 +318,7 @@ class Recorder:
 def one_step(hands, tmp_path, monkeypatch, *more):
     """A recorded step of the command on four hands: (Recorder, outputs of teacher and student in order)."""
     record = Recorder(monkeypatch, "make_views", "in_photograph", "align_loss", "contrast_loss", "distill",
-                      "pixel_loss")
+                      "pixel_loss", "picture_loss")
     outputs, forward = [], pretrain_mim.HandMIM.forward
 
     def spy_forward(self, views, mask, masked, hide):
@@ -313,7 +333,8 @@ def one_step(hands, tmp_path, monkeypatch, *more):
 
 def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     """Keypoints undone by their own view's theta against those of the OTHER view; class logits of the other
-    view; patch logits and pixels of the same view; the teacher's never hidden, the student's always."""
+    view; patch logits, pixels and picture of the same view; the teacher's never hidden, the student's
+    always."""
     wide = ("--zoom", 1.3, 1.33, "--mask", "random", "--mask-ratio", 0.5, 0.5)  # views show padding
     record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--contrast", 1, *wide)
     assert not taught["hide"] and learned["hide"] and torch.equal(taught["mask"], learned["mask"])
@@ -338,6 +359,9 @@ def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     real = record.of("in_photograph")[0][2]
     assert (real & mask).any() and (~real & mask).any()  # some canvases leave their photograph
     torch.testing.assert_close(share, real[mask] / (real & mask).sum())
+    picture, whole = record.of("picture_loss")[0][0]
+    assert torch.equal(picture, learned["picture"])
+    assert torch.equal(whole, masking.small_picture(learned["views"]))  # also what the masks hide
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +419,8 @@ def test_class_tokens_are_distilled_from_the_other_view(hands, tmp_path, monkeyp
 def test_the_total_is_the_weighted_sum_of_the_logged_losses(hands, tmp_path):
     flags = ["--align", 0.7, "--hog", 2, "--patch-loss", 0.5, "--pixel-loss", 0.25, "--contrast", 0.3]
     mim(hands, tmp_path / "run", "--steps", 2, *flags)
-    weight = {"align": 0.7, "hog": 2, "patch_hog": 2, "patch": 0.5, "pixel": 0.25, "contrast": 0.3}
+    weight = {"align": 0.7, "hog": 2, "patch_hog": 2, "patch": 0.5, "pixel": 0.25, "picture": 0.25,
+              "contrast": 0.3}
     for row in log(tmp_path / "run"):
         assert row["loss"] == pytest.approx(sum(weight[name] * row[name] for name in weight), rel=1e-5)
 
@@ -473,9 +498,9 @@ def test_a_run_leaves_what_the_next_commands_need(hands, tmp_path):
     rows = log(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     losses = {name.removesuffix("_gradient") for name in rows[0] if name.endswith("_gradient")}
-    assert losses == {"patch", "pixel", "align"}  # the abstract's three
+    assert losses == {"patch", "pixel", "picture", "align"}  # the abstract's three, pixels at two levels
     assert rows[0]["loss"] == pytest.approx(sum(rows[0][name] for name in losses), rel=1e-5)
-    names = {"patch", "pixel", "align", "patch_teacher_entropy", "patch_entropy_of_mean",
+    names = {"patch", "pixel", "picture", "align", "patch_teacher_entropy", "patch_entropy_of_mean",
              "patch_center_norm", "keypoint_spread", "keypoint_batch_spread", "equivariance_error",
              "student_error",
              "masked_views", "masked_patches", "lr", "loss", "images_per_second", "align_gradient",
@@ -527,6 +552,7 @@ def test_a_live_probe_keeps_the_best_encoder_and_changes_nothing(hands, tmp_path
 @pytest.mark.parametrize("switches", [
     ["--pose-loss", "class", "--pixel-loss", 0],
     ["--pose-loss", "none", "--patch-loss", 0, "--mask", "random"],
+    ["--pose-loss", "none", "--patch-loss", 0, "--mask-share", 0],  # the small picture alone
     ["--pose-loss", "none", "--pixel-loss", 0, "--hog", 1, "--accumulate", 2],
     ["--patch-loss", 0, "--pixel-loss", 0, "--mask-share", 0, "--hog", 0],
     ["--align", 0, "--contrast", 1, "--keypoints", 16, "--precision", "bf16"]])
