@@ -412,7 +412,7 @@ def flags():
                           "far")
     group = cli.add_argument_group("network")
     add_init_flags(group, "an encoder.pt, or ViT weights of timm, MAE, DINO, iBOT and others (docs/mesh.md)")
-    group.add_argument("--arch", choices=sorted(ARCHS),
+    group.add_argument("--arch", choices=sorted(arch for arch in ARCHS if not is_resnet(arch)),
                        help="a ViT: vit_tiny on a CPU, vit_small on one GPU (default), vit_base on eight")
     group.add_argument("--image-size", type=int, default=224,
                        help="side of the views in pixels, a multiple of 16 (default 224; 64 on a CPU)")
@@ -503,8 +503,6 @@ def check_flags(args):
     for name in ("mask_ratio", "zoom"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
-    if args.arch and is_resnet(args.arch):
-        raise ValueError(f"--arch {args.arch}: masks need a ViT")
     for name in ("align", "contrast"):
         if getattr(args, name) and not on_keypoints:
             raise ValueError(f"--{name} needs --pose-loss keypoints")

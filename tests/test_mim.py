@@ -685,7 +685,7 @@ def test_collapse_is_told_from_health():
 
 @pytest.mark.parametrize("flags, words", [
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio"),
-    (["--arch", "resnet50"], "--arch resnet50"),
+    (["--arch", "resnet50"], "--arch: invalid choice"),
     (["--color", "5"], "--color"),
     (["--pose-loss", "none", "--patch-loss", "0", "--pixel-loss", "0"], "nothing to learn"),
     (["--image-size", "33"], "--image-size"),
