@@ -267,10 +267,10 @@ def cut_hand(frame: Image.Image, hand: dict, context: float, longest: int) -> tu
 def mediapipe_detector(least: float = 0.3) -> Callable[[Image.Image], list[dict]]:
     """A function from an RGB image to its hands, by the models inside MediaPipe's wheel.
 
-    least: the lowest confidence of a hand. At MediaPipe's own .5 it misses fast hands; at .3 no more are false
-    (ours: on 879 photographs, 450 frames). MediaPipe calls a hand as a mirror shows it, so the sides are
-    exchanged here. It gives one score for a hand, which all of the hand's points get. ValueError where MediaPipe
-    is missing or too new.
+    least: the lowest confidence of a hand. At MediaPipe's own .5 it misses fast hands; at .3 no more are
+    false (ours: on 879 photographs, 450 frames). MediaPipe calls a hand as a mirror shows it, so the sides
+    are exchanged here. It gives one score for a hand, which all of the hand's points get. ValueError where
+    MediaPipe is missing or too new.
     """
     try:
         import mediapipe
