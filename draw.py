@@ -474,8 +474,9 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     write((left + right) / 2, bottom + 19, x_label, 0.5)
     write(4, 6, y_label)
     widest = max((pen.textlength(name, font=font) for name in lines), default=0)
+    x = right - widest - 30
+    pen.rectangle([x - 4, top + 2, right - 2, top + 6 + 14 * len(lines)], fill=WHITE)  # lines pass behind it
     for k, name in enumerate(lines):
-        x = right - widest - 30
         y = top + 6 + 14 * k
         pen.line([x, y + 6, x + 18, y + 6], fill=colors[name], width=3)
         write(x + 23, y, name)
