@@ -342,7 +342,7 @@ def choose_encoder(arch, init, image_size, default="vit_small", drop_path=0.0, s
             return build_encoder(saved["arch"], drop_path=drop_path, **saved["config"])
         except Exception as error:  # a damaged file can fail in any way
             raise ValueError("--resume: the checkpoint's encoder cannot be rebuilt "
-                             f"({_reason(error)}); is last.pt damaged, or of an older version?") from None
+                             f"({_reason(error)}); is last.pt damaged?") from None
     if not init and (heads or pixels):
         raise ValueError("--heads and --pixels say what --init does not: give --init, or leave them out")
     if not init:
