@@ -475,7 +475,7 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     write(4, 6, y_label)
     widest = max((pen.textlength(name, font=font) for name in lines), default=0)
     x = right - widest - 30
-    pen.rectangle([x - 4, top + 2, right - 2, top + 6 + 14 * len(lines)], fill=WHITE)  # lines pass behind it
+    pen.rectangle([x - 4, top + 2, right - 2, top + 6 + 14 * len(lines)], fill=WHITE)  # lines pass behind
     for k, name in enumerate(lines):
         y = top + 6 + 14 * k
         pen.line([x, y + 6, x + 18, y + 6], fill=colors[name], width=3)

@@ -46,7 +46,7 @@ WRITERS = {"encoder": "a pre-training", "mesh": "finetune_mesh.py", "mim": "pret
            "contrastive": "pretrain_contrastive.py"}  # kind of file -> who writes it
 # What this version writes, by kind of file ("run": config.json). A file without a number was written before
 # there were any and counts as 1.
-FORMATS = {"encoder": 1, "mesh": 1, "mim": 2, "contrastive": 2, "run": 3}
+FORMATS = {"encoder": 1, "mesh": 1, "mim": 3, "contrastive": 2, "run": 3}
 MOST_POINTS = 4000  # of a curve
 MANY_SKIPPED = 20  # steps in a row without a finite gradient that end a run
 

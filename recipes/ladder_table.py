@@ -3,8 +3,8 @@
     python recipes/ladder_table.py
 
 Keeps the small parts of the runs in runs/ladder (flags, some lines of the log, scores; no weights), one file
-a run, in docs/ladder. From these files alone it writes docs/ladder/table.md and docs/ladder.png, so that
-both can be made again without the runs.
+a run, in docs/ladder (--out). From these files alone it writes table.md beside them, and docs/ladder.png, so
+that both can be made again without the runs.
 """
 
 import argparse
@@ -143,7 +143,7 @@ def headline(rows, size=(720, 440)):
         if "untrained" in some:
             _, *levels = some["untrained"]
             some["untrained"] = [0, longest], *(np.repeat(level[0], 2) for level in levels)
-    return curve(lines, size, title="frozen features, PA-MPJPE in mm", x_label="hands seen", bands=bands)
+    return curve(lines, size, title="frozen features, PA-MPJPE in mm (live probe)", x_label="hands seen", bands=bands)
 
 
 def probe_curve(kept):
