@@ -143,7 +143,8 @@ def test_links_lead_somewhere():
 
 
 def test_flags_files_and_make_targets_exist():
-    programs = [*ROOT.glob("*.py"), ROOT / "tests" / "benchmark.py", ROOT / "tests" / "faults.py"]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("recipes/*.py"), ROOT / "tests" / "benchmark.py",
+                ROOT / "tests" / "faults.py"]
     sources = {path.name: path.read_text(encoding="utf-8") for path in programs}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = PAGES | {name: (ROOT / "recipes" / name).read_text(encoding="utf-8") for name in RECIPES}
