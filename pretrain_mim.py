@@ -334,7 +334,7 @@ class CollapseAlarm:
 
 # --------------------------------------------------------------------------------------------------- pictures
 @torch.no_grad()
-def picture(student, teacher, views, theta, mask, masked, patch, hands=8):
+def draw_step(student, teacher, views, theta, mask, masked, patch, hands=8):
     """A row for each of the first hands, from HandMIM's outputs for views (2,B,3,S,S). For either view:
 
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
@@ -676,7 +676,7 @@ def main(argv=None):
             log.warn(step + 1, text)
         is_saved = saves.due(step)
         if is_saved or (runtime.is_main and step == 0):
-            tiles = picture(learned, taught, some_views, some_theta, some_mask, masked, patch)
+            tiles = draw_step(learned, taught, some_views, some_theta, some_mask, masked, patch)
             save_image(out / "samples" / f"step_{step + 1:07d}.png", tiles)
         if is_saved:
             if probe:

@@ -382,7 +382,7 @@ def restore(state: dict | None, **parts) -> int:
                 part.load_state_dict(state[name])
         except Exception as error:  # a damaged file can fail in any way
             raise ValueError(f"--resume: the checkpoint's {name!r} does not fit ({_reason(error)}); is "
-                             "last.pt damaged, or of an older version?") from None
+                             "last.pt damaged?") from None
     return state["step"]
 
 

@@ -10,7 +10,7 @@
 #   JOBS=1                 runs side by side (default: cores)  STEPS=15000      of 32 hands
 #   LABELS="0.1 1"         shares of the labels to fine-tune with (default: a tenth)
 #   CACHE=device           on a GPU                             PYTHON=          another interpreter
-#   RUNS=runs/ladder       folder of the runs; another length needs another one. The tables go to docs/ladder
+#   RUNS=runs/ladder       folder of the runs: another one for another length; tables go to docs/, same name
 #   PRECISION=bf16         on a CPU whose /proc/cpuinfo says avx512_bf16: 1.5 times as fast
 #   POOL=INDEX POOL_VAL=INDEX    photographs with keypoints, of other scenes in either (prepare_data.py video)
 set -euo pipefail
