@@ -425,7 +425,9 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     """
     width, height = size
     factor = 3  # lines are drawn large and averaged; text is written afterwards at its own size
-    left, top, right, bottom = 62, 26, width - 14, height - 38
+    font = ImageFont.load_default()
+    left, top, bottom = 62, 26, height - 38
+    right = int(width - 40 - max(map(font.getlength, series), default=0))  # beside it, the names of the lines
     lines = {name: np.array(line, np.float64).T for name, line in series.items()}  # (K, 2) each
     colors = dict(zip(lines, itertools.cycle(CURVE_COLORS), strict=False))
     strips = {name: np.array([[*x, *x[::-1]], [*low, *high[::-1]]], np.float64).T  # (2K, 2), around the strip
@@ -459,7 +461,6 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     page = page.reduce(factor)
 
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default()
 
     def write(x, y, text, align=0.0):
         """align: 0 begins at x, 0.5 is centred on it, 1 ends there."""
@@ -473,13 +474,10 @@ def curve(series: dict, size: tuple[int, int] = (480, 320), title="", x_label=""
     write((left + right) / 2, 6, title, 0.5)
     write((left + right) / 2, bottom + 19, x_label, 0.5)
     write(4, 6, y_label)
-    widest = max((pen.textlength(name, font=font) for name in lines), default=0)
-    x = right - widest - 30
-    pen.rectangle([x - 4, top + 2, right - 2, top + 6 + 14 * len(lines)], fill=WHITE)  # lines pass behind
     for k, name in enumerate(lines):
         y = top + 6 + 14 * k
-        pen.line([x, y + 6, x + 18, y + 6], fill=colors[name], width=3)
-        write(x + 23, y, name)
+        pen.line([right + 8, y, right + 24, y], fill=colors[name], width=3)
+        write(right + 29, y - 6, name)
     return np.asarray(page)
 
 

@@ -145,10 +145,15 @@ def test_grid_places_and_saves(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "page.png")), page)
 
 
+def right_edge(chart):
+    """The column at which the plot ends and the names of the lines begin."""
+    return np.nonzero((chart == draw.FRAME).all(2))[1].max()
+
+
 def line_of(chart, k):
     """Rows and columns of the pixels in the colour of line k, without the legend."""
     rows, columns = np.nonzero((chart == draw.CURVE_COLORS[k]).all(2))
-    plot = columns < 380
+    plot = columns < right_edge(chart)
     return rows[plot], columns[plot]
 
 
@@ -163,7 +168,9 @@ def test_curve_goes_through_its_points_and_breaks():
     assert gaps.max() > 0.15 * np.ptp(columns) and (gaps > 2).sum() == 1
     flat_rows, flat_columns = line_of(chart, 1)
     assert np.ptp(flat_rows) <= 1 and flat_rows.min() > rows.max() - 5
-    assert np.ptp(flat_columns) > 300
+    assert np.ptp(flat_columns) > 250
+    rows, columns = np.nonzero((chart == draw.CURVE_COLORS[0]).all(2))
+    assert columns.max() > right_edge(chart) + 10  # its sign, beside its name
 
 
 def test_a_long_line_is_drawn_with_every_peak():
@@ -173,7 +180,7 @@ def test_a_long_line_is_drawn_with_every_peak():
     y[[7000, 21_000]] = 3, -3
     chart = draw.curve({"line": (x, y)})
     rows, columns = line_of(chart, 0)
-    left, right = 62, 466  # edges of the plot
+    left, right = 62, right_edge(chart)
     for peak, row in ((7000, rows.min()), (21_000, rows.max())):
         place = left + peak / 30_000 * (right - left)
         np.testing.assert_allclose(columns[rows == row], place, atol=1.5)
