@@ -132,9 +132,14 @@ def hog_targets(views, patch):
     if size <= 64 and cells == HOG_CELLS:
         whole = quarters  # with 64 pixels in patches of 16 the two are one
     else:
-        whole = hog(F.adaptive_avg_pool2d(views, min(64, size)), HOG_CELLS)
+        whole = whole_hog(views)
     patches = F.unfold(quarters, 2, stride=2).transpose(1, 2)
     return whole.flatten(1).unflatten(0, two_views), patches.unflatten(0, two_views)
+
+
+def whole_hog(images):
+    """HOG of images (B,3,S,S): (B,8,8,8), of at most 64 pixels a side."""
+    return hog(F.adaptive_avg_pool2d(images, min(64, images.shape[-1])), HOG_CELLS)
 
 
 @torch.no_grad()

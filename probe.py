@@ -4,7 +4,8 @@
     probe.py ENCODER --data FOLDER --out DIR                    classes, the sub-folders of FOLDER
 
 Features are the class token, the mean of the patches (of a ResNet the pooled map twice) and both together, of
-an upright view of each hand. The same network untrained, and raw pixels, are probed for comparison.
+an upright view of each hand. For comparison: the same network untrained, the view's raw pixels (16 x 16), and
+its edges (HOG in 8 x 8 cells), which no network learned.
 
 Poses: ridge regression and the nearest neighbour (probing.probe_pose), fitted on the hands of --train, else
 on half of the videos of --data. Where there are no joints, but joints2d or a detector's keypoints, 2-D points
@@ -22,12 +23,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (CONTEXT, HandDataset, HandIndex, canvas_size, counts_text, has_points, image_size,
                   index_fingerprint, list_images, make_loader, pose_labels, refuse_unread, whole_box,
                   write_index)
 from mano import mean_hand, read_mano
+from masking import whole_hog
 from metrics import procrustes
 from model import build_encoder, load_encoder
 from probing import (LEAST_HANDS, PROBE_HANDS, PROBE_WINDOW, align_2d, encode, hand_groups, leave_one_out,
@@ -117,7 +120,9 @@ def read_features(networks, index, rows, labels, args, runtime):
         return encoder
 
     encoders = {name: encoder_of(network) for name, network in networks.items()}
-    features, found = encode(encoders, readable_batches(), make_views, labels)
+    raw = {"pixels": lambda views: F.interpolate(views, 16, mode="area").flatten(1),  # (B, 768)
+           "hog": lambda views: whole_hog(normalise(views)).flatten(1)}  # (B, 512)
+    features, found = encode(encoders, readable_batches(), make_views, labels, raw)
     return features, found, len(unread)
 
 

@@ -1,6 +1,6 @@
 """Probing: what frozen features know, without fine-tuning. Features and labels in, numbers out.
 
-    encode           batches -> features of the class token, of the patches' mean, of both, and raw pixels
+    encode           batches -> features of the class token, of the patches' mean, of both; raw ones
     probe_pose       ridge regression and the nearest neighbour from a feature to the pose of the hand
     probe_points     the same where a hand has only 2-D points, such as a detector's
     leave_one_out    k-NN accuracy, where images have classes and no poses
@@ -31,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -52,14 +51,15 @@ FINGERS = np.array([[WRIST, k, k + 1, k + 2, k + 3] for k in (1, 5, 9, 13, 17)])
 # --------------------------------------------------------------------------------------------------- features
 @torch.no_grad()
 def encode(encoders: dict[str, Callable], batches: Iterable[dict], make_views: Callable,
-           labels: tuple[str, ...] = ()) -> tuple[dict, dict]:
+           labels: tuple[str, ...] = (), raw: dict[str, Callable] | None = None) -> tuple[dict, dict]:
     """Frozen encoders over batches -> features and labels, in the order of the batches' rows.
 
     encoders: name -> callable, views (B,3,S,S) in [0,1] -> summary (B,D), map (B,D,h,w); networks in eval
-    mode. batches: dicts of tensors. make_views: batch -> views. labels: names of entries of the batches.
+    mode. batches: dicts of tensors. make_views: batch -> views. labels: names of entries of the batches. raw:
+    name -> callable, views -> (B,D), features that no network learned.
 
     Returns ({(name, feature): (N,D)}, {label: (N,...)}), float64. The features of an encoder are "class" (its
-    summary), "mean" (of the map) and "both" (N,2D). ("pixels", "raw") is the view at 16 x 16 pixels.
+    summary), "mean" (of the map) and "both" (N,2D); the one of a raw callable is "raw".
     """
     features = {}
     found = {name: [] for name in labels}
@@ -68,8 +68,8 @@ def encode(encoders: dict[str, Callable], batches: Iterable[dict], make_views: C
         for name, encoder in encoders.items():
             for feature, value in pool_features(*encoder(views)).items():
                 features.setdefault((name, feature), []).append(_to_numpy(value))
-        pixels = F.interpolate(views, 16, mode="area").flatten(1)  # (B, 768)
-        features.setdefault(("pixels", "raw"), []).append(_to_numpy(pixels))
+        for name, describe in (raw or {}).items():
+            features.setdefault((name, "raw"), []).append(_to_numpy(describe(views)))
         for name in labels:
             found[name].append(_to_numpy(batch[name]))
     features = {key: np.concatenate(parts) for key, parts in features.items()}

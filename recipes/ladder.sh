@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# bash recipes/ladder.sh                            every row at length; then ladder_table.py
+# bash recipes/ladder.sh                            every row; then ladder_table.py
 # bash recipes/ladder.sh NAME STAGE [SWITCH ...]    one row: STAGE is mim, contrastive, untrained or scratch
 #
 # Given again, it skips what is done and goes on with what was cut off.
-# A run sees 480,000 hands, 20 times those of its data: an hour on one core for the smallest ViT. Runs are
-# runs/ladder/NAME.SEED. NAME anywhere_... is of hands seen from anywhere, NAME pool_... of real photographs.
+# A run sees its 24,000 hands four times: ten minutes on one core for the smallest ViT. Another length needs
+# folders of its own: STEPS=15000 RUNS=runs/ladder_long sees them 20 times.
+# Runs are runs/ladder/NAME.SEED: probe/metrics.json and mesh_0.1/scores/metrics.json hold the numbers.
+# NAME anywhere_... is of hands seen from anywhere, NAME pool_... of real photographs.
 # In the environment:
 #   ROWS="handmim ibot"    rows to run (default: all)          SEEDS="0 1 2"    seeds of each
-#   JOBS=1                 runs side by side (default: cores)  STEPS=15000      of 32 hands
+#   JOBS=1                 runs side by side (default: cores)  STEPS=3000       of 32 hands
 #   LABELS="0.1 1"         shares of the labels to fine-tune with (default: a tenth)
 #   CACHE=device           on a GPU                             PYTHON=          another interpreter
 #   RUNS=runs/ladder       folder of the runs: another one for another length; tables go to docs/, same name
@@ -18,7 +20,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-python}
 together=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
-steps=${STEPS:-15000}
+steps=${STEPS:-3000}
 runs=${RUNS:-runs/ladder}
 
 machine=(--cache "${CACHE:-file}" --workers 0 --precision "${PRECISION:-auto}")
@@ -79,19 +81,20 @@ draw_hands() {               # once
 }
 
 job() {                      # job NAME SEED STAGE [SWITCH ...]: pre-trains, probes, fine-tunes
-    local name=$1 seed=$2 stage=$3 run=$runs/$1.$2 start labels
+    local name=$1 seed=$2 stage=$3 run=$runs/$1.$2 all start labels
     shift 3
+    all=(--data "$train" --arch vit_micro --probe "$val" --seed "$seed" --out "$run" "${pretraining[@]}")
     start=(--init "$run/encoder.pt")
-    case $stage in
-        mim) set -- pretrain_mim.py --data "$train" --arch vit_micro "${mim[@]}" "${length[@]}" "$@" ;;
-        contrastive) set -- pretrain_contrastive.py --data "$train" --pairs "$pairs" --arch vit_micro \
-            "${contrastive[@]}" "${length[@]}" "$@" ;;
-        untrained) set -- pretrain_mim.py --data "$train" --arch vit_micro --steps 1 --lr 0
+    case $stage in               # the row's own switches come last: they decide
+        mim) set -- pretrain_mim.py "${all[@]}" "${mim[@]}" "${length[@]}" "$@" ;;
+        contrastive) set -- pretrain_contrastive.py "${all[@]}" --pairs "$pairs" "${contrastive[@]}" \
+            "${length[@]}" "$@" ;;
+        untrained) set -- pretrain_mim.py "${all[@]}" --steps 1 --lr 0
             start=(--arch vit_micro) ;;
         scratch) start=("$@") ;;
     esac
     if [ "$stage" != scratch ] && [ ! -e "$run/probe/metrics.json" ]; then
-        "$python" "$@" --out "$run" --seed "$seed" --probe "$val" "${pretraining[@]}"
+        "$python" "$@"
         "$python" probe.py "$run/encoder.pt" --data "$val" --train "$train" --out "$run/probe"
     fi
     [ "$set_" != pool ] || return 0
@@ -113,6 +116,13 @@ wait_until() {               # wait_until N: at most N runs go on. A run that fa
     done
 }
 
+refuse_other_length() {      # refuse_other_length RUN: one table holds runs of one length
+    if [ -e "$1/config.json" ] && ! grep -q "\"steps\": $steps," "$1/config.json"; then
+        echo "$1 has not $steps steps: ask for its STEPS, or choose other RUNS" >&2
+        exit 2
+    fi
+}
+
 row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where ROWS asks for it
     local name=$1 seed
     shift
@@ -122,6 +132,7 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
     for seed in ${SEEDS:-$seeds}; do
         case $started in *" $name.$seed "*) continue ;; esac
         started+="$name.$seed "
+        case $1 in mim | contrastive) refuse_other_length "$runs/$name.$seed" ;; esac
         echo "$name.$seed: $runs/$name.$seed.txt"
         if [ "$together" = 1 ]; then
             job "$name" "$seed" "$@" >>"$runs/$name.$seed.txt" 2>&1

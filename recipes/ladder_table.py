@@ -35,6 +35,7 @@ COLUMNS = {  # heading -> (number of a kept file, its form)
     "PCK 5 %": ("probe.ridge_pck_5", ".3f"), "orientation R2": ("probe.orientation_r2", ".2f"),
     "finger R2": ("probe.flexion_r2", ".2f"), "mesh, 10 %, mm": ("mesh_0.1.pa_mpvpe_mm", ".2f"),
     "mesh, all, mm": ("mesh_1.pa_mpvpe_mm", ".2f")}
+RAW = {"raw pixels, 16 x 16": "pixels_raw_", "raw HOG, 8 x 8 cells": "hog_raw_"}  # probed beside every run
 DROPPED = {"data", "val", "pairs", "probe", "init", "mano", "out", "command", "inputs"}  # of config.json
 LINES = 20  # of a log that are kept, beside those of the probe
 
@@ -104,10 +105,14 @@ def table(rows):
         seen = [kept["log"][-1]["step"] * hands_of_step(kept) for kept in files if kept.get("log")]
         cells = [_spread([number(kept, place) for kept in files], form) for place, form in columns.values()]
         lines.append([TITLES.get(name, name), f"{max(seen, default=0):,}", str(len(files)), *cells])
-    pixels = next((kept["probe"] for files in rows.values() for kept in files if "probe" in kept), {})
-    cells = [_spread([pixels.get(place.replace("probe.", "pixels_raw_"))], form)
-             for place, form in columns.values()]
-    lines.append(["raw pixels, 16 x 16", "", "", *cells])
+    probes = {}
+    for files in rows.values():
+        for kept in files:
+            probes |= kept.get("probe", {})
+    for title, feature in RAW.items():
+        cells = [_spread([probes.get(place.replace("probe.", feature))], form)
+                 for place, form in columns.values()]
+        lines.append([title, "", "", *cells])
     lines.insert(1, ["---"] * len(lines[0]))
     return [f"| {' | '.join(cells)} |" for cells in lines]
 

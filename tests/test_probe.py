@@ -226,8 +226,10 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_rows():
     net = build_encoder("vit_micro", 32).eval()
     views = torch.rand(7, 3, 32, 32)
     batches = [{"canvas": views[rows], "row": rows} for rows in torch.arange(7).split([3, 1, 3])]
-    features, labels = probing.encode({"net": net.features}, batches, lambda batch: batch["canvas"], ("row",))
-    assert list(features) == [("net", "class"), ("net", "mean"), ("net", "both"), ("pixels", "raw")]
+    corner = {"corner": lambda views: views[:, :, 0, 0]}
+    features, labels = probing.encode({"net": net.features}, batches, lambda batch: batch["canvas"], ("row",),
+                                      corner)
+    assert list(features) == [("net", "class"), ("net", "mean"), ("net", "both"), ("corner", "raw")]
     assert labels["row"].tolist() == list(range(7))
     for i in range(7):
         summary, feature_map = net.features(views[i:i + 1])
@@ -235,8 +237,7 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_rows():
         expected = {"class": summary[0], "mean": mean, "both": torch.cat([summary[0], mean])}
         for feature, value in expected.items():
             np.testing.assert_allclose(features["net", feature][i], value.detach().numpy(), atol=1e-5)
-        blocks = views[i].unflatten(2, (16, 2)).unflatten(1, (16, 2)).mean((2, 4))  # (3, 16, 16)
-        np.testing.assert_allclose(features["pixels", "raw"][i], blocks.flatten().numpy(), atol=1e-6)
+        np.testing.assert_array_equal(features["corner", "raw"][i], views[i, :, 0, 0].numpy())
     assert all(value.dtype == np.float64 for value in features.values())
 
 
@@ -269,12 +270,12 @@ def views_of(encoder, index, monkeypatch, out):
     shown = []
     encode = probing.encode
 
-    def spy(encoders, batches, make_views, labels):
+    def spy(encoders, batches, make_views, labels, raw):
         def spied(batch):
             shown.append(make_views(batch))
             return shown[-1]
 
-        return encode(encoders, batches, spied, labels)
+        return encode(encoders, batches, spied, labels, raw)
 
     monkeypatch.setattr(probe, "encode", spy)
     call("probe.py", encoder, "--data", index, "--out", out, "--workers", 0)
@@ -322,7 +323,8 @@ def test_encoders_are_shown_normalised_views(tmp_path):
                                                    np.arange(3), (), args, runtime)
     white = (1 - np.ravel(MEAN)) / np.ravel(STD)
     np.testing.assert_allclose(features["probe", "class"], np.tile(white, (3, 1)), atol=1e-5)
-    assert (features["pixels", "raw"] == 1).all()
+    assert (features["pixels", "raw"] == 1).all() and features["pixels", "raw"].shape == (3, 3 * 16 * 16)
+    assert (features["hog", "raw"] < 1e-5).all() and features["hog", "raw"].shape == (3, 8 * 8 * 8)
     assert labels == {} and unread == 0
 
 
@@ -337,7 +339,7 @@ def test_poses_fitted_on_half_of_the_videos(hands, encoder, tmp_path):
     assert table["count"] + table["train_count"] == 24 and table["unread"] == 0
     assert table["ridge_pa_mpjpe_mm"] == table["probe_both_ridge_pa_mpjpe_mm"]
     for feature in ("probe_class", "probe_mean", "probe_both", "untrained_class", "untrained_mean",
-                    "untrained_both", "pixels_raw"):
+                    "untrained_both", "pixels_raw", "hog_raw"):
         assert np.isfinite(table[f"{feature}_orientation_r2"])
         assert feature.replace("_", ", ") in done.stdout
     assert 5 < table["mean_hand_pa_mpjpe_mm"] < 50
