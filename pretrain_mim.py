@@ -4,7 +4,8 @@ Of the paper only the abstract is a source: teacher and student, a pseudo keypoi
 pose-aware class tokens, self-distillation of patch tokens, pixel reconstruction. These are the default, with
 equal weights. Every formula below is iBOT's, MAE's or ours, as its docstring says.
 
-Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png. One step:
+Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt, samples/*.png, and with
+--probe encoder_best.pt. One step:
 
     canvas -> two views u, v (theta, colour)     teacher: EMA of the student, sees both views whole
            -> masks, for the student only        student: sees both views masked
@@ -53,10 +54,10 @@ from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
 CENTER_MOMENTUM = 0.9  # bytedance/ibot
-SPREAD = 0.4  # of the teacher's keypoints, canvas units: align_loss (ours)
+SPREAD = 0.4  # of the teacher's keypoints, where the hand's box is 1 wide: align_loss (ours)
 CLIP = 3.0  # largest norm of the gradient; iBOT's number, which it applies to each tensor
 FROZEN = 1250  # steps in which the prototypes stand still, at most a 50th of the run (iBOT: its first epoch)
-THETA, LIGHT, COLOR, BLUR, MASKS = 0, 1, 2, 3, 5  # random streams: of (seed, step, stream)
+THETA, LIGHT, COLOR, BLUR, MASKS = 0, 1, 2, 3, 5  # random streams: of (seed, step, stream); 4 is unused
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -146,8 +147,8 @@ def sharpen(teacher, center, temperature):
 class Centers(dict):
     """Centres (1,P) of the teacher's logits, by name. Once an update c <- .9 c + .1 mean of its logits.
 
-    As iBOT's, but of the masked patches alone, the only patches that have logits here (ours). A centre stays
-    where an update had no logits.
+    As iBOT's, but that of the patches is of the masked ones alone, which are the only ones with logits here
+    (ours). A centre stays where an update had no logits.
     """
 
     def __init__(self, names, prototypes, device):
@@ -340,7 +341,8 @@ def draw_step(student, teacher, views, theta, mask, masked, patch, hands=8):
     the view with the teacher's keypoints (dots) and those that it finds in the other view, brought here
     (rings; a keypoint has one colour); the masked input; the reconstruction with the visible patches pasted;
     the small picture that the class token reads from the masked input; the HOG of the view, and what the
-    class token makes of the masked input."""
+    class token makes of the masked input. Patches and picture get their true mean and deviation, which no
+    loss asks for."""
     is_shown = masked // mask.shape[2] % mask.shape[1] < hands  # (M,)
     views, theta, mask = views[:, :hands], theta[:, :hands], mask[:, :hands]
     size = views.shape[-1]
@@ -393,9 +395,9 @@ def flags():
     cli = parser(__doc__)
     cli.add_argument("--data", nargs="+", required=True, metavar="INDEX", help="hands; labels are not read")
     cli.add_argument("--probe", metavar="INDEX",
-                     help="hands with joints or detected keypoints: at every save, 3,000 of them show what "
-                          "the encoder knows of poses (samples/probe.png); encoder_best.pt is the best so "
-                          "far")
+                     help="hands with joints or detected keypoints: at every save, up to 3,000 of them show "
+                          "what the encoder knows of poses (samples/probe.png); encoder_best.pt is the best "
+                          "so far")
     group = cli.add_argument_group("network")
     add_init_flags(group, "an encoder.pt, or ViT weights of timm, MAE, DINO, iBOT and others (docs/mesh.md)")
     group.add_argument("--arch", choices=sorted(arch for arch in ARCHS if not is_resnet(arch)),
