@@ -13,7 +13,8 @@ submitted, minus the wrist, and after a similarity fit (metrics.py).
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), the
 leaderboard's files (results.py) and report.html, one page that needs nothing else. --definitions adds
 definitions.json, --compare writes table.json. All files appear together at the end; a run that fails leaves
-nothing. An index without labels gets its files and no scores."""
+nothing. An index without labels gets its files and no scores, but for what its 2-D points
+can say."""
 
 import base64
 import html
@@ -61,7 +62,8 @@ CARDS = (("pa_mpjpe_mm", "PA-MPJPE, joints", "mm"), ("pa_mpvpe_mm", "PA-MPVPE, m
 @torch.no_grad()
 def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, runtime):
     """Every hand of the index, in its order: joints (N,21,3), vertices (N,778,3) and the hand model's own
-    joints (N,21,3), metres, as the image shows them.
+    joints (N,21,3), metres, as the image shows them; and where the view's camera sees the joints (N,21,2), in
+    pixels of the photograph (its left upper corner is 0, 0).
 
     definition: of the joints, as in index.json. box_scale: side of a view over the box. tta: views a hand.
     With K in the index the hand stands in the camera frame; without K it is relative to its wrist. ValueError
@@ -71,6 +73,7 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
     dataset = HandDataset([index], canvas_size(size, box_scale), substitute=False)
     mean_joints, mean_vertices = mean_hand(arrays, "ho3d")  # about the kinematic wrist, as the network's
     points = np.zeros((len(index), 21 + 778 + 21, 3), np.float32)
+    pixels = np.zeros((len(index), 21, 2), np.float32)
     for batch in tqdm(make_loader(dataset, batch_size=batch_size, workers=runtime.workers), desc="predict"):
         for row in batch["failed"][batch["failed"] >= 0].tolist():
             refuse_unread(index, row)
@@ -83,10 +86,12 @@ def predict_index(net, index, arrays, definition, box_scale, tta, batch_size, ru
         joints = labelled_joints(hand["vertices"], hand["joints"], arrays, definition, left)
         found = torch.cat([joints, hand["vertices"], hand["joints"]], 1)  # (B, 820, 3) relative to the wrist
         found, camera = mirror_back(found, hand["camera"], left)
+        seen = seen_in_photograph(found[:, :21], camera, batch["crop"], zoom)
         if "K" in index.columns:
-            found = found + wrist_in_camera(index, rows, found[:, :21], camera, batch["crop"], zoom)
+            found = found + wrist_in_camera(index, rows, found[:, :21], seen)
         points[rows] = found.numpy()
-    return points[:, :21], points[:, 21:-21], points[:, -21:]
+        pixels[rows] = seen.numpy()
+    return points[:, :21], points[:, 21:-21], points[:, -21:], pixels
 
 
 def mirror_back(points, camera, left):
@@ -97,14 +102,18 @@ def mirror_back(points, camera, left):
     return points * torch.stack([sign, one, one], 1)[:, None], camera * torch.stack([one, sign, one], 1)
 
 
-def wrist_in_camera(index, rows, joints, camera, crop, zoom):
-    """The wrists (B,1,3) in the camera frame, metres, by the intrinsics K of the index: where joints (B,21,3)
-    about the wrist lie over their places in the photograph.
+def seen_in_photograph(joints, camera, crop, zoom):
+    """Where joints (B,21,3) lie in the photograph: pixels (B,21,2).
 
     camera (B,3): weak perspective of the view. crop (B,3): centre and side of the canvas, in pixels."""
-    K = index.columns["K"][index.pose_ids()[rows]]  # (B, 3, 3)
     half = crop[:, 2, None, None] * zoom / 2  # of the view, in pixels of the photograph
-    pixels = crop[:, None, :2] + half * weak_perspective(joints, camera)  # (B, 21, 2)
+    return crop[:, None, :2] + half * weak_perspective(joints, camera)
+
+
+def wrist_in_camera(index, rows, joints, pixels):
+    """The wrists (B,1,3) in the camera frame, metres, by the intrinsics K of the index: where joints (B,21,3)
+    about the wrist lie over their pixels (B,21,2)."""
+    K = index.columns["K"][index.pose_ids()[rows]]  # (B, 3, 3)
     hands = zip(joints.numpy(), pixels.numpy(), K, strict=True)
     places = [place_points(*hand) if np.isfinite(hand[2]).all() else np.full(3, np.nan) for hand in hands]
     return torch.tensor(np.array(places))[:, None]
@@ -497,19 +506,40 @@ def _is_own_table(path):
 
 def predict_with_checkpoint(args, index, arrays, definition):
     """predict_index with the network of --checkpoint: joints and vertices, which are rounded, so that the
-    file holds what is scored; the hand model's own joints; facts for the report."""
+    file holds what is scored; the hand model's own joints; the joints' pixels; facts for the report."""
     runtime = setup(args, alone=True)
     state = load_checkpoint(args.checkpoint, "mesh")
     if state.get("hand") != hand_fingerprint(arrays):
         raise ValueError(f"{args.checkpoint} was trained with another hand model: pass the same file "
                          "with --mano (none for the synthetic hand)")
     net = load_mesh(state, Mano(arrays)).to(runtime.device)
-    *pred, chain = predict_index(net, index, arrays, definition, state["box_scale"], args.tta,
+    *pred, chain, pixels = predict_index(net, index, arrays, definition, state["box_scale"], args.tta,
                                  args.batch_size, runtime)
     pred = [np.round(points.astype(np.float64), 7) for points in pred]
     kind = index.meta.get("box", "as it was given")
-    return pred, chain, {"crop": f"the index' box ({kind}), squared, x {state['box_scale']:g}",
-                  "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
+    return pred, chain, pixels, {
+        "crop": f"the index' box ({kind}), squared, x {state['box_scale']:g}",
+        "views": f"{args.tta}" + (" (test-time augmentation)" if args.tta > 1 else "")}
+
+
+def image_errors(index, pixels):
+    """How far pixels (N,21,2) of joints lie from the index' joints2d, or without those from its keypoints (a
+    detector's points, no truth), over the longer side of the hand's box (ours): `image_median_percent` over
+    all points that are known, and `image_within_10`, the share within 10 percent. {} where none is known."""
+    name = next((name for name in ("joints2d", "keypoints") if name in index.columns), None)
+    if name is None:
+        return {}
+    labels = index.pose_ids()
+    away = np.linalg.norm(index.columns[name][labels] + 0.5 - pixels, axis=2)  # (N, 21), NaN where not known
+    if name == "keypoints" and "keypoints_score" in index.columns:
+        away = np.where(index.columns["keypoints_score"][labels] > 0, away, np.nan)
+    box = np.asarray(index.columns["box"], np.float64)
+    away = away / (box[:, 2:] - box[:, :2]).max(1, keepdims=True)
+    away = away[np.isfinite(away)]
+    if not len(away):
+        return {}
+    return {"image_median_percent": 100 * float(np.median(away)),
+            "image_within_10": float((away < 0.1).mean())}
 
 
 def wrist_errors(joints, truth):
@@ -559,12 +589,19 @@ def main(argv=None):
     if labels:  # before hours of prediction: labels that cannot be scored are refused here
         baseline = score_mean_hand(index, arrays, definition, labels, protocol)
     if args.checkpoint:
-        pred, chain, more_facts = predict_with_checkpoint(args, index, arrays, definition)
+        pred, chain, pixels, more_facts = predict_with_checkpoint(args, index, arrays, definition)
         facts |= more_facts
+        in_image = image_errors(index, pixels)
+        if in_image:
+            facts["in the image"] = ("{image_median_percent:.2f} % of the box off (median), "
+                                     "{image_within_10:.1%} within 10 %".format(**in_image))
     if not labels:
         with staged_folder(args.out) as folder:
             write_predictions(folder, *pred, protocol, index)
-        print(f"{index.path} has no labels: nothing was scored; predictions are in {args.out}")
+            if in_image:
+                (folder / "metrics.json").write_text(json.dumps({"count": len(index)} | in_image, indent=1))
+        print(facts.get("in the image", f"{index.path} has no labels: nothing was scored"),
+              f"predictions are in {args.out}", sep="; ")
         return
 
     try:
@@ -574,8 +611,10 @@ def main(argv=None):
     table = metrics.summarise(errors, protocol)
     mean_table = metrics.summarise(baseline, protocol)
     table |= {f"mean_hand_{key}": mean_table[key] for key in mean_table if key in HEADLINE}
-    if "K" in index.columns and args.checkpoint:  # others' results may be relative to the wrist
-        table |= wrist_errors(pred[0], labels["gt_joints"])
+    if args.checkpoint:
+        table |= in_image
+        if "K" in index.columns:  # others' results may be relative to the wrist
+            table |= wrist_errors(pred[0], labels["gt_joints"])
     table |= {"views": args.tta} if args.tta > 1 else {}
     odd_ones = len(index) - table["count"], *(len(index.meta.get(name, ())) for name in ("reboxed", "unseen"))
     table |= dict(zip(ODDITIES, odd_ones, strict=True))

@@ -315,7 +315,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
     evaluate.main([*flags, str(tmp_path / "b"), "--predictions", str(tmp_path / "a" / "pred.json")])
     # what is written is what was scored
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
-    assert again == {name: value for name, value in table.items() if not name.startswith("wrist")}
+    assert again == {name: value for name, value in table.items() if not name.startswith(("wrist", "image_"))}
+    assert table["image_median_percent"] < 3 and table["image_within_10"] > 0.95
     # a split whose labels are withheld
     columns = {name: np.array(HandIndex(index).columns[name]) for name in ("image", "side", "K", "box")}
     write_index(tmp_path / "bare", columns, {"name": "bare"}, root=HandIndex(index).root)
@@ -323,6 +324,15 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
                    "last.pt"])
     assert sorted(file.name for file in (tmp_path / "d").iterdir()) == ["pred.json", "pred.zip"]
     assert (tmp_path / "d/pred.json").read_text() == (tmp_path / "a/pred.json").read_text()
+    # photographs of which a detector or a person knows some points
+    columns["keypoints"] = np.array(HandIndex(index).columns["joints2d"])
+    columns["keypoints"][:, 5:] = 0
+    columns["keypoints_score"] = np.tile((np.arange(21) < 5).astype(np.float32), (N, 1))
+    write_index(tmp_path / "points", columns, {"name": "points"}, root=HandIndex(index).root)
+    evaluate.main([*flags[:1], str(tmp_path / "points"), *flags[2:], str(tmp_path / "e"), "--checkpoint",
+                   "last.pt"])
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert found["count"] == N and found["image_median_percent"] < 3 and found["image_within_10"] > 0.95
     with pytest.raises(ValueError, match="last.pt was trained with another hand model"):
         state["hand"] = "other"
         evaluate.main([*flags, str(tmp_path / "c"), "--checkpoint", "last.pt"])
@@ -331,8 +341,8 @@ def test_predicting_undoes_crops_mirrors_and_cameras(index, tmp_path, monkeypatc
 def test_left_hands_have_the_tip_that_dexycb_gives_them(index):
     runtime = Runtime(torch.device("cpu"), torch.float32, 0, 1, 0, 0)
     net = TrueHands(index, 1.4 / CONTEXT)
-    joints, vertices, _ = evaluate.predict_index(net, HandIndex(index), synthetic_mano(), "manopth", 1.4, 1,
-                                                 4, runtime)
+    joints, vertices, *_ = evaluate.predict_index(net, HandIndex(index), synthetic_mano(), "manopth", 1.4, 1,
+                                                  4, runtime)
     for row in range(N):
         tips = TIPS["manopth445" if HandIndex(index).side(row) else "manopth"]
         np.testing.assert_array_equal(joints[row, [4, 8, 12, 16, 20]], vertices[row, list(tips)])
@@ -346,12 +356,33 @@ def test_wrists_stand_before_the_camera_of_their_label():
     joints = torch.from_numpy(np.random.default_rng(0).normal(0, 0.05, (2, 21, 3))) * torch.tensor([1, 1, 0])
     camera = torch.tensor([[5.0, 0.02, -0.03], [7.0, -0.04, 0.01]], dtype=torch.float64)
     crop = torch.tensor([[60.0, 50.0, 100.0], [80.0, 20.0, 130.0]], dtype=torch.float64)
-    wrist = evaluate.wrist_in_camera(index, np.array([2, 0]), joints, camera, crop, 0.7).numpy()
+    pixels = evaluate.seen_in_photograph(joints, camera, crop, 0.7)
+    wrist = evaluate.wrist_in_camera(index, np.array([2, 0]), joints, pixels).numpy()
     for i, label in enumerate((1, 2)):
         projected = (joints[i].numpy() + wrist[i]) @ K[label].T
         seen = (camera[i, 0] * (joints[i, :, :2] + camera[i, 1:])).numpy()
         expected = crop[i, :2].numpy() + 0.7 * crop[i, 2].item() / 2 * seen
+        np.testing.assert_allclose(pixels[i].numpy(), expected, atol=1e-9)
         np.testing.assert_allclose(projected[:, :2] / projected[:, 2:] + 0.5, expected, atol=1e-9)
+
+
+def test_errors_in_the_image_are_shares_of_the_box():
+    """Two hands of boxes 40 and 20 pixels long: points 1, 2, 8 off and two that nobody knows."""
+    points = np.zeros((2, 21, 2))
+    points[:] = np.nan
+    points[0, :2] = [[10, 10], [20, 10]]
+    points[1, :2] = [[5, 5], [7, 7]]
+    pixels = np.nan_to_num(points) + 0.5
+    pixels[0, :2] += [[1, 0], [0, 2]]
+    pixels[1, 0] += [8, 0]
+    score = np.ones((2, 21))
+    score[1, 1] = 0
+    box = np.array([[0, 0, 40, 30], [0, 0, 20, 10]])
+    columns = {"keypoints": points, "keypoints_score": score, "box": box}
+    index = SimpleNamespace(columns=columns, pose_ids=lambda: np.arange(2))
+    found = evaluate.image_errors(index, pixels)
+    assert found == {"image_median_percent": pytest.approx(5), "image_within_10": pytest.approx(2 / 3)}
+    assert evaluate.image_errors(SimpleNamespace(columns={}), pixels) == {}
 
 
 def test_wrist_errors():
