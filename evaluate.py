@@ -525,21 +525,24 @@ def predict_with_checkpoint(args, index, arrays, definition):
 def image_errors(index, pixels):
     """How far pixels (N,21,2) of joints lie from the index' joints2d, or without those from its keypoints (a
     detector's points, no truth), over the longer side of the hand's box (ours): `image_median_percent` over
-    all points that are known, and `image_within_10`, the share within 10 percent. {} where none is known."""
-    name = next((name for name in ("joints2d", "keypoints") if name in index.columns), None)
+    all points that are known, `image_within_10`, the share within 10 percent, and `image_points`, how many.
+    Hidden points count where they are known, hands outside of their image do not. {} where none is known."""
+    columns = [name for name in ("joints2d", "keypoints") if name in index.columns]
+    name = next((name for name in columns if np.isfinite(index.columns[name]).any()), None)
     if name is None:
         return {}
     labels = index.pose_ids()
     away = np.linalg.norm(index.columns[name][labels] + 0.5 - pixels, axis=2)  # (N, 21), NaN where not known
     if name == "keypoints" and "keypoints_score" in index.columns:
         away = np.where(index.columns["keypoints_score"][labels] > 0, away, np.nan)
+    away[index.meta.get("unseen", [])] = np.nan
     box = np.asarray(index.columns["box"], np.float64)
     away = away / (box[:, 2:] - box[:, :2]).max(1, keepdims=True)
     away = away[np.isfinite(away)]
     if not len(away):
         return {}
     return {"image_median_percent": 100 * float(np.median(away)),
-            "image_within_10": float((away < 0.1).mean())}
+            "image_within_10": float((away < 0.1).mean()), "image_points": len(away)}
 
 
 def wrist_errors(joints, truth):
@@ -593,15 +596,15 @@ def main(argv=None):
         facts |= more_facts
         in_image = image_errors(index, pixels)
         if in_image:
-            facts["in the image"] = ("{image_median_percent:.2f} % of the box off (median), "
-                                     "{image_within_10:.1%} within 10 %".format(**in_image))
+            facts["in the image"] = ("{image_points} points {image_median_percent:.2f} % of the box off "
+                                     "(median), {image_within_10:.1%} within 10 %".format(**in_image))
     if not labels:
         with staged_folder(args.out) as folder:
             write_predictions(folder, *pred, protocol, index)
             if in_image:
                 (folder / "metrics.json").write_text(json.dumps({"count": len(index)} | in_image, indent=1))
-        print(facts.get("in the image", f"{index.path} has no labels: nothing was scored"),
-              f"predictions are in {args.out}", sep="; ")
+        found = f"in the image: {facts['in the image']}" if in_image else "nothing was scored"
+        print(f"{index.path} has no joints in space; {found}; predictions are in {args.out}")
         return
 
     try:

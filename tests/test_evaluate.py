@@ -379,9 +379,14 @@ def test_errors_in_the_image_are_shares_of_the_box():
     score[1, 1] = 0
     box = np.array([[0, 0, 40, 30], [0, 0, 20, 10]])
     columns = {"keypoints": points, "keypoints_score": score, "box": box}
-    index = SimpleNamespace(columns=columns, pose_ids=lambda: np.arange(2))
+    index = SimpleNamespace(columns=columns, meta={}, pose_ids=lambda: np.arange(2))
     found = evaluate.image_errors(index, pixels)
-    assert found == {"image_median_percent": pytest.approx(5), "image_within_10": pytest.approx(2 / 3)}
+    assert found == {"image_median_percent": pytest.approx(5), "image_within_10": pytest.approx(2 / 3),
+                     "image_points": 3}
+    columns["joints2d"] = np.full((2, 21, 2), np.nan)  # nothing known: the detector's are taken
+    assert evaluate.image_errors(index, pixels) == found
+    index.meta["unseen"] = [1]
+    assert evaluate.image_errors(index, pixels)["image_points"] == 2
     assert evaluate.image_errors(SimpleNamespace(columns={}), pixels) == {}
 
 
