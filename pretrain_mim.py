@@ -21,6 +21,8 @@ Reads indices (data.py); writes RUN/config.json, log.jsonl, last.pt, encoder.pt,
     only with --hog, which is ours and not the paper's
     class token          -> HOG of the whole view                                                     hog
     every patch token    -> HOG of its patch                                                       patch_hog
+    only with --contrast, ours too
+    class token          -> its undone keypoints find the teacher's among those of all hands       contrast
 """
 
 import copy
@@ -54,6 +56,7 @@ from views import (apply_strong_color, apply_theta, choose_finer, invert_theta, 
 WINDOW = 1.5  # side of the usual view over the longer side of the box (ours)
 STUDENT_TEMPERATURE = 0.1  # bytedance/ibot main_ibot.py
 CENTER_MOMENTUM = 0.9  # bytedance/ibot
+CONTRAST_TEMPERATURE = 0.2  # ours
 SPREAD = 0.4  # of the teacher's keypoints, where the hand's box is 1 wide: align_loss (ours)
 CLIP = 3.0  # largest norm of the gradient; iBOT's number, which it applies to each tensor
 FROZEN = 1250  # steps in which the prototypes stand still, at most a 50th of the run (iBOT: its first epoch)
@@ -130,6 +133,18 @@ def spreads(points):
     in_image = points.var(1, unbiased=False).sum(-1).mean().sqrt()
     in_batch = points.var(0, unbiased=False).sum(-1).mean().sqrt()
     return in_image, in_batch
+
+
+def contrast_loss(student, teacher):
+    """Each hand's undone keypoints (2,B,K,2) find the teacher's of the other view among those of all hands of
+    the batch.
+
+    Ours: InfoNCE on what differs from the mean point set.
+    """
+    a, b = (F.normalize((points - points.mean((0, 1))).flatten(2), dim=-1) for points in (student, teacher))
+    logits = a @ b.transpose(1, 2) / CONTRAST_TEMPERATURE  # (2, B, B)
+    own_hand = torch.arange(a.shape[1], device=a.device).repeat(2)
+    return F.cross_entropy(logits.flatten(0, 1), own_hand)
 
 
 def distill(student, teacher, center, temperature):
@@ -375,7 +390,7 @@ def draw_step(student, teacher, views, theta, mask, masked, patch, hands=8):
     return grid(tiles, 2 * len(columns), names, cell=128)
 
 
-CHARTS = {"loss": ("class", "patch", "pixel", "picture", "hog", "patch_hog", "align", "loss"),
+CHARTS = {"loss": ("class", "patch", "pixel", "picture", "hog", "patch_hog", "align", "contrast", "loss"),
             "collapse": ("class_teacher_entropy", "class_entropy_of_mean", "patch_teacher_entropy",
                          "patch_entropy_of_mean"),
             "keypoints": ("keypoint_spread", "keypoint_batch_spread", "equivariance_error",
@@ -421,6 +436,9 @@ def flags():
                        help="weight of HOG: of the whole view from the class token, of each patch from its "
                             "token (ours, not the paper's; default 0; 3 teaches most in some minutes, with "
                             "--align .2 --patch-loss .1 --pixel-loss .3)")
+    group.add_argument("--contrast", type=float, default=0.0, metavar="W",
+                       help="weight of InfoNCE on the keypoints of the batch's hands (ours; default 0; 1 "
+                            "with --pairs teaches more than HandMIM alone, but over many passes)")
     group.add_argument("--keypoints", type=int, default=21,
                        help="number of pseudo keypoints, 16 to 64 are reasonable (default 21)")
     group = cli.add_argument_group("similar hands")
@@ -480,7 +498,7 @@ def check_flags(args):
         raise ValueError("--pair-share and --neighbour do nothing without --pairs: leave them out")
     args.pair_share = 0.5 if args.pair_share is None else args.pair_share
     args.neighbour = 1 if args.neighbour is None else args.neighbour
-    weights = ("patch_loss", "pixel_loss", "hog", "align")
+    weights = ("patch_loss", "pixel_loss", "hog", "align", "contrast")
     check_ranges(args, dict.fromkeys(weights, (0, 1e4)) | {
         "image_size": (16, 4096), "prototypes": (2, 1e6), "keypoints": (2, 1024),
         "mask_ratio": (0, 1), "mask_share": (0, 1), "pair_share": (1e-3, 1), "neighbour": (0, 1000),
@@ -489,12 +507,16 @@ def check_flags(args):
     for name in ("mask_ratio", "zoom"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             raise ValueError(f"--{name.replace('_', '-')}: the lower number comes first")
-    if args.align and not on_keypoints:
-        raise ValueError("--align needs --pose-loss keypoints")
-    if args.pairs and not (args.align or args.pose_loss == "class"):
+    for name in ("align", "contrast"):
+        if getattr(args, name) and not on_keypoints:
+            raise ValueError(f"--{name} needs --pose-loss keypoints")
+    if args.pairs and not (args.align or args.contrast or args.pose_loss == "class"):
         raise ValueError("--pairs: no loss compares the two views; raise --align or leave it out")
-    if on_keypoints and not (args.align or args.hog):
-        raise ValueError("--align and --hog are 0: use --pose-loss none")
+    if args.contrast and args.batch_size // args.accumulate < 2:
+        raise ValueError("--contrast compares the hands of a part of the batch: lower --accumulate or raise "
+                         "--batch-size")
+    if on_keypoints and not (args.align or args.contrast or args.hog):
+        raise ValueError("--align, --contrast and --hog are all 0: use --pose-loss none")
     pose = args.hog or args.pose_loss != "none"
     if not (args.patch_loss or args.pixel_loss or pose):
         raise ValueError("--pose-loss, --patch-loss and --pixel-loss are all off: nothing to learn")
@@ -505,8 +527,9 @@ def check_flags(args):
 
 def loss_weights(args):
     """{name of a loss: its weight}, of the losses that are on."""
-    weights = {"align": args.align, "class": float(args.pose_loss == "class"), "patch": args.patch_loss,
-               "pixel": args.pixel_loss, "picture": args.pixel_loss, "hog": args.hog, "patch_hog": args.hog}
+    weights = {"align": args.align, "contrast": args.contrast, "class": float(args.pose_loss == "class"),
+               "patch": args.patch_loss, "pixel": args.pixel_loss, "picture": args.pixel_loss,
+               "hog": args.hog, "patch_hog": args.hog}
     return {name: weight for name, weight in weights.items() if weight}
 
 
@@ -551,7 +574,7 @@ def main(argv=None):
 
     weights = loss_weights(args)
     distil = tuple(name for name in ("class", "patch") if name in weights)
-    keypoints = args.keypoints if "align" in weights else 0
+    keypoints = args.keypoints if "align" in weights or "contrast" in weights else 0
     student = HandMIM(encoder, args.prototypes, distil, keypoints, "pixel" in weights, "hog" in weights)
     student.to(device).train()
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -629,14 +652,17 @@ def main(argv=None):
                         taught = teacher(some_views, some_mask, masked, hide=False)
                     learned = net(some_views, some_mask, masked, hide=True)
                 losses = {}
-                if "align" in weights:  # the pose loss: class token, undone onto the canvas; the OTHER view
+                if keypoints:  # the pose loss: class token, undone onto the canvas; the OTHER view
                     # A canvas lies around its hand's box, and mining keeps the turn in the image. So similar
                     # hands lie upon each other as their canvases lie: joints .05 of the box apart (random
                     # hands: .30; laid by wrist and size: .046).
                     both = torch.cat([learned["keypoints"], taught["keypoints"]], dim=2)  # (2, B, 2K, 2)
                     points, targets = runtime.gather(apply_theta(some_theta, both)).chunk(2, dim=2)
                     targets = targets.flip(0)
-                    losses["align"] = align_loss(points, targets)
+                    if "align" in weights:
+                        losses["align"] = align_loss(points, targets)
+                    if "contrast" in weights:
+                        losses["contrast"] = contrast_loss(points, targets)
                 if "class" in weights:  # class token, iBOT's way: the OTHER view of the hand
                     errors = distill(learned["class"], taught["class"].flip(0), centers["class"], temperature)
                     losses["class"] = errors.mean()
@@ -657,7 +683,7 @@ def main(argv=None):
                 logged = is_last and is_due(step, args.log_every, steps)  # of the last part
                 if logged:
                     values |= diagnose_prototypes(taught, centers, temperature, runtime.mean)
-                    values |= diagnose_keypoints(points, targets.flip(0)) if "align" in weights else {}
+                    values |= diagnose_keypoints(points, targets.flip(0)) if keypoints else {}
                     values |= gradient_norms(losses, learned["tokens"], args.accumulate, runtime.world,
                                              runtime.mean)
                 scaler.scale(loss / args.accumulate).backward()

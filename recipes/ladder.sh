@@ -132,7 +132,10 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
     for seed in ${SEEDS:-$seeds}; do
         case $started in *" $name.$seed "*) continue ;; esac
         started+="$name.$seed "
-        case $1 in mim | contrastive) refuse_other_length "$runs/$name.$seed" ;; esac
+        case "$1 $*" in
+            untrained* | scratch* | *" --steps "*) ;;
+            *) refuse_other_length "$runs/$name.$seed" ;;
+        esac
         echo "$name.$seed: $runs/$name.$seed.txt"
         if [ "$together" = 1 ]; then
             job "$name" "$seed" "$@" >>"$runs/$name.$seed.txt" 2>&1
@@ -176,6 +179,7 @@ row keypoints mim --patch-loss 0 --pixel-loss 0
 row hog mim --hog 3 --align 0 --patch-loss 0 --pixel-loss 0
 row handmim_hog mim "${hog[@]}"
 row similar mim --pairs "$pairs"                                           # HandMIM, with similar hands
+row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1
 row simclr contrastive --method simclr --temperature 0.05
 row peclr contrastive --method peclr --temperature 0.05
 row simhand contrastive "${simhand[@]}"

@@ -24,11 +24,13 @@ TITLES = {  # name of a row -> what it is; also the order of the tables
     "no_keypoints": "HandMIM without keypoints", "no_patches": "HandMIM without patches",
     "no_pixels": "HandMIM without pixels", "pixels": "pixels alone", "patches": "masked patches alone",
     "keypoints": "keypoints alone", "hog": "HOG alone", "handmim_hog": "HandMIM + HOG",
-    "similar": "HandMIM, similar hands", "simclr": "SimCLR", "peclr": "PeCLR", "simhand": "SiMHand",
+    "similar": "HandMIM, similar hands", "similar_contrast": "HandMIM, similar hands, InfoNCE",
+    "simclr": "SimCLR", "peclr": "PeCLR", "simhand": "SiMHand",
     "simhand_handmim": "SiMHand, then HandMIM", "drawn_handmim": "HandMIM, half of the hands drawn",
     "resnet18": "ResNet-18 from scratch"}
 SETS = {"": "Upright hands", "anywhere_": "Hands seen from anywhere", "pool_": "Real photographs"}
-HEADLINE = ("untrained", "ibot", "handmim", "handmim_hog", "similar", "simclr", "peclr", "simhand")
+HEADLINE = ("untrained", "ibot", "handmim", "handmim_hog", "similar", "similar_contrast", "simclr", "peclr",
+            "simhand")
 COLUMNS = {  # heading -> (number of a kept file, its form)
     "ridge, mm": ("probe.ridge_pa_mpjpe_mm", ".2f"), "neighbour, mm": ("probe.nearest_pa_mpjpe_mm", ".1f"),
     "ridge, %": ("probe.ridge_pa_2d_percent", ".2f"), "neighbour, %": ("probe.nearest_pa_2d_percent", ".2f"),
@@ -90,7 +92,7 @@ def number(kept, place):
 
 
 def hands_of_step(kept):
-    """Hands that a run learns from in a step."""
+    """Hands that a run learns from in a step; of SiMHand pairs of hands."""
     return kept["config"]["batch_size"] if kept["config"]["lr"] else 0
 
 
@@ -99,7 +101,7 @@ def table(rows):
     """Lines of a table of {row: kept files}: mean and deviation over the seeds of the numbers there are."""
     columns = {heading: place for heading, place in COLUMNS.items()
                if any(number(kept, place[0]) is not None for files in rows.values() for kept in files)}
-    lines = [["", "hands seen", "seeds", *columns]]
+    lines = [["", "hands or pairs", "seeds", *columns]]
     for row, files in rows.items():
         name = row.removeprefix(set_of(row))
         seen = [kept["log"][-1]["step"] * hands_of_step(kept) for kept in files if kept.get("log")]
@@ -148,7 +150,7 @@ def headline(rows, size=(720, 440)):
         if "untrained" in some:
             _, *levels = some["untrained"]
             some["untrained"] = [0, longest], *(np.repeat(level[0], 2) for level in levels)
-    return curve(lines, size, title="PA-MPJPE of frozen features in mm (live probe)", x_label="hands seen",
+    return curve(lines, size, title="PA-MPJPE of frozen features in mm (live probe)", x_label="hands seen (SiMHand: pairs)",
                  bands=bands)
 
 

@@ -185,6 +185,7 @@ def test_points_that_follow_the_image_agree_once_undone():
     undone = apply_theta(theta, in_view)
     assert float(pretrain_mim.align_loss(undone, undone.flip(0))) < 1e-10
     assert float(pretrain_mim.align_loss(in_view, in_view.flip(0))) > 1e-3
+    assert float(pretrain_mim.contrast_loss(undone, undone.flip(0))) < 0.5 < math.log(10)
 
 
 def test_alignment_is_a_distance_and_does_not_reward_shrinking():
@@ -316,7 +317,7 @@ class Recorder:
 
 def one_step(hands, tmp_path, monkeypatch, *more):
     """A recorded step of the command on four hands: (Recorder, outputs of teacher and student in order)."""
-    record = Recorder(monkeypatch, "make_views", "in_photograph", "align_loss", "distill",
+    record = Recorder(monkeypatch, "make_views", "in_photograph", "align_loss", "contrast_loss", "distill",
                       "pixel_loss", "picture_loss")
     outputs, forward = [], pretrain_mim.HandMIM.forward
 
@@ -335,18 +336,19 @@ def test_what_is_compared_with_what(hands, tmp_path, monkeypatch):
     view; patch logits, pixels and picture of the same view; the teacher's never hidden, the student's
     always."""
     wide = ("--zoom", 1.3, 1.33, "--mask", "random", "--mask-ratio", 0.5, 0.5)  # views show padding
-    record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, *wide)
+    record, (taught, learned) = one_step(hands, tmp_path, monkeypatch, "--contrast", 1, *wide)
     assert not taught["hide"] and learned["hide"] and torch.equal(taught["mask"], learned["mask"])
     assert not taught["training"] and learned["training"]
     theta = record.of("make_views")[0][0][1]
     assert theta.shape == (2, 4, 2, 3)
-    (points, targets), _, _ = record.of("align_loss")[0]
-    for view in range(2):
-        for hand in range(4):
-            A, t = theta[view, hand, :, :2], theta[view, hand, :, 2]
-            B, u = theta[1 - view, hand, :, :2], theta[1 - view, hand, :, 2]
-            torch.testing.assert_close(points[view, hand], learned["keypoints"][view, hand] @ A.T + t)
-            torch.testing.assert_close(targets[view, hand], taught["keypoints"][1 - view, hand] @ B.T + u)
+    for name in ("align_loss", "contrast_loss"):
+        (points, targets), _, _ = record.of(name)[0]
+        for view in range(2):
+            for hand in range(4):
+                A, t = theta[view, hand, :, :2], theta[view, hand, :, 2]
+                B, u = theta[1 - view, hand, :, :2], theta[1 - view, hand, :, 2]
+                torch.testing.assert_close(points[view, hand], learned["keypoints"][view, hand] @ A.T + t)
+                torch.testing.assert_close(targets[view, hand], taught["keypoints"][1 - view, hand] @ B.T + u)
     (student, teacher, center, temperature), _, _ = record.of("distill")[0]
     assert torch.equal(student, learned["patch"]) and torch.equal(teacher, taught["patch"])
     assert not center.any() and temperature == 0.04 and not teacher.requires_grad
@@ -415,9 +417,10 @@ def test_class_tokens_are_distilled_from_the_other_view(hands, tmp_path, monkeyp
 
 
 def test_the_total_is_the_weighted_sum_of_the_logged_losses(hands, tmp_path):
-    flags = ["--align", 0.7, "--hog", 2, "--patch-loss", 0.5, "--pixel-loss", 0.25]
+    flags = ["--align", 0.7, "--hog", 2, "--patch-loss", 0.5, "--pixel-loss", 0.25, "--contrast", 0.3]
     mim(hands, tmp_path / "run", "--steps", 2, *flags)
-    weight = {"align": 0.7, "hog": 2, "patch_hog": 2, "patch": 0.5, "pixel": 0.25, "picture": 0.25}
+    weight = {"align": 0.7, "hog": 2, "patch_hog": 2, "patch": 0.5, "pixel": 0.25, "picture": 0.25,
+              "contrast": 0.3}
     for row in log(tmp_path / "run"):
         assert row["loss"] == pytest.approx(sum(weight[name] * row[name] for name in weight), rel=1e-5)
 
@@ -552,7 +555,7 @@ def test_a_live_probe_keeps_the_best_encoder_and_changes_nothing(hands, tmp_path
     ["--pose-loss", "none", "--patch-loss", 0, "--mask-share", 0],  # the small picture alone
     ["--pose-loss", "none", "--pixel-loss", 0, "--hog", 1, "--accumulate", 2],
     ["--patch-loss", 0, "--pixel-loss", 0, "--mask-share", 0, "--hog", 0],
-    ["--align", 2, "--keypoints", 16, "--precision", "bf16"]])
+    ["--align", 0, "--contrast", 1, "--keypoints", 16, "--precision", "bf16"]])
 def test_every_switch_trains(hands, tmp_path, switches):
     mim(hands, tmp_path / "run", "--steps", 2, *switches)
     first, last = log(tmp_path / "run")
@@ -562,7 +565,7 @@ def test_every_switch_trains(hands, tmp_path, switches):
 def test_two_processes_compute_what_one_does(hands, pairs, tmp_path):
     """Twelve steps with every loss there is and with similar hands: each line of the log, diagnostics
     included, and the weights. Two processes keep the canvases in memory, which changes nothing."""
-    more = ["--steps", 12, "--hog", 1, "--pairs", pairs, "--neighbour", 0,
+    more = ["--steps", 12, "--contrast", 0.3, "--hog", 1, "--pairs", pairs, "--neighbour", 0,
             "--probe", hands / "train"]
     for processes, cache in ((1, "none"), (2, "device")):
         mim(hands, tmp_path / f"p{processes}", *more, "--cache", cache, processes=processes)

@@ -16,7 +16,7 @@ from runtime import Runtime
 
 TINY = ["--arch", "vit_micro", "--image-size", 64, "--batch-size", 8, "--accumulate", 2, "--workers", 0,
         "--steps", 1000, "--log-every", 1000, "--save-every", 1000]
-ALL_LOSSES = ["--prototypes", 64, "--hog", 1]
+ALL_LOSSES = ["--prototypes", 64, "--contrast", 0.1, "--hog", 1]
 WEIGHTED = ["--method", "peclr", "--weights", "both", "--labelled"]
 STAGES = {
     "handmim": (pretrain_mim, [*TINY, *ALL_LOSSES]),
