@@ -150,8 +150,8 @@ def headline(rows, size=(720, 440)):
         if "untrained" in some:
             _, *levels = some["untrained"]
             some["untrained"] = [0, longest], *(np.repeat(level[0], 2) for level in levels)
-    return curve(lines, size, title="PA-MPJPE of frozen features in mm (live probe)", x_label="hands seen (SiMHand: pairs)",
-                 bands=bands)
+    return curve(lines, size, title="PA-MPJPE of frozen features in mm (live probe)",
+                 x_label="hands seen (SiMHand: pairs)", bands=bands)
 
 
 def probe_curve(kept):
