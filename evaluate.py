@@ -13,8 +13,7 @@ submitted, minus the wrist, and after a similarity fit (metrics.py).
 Writes metrics.json (millimetres), scores.txt (the official keys; centimetres for FreiHAND and HO-3D), the
 leaderboard's files (results.py) and report.html, one page that needs nothing else. --definitions adds
 definitions.json, --compare writes table.json. All files appear together at the end; a run that fails leaves
-nothing. An index without labels gets its files and no scores, but for what its 2-D points
-can say."""
+nothing. An index without labels gets its files and no scores, but for what its 2-D points can say."""
 
 import base64
 import html
@@ -514,7 +513,7 @@ def predict_with_checkpoint(args, index, arrays, definition):
                          "with --mano (none for the synthetic hand)")
     net = load_mesh(state, Mano(arrays)).to(runtime.device)
     *pred, chain, pixels = predict_index(net, index, arrays, definition, state["box_scale"], args.tta,
-                                 args.batch_size, runtime)
+                                         args.batch_size, runtime)
     pred = [np.round(points.astype(np.float64), 7) for points in pred]
     kind = index.meta.get("box", "as it was given")
     return pred, chain, pixels, {

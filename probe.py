@@ -41,6 +41,9 @@ from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
 NEIGHBOURS = 10
+RAW = {  # views (B,3,S,S) in [0,1] -> features that nobody learned
+    "pixels": lambda views: F.interpolate(views, 16, mode="area").flatten(1),  # (B, 768)
+    "hog": lambda views: whole_hog(normalise(views)).flatten(1)}  # (B, 512)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -120,9 +123,7 @@ def read_features(networks, index, rows, labels, args, runtime):
         return encoder
 
     encoders = {name: encoder_of(network) for name, network in networks.items()}
-    raw = {"pixels": lambda views: F.interpolate(views, 16, mode="area").flatten(1),  # (B, 768)
-           "hog": lambda views: whole_hog(normalise(views)).flatten(1)}  # (B, 512)
-    features, found = encode(encoders, readable_batches(), make_views, labels, raw)
+    features, found = encode(encoders, readable_batches(), make_views, labels, RAW)
     return features, found, len(unread)
 
 

@@ -132,7 +132,7 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
     for seed in ${SEEDS:-$seeds}; do
         case $started in *" $name.$seed "*) continue ;; esac
         started+="$name.$seed "
-        case "$1 $*" in
+        case "$*" in
             untrained* | scratch* | *" --steps "*) ;;
             *) refuse_other_length "$runs/$name.$seed" ;;
         esac

@@ -226,10 +226,9 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_rows():
     net = build_encoder("vit_micro", 32).eval()
     views = torch.rand(7, 3, 32, 32)
     batches = [{"canvas": views[rows], "row": rows} for rows in torch.arange(7).split([3, 1, 3])]
-    corner = {"corner": lambda views: views[:, :, 0, 0]}
     features, labels = probing.encode({"net": net.features}, batches, lambda batch: batch["canvas"], ("row",),
-                                      corner)
-    assert list(features) == [("net", "class"), ("net", "mean"), ("net", "both"), ("corner", "raw")]
+                                      {"pixels": probe.RAW["pixels"]})
+    assert list(features) == [("net", "class"), ("net", "mean"), ("net", "both"), ("pixels", "raw")]
     assert labels["row"].tolist() == list(range(7))
     for i in range(7):
         summary, feature_map = net.features(views[i:i + 1])
@@ -237,7 +236,8 @@ def test_features_are_those_of_the_encoder_in_the_order_of_the_rows():
         expected = {"class": summary[0], "mean": mean, "both": torch.cat([summary[0], mean])}
         for feature, value in expected.items():
             np.testing.assert_allclose(features["net", feature][i], value.detach().numpy(), atol=1e-5)
-        np.testing.assert_array_equal(features["corner", "raw"][i], views[i, :, 0, 0].numpy())
+        blocks = views[i].unflatten(2, (16, 2)).unflatten(1, (16, 2)).mean((2, 4))  # (3, 16, 16)
+        np.testing.assert_allclose(features["pixels", "raw"][i], blocks.flatten().numpy(), atol=1e-6)
     assert all(value.dtype == np.float64 for value in features.values())
 
 
