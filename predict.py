@@ -57,7 +57,7 @@ from model import load_mesh
 from runtime import add_device_flags, check_ranges, parser, run, setup
 from saving import load_checkpoint, staged_folder
 from synthetic_hand import synthetic_mano
-from tracking import Tracks, box_around, is_gone, jitter
+from tracking import Tracks, box_around, is_gone, jitter, smooth, smooth_rotations
 from video import (
     OVERLAYS, VIDEO_SUFFIXES, OverlayWriter, frame_rate, hand_box, list_videos, mediapipe_detector,
     read_frames,
@@ -296,23 +296,19 @@ class Network:
         return list(zip(looks, self._estimate(looks), strict=True))
 
     @torch.inference_mode()
-    def smoothed(self, track, look, estimate, seconds):
-        """The estimate with the track's shape, after and before smoothing."""
-        betas = track.held_shape(estimate["betas"])
-        # A hand that is held to be smaller stands nearer, so that it fills the same pixels.
-        factor = self.length(betas) / self.length(estimate["betas"])
-        camera = estimate["camera"] * np.float32([1 / factor, factor, factor])
-        turns, smooth_camera = track.smoothed(estimate["rotmats"], camera, look.crop, seconds)
-        rotmats = torch.from_numpy(np.float32([turns, estimate["rotmats"]])).to(self.runtime.device)
-        vertices, joints = self.hand(rotmats, torch.from_numpy(np.float32([betas, betas])).to(rotmats.device))
-        vertices = vertices - joints[:, :1]
-        joints = joints_from_vertices(vertices, self.arrays)
-        both = {"vertices": vertices.cpu().numpy(), "joints": joints.cpu().numpy(),
-                "rotmats": rotmats.cpu().numpy()}
-        # Of the view, where a left hand is mirrored; the camera is the picture's already.
-        views = [{name: value[i] for name, value in both.items()} for i in (0, 1)]
-        return [_as_seen(view, look.side) | {"betas": np.float32(betas), "camera": np.float32(place)}
-                for view, place in zip(views, (smooth_camera, camera), strict=True)]
+    def hands(self, rotmats, betas, sides, at_once=1000):
+        """vertices (M,778,3) and joints (M,21,3) about the wrist, as the picture shows them, of right hands'
+        rotmats (M,16,3,3) and betas (M,10). sides (M,): of the hands in the picture."""
+        parts = []
+        for start in range(0, len(betas), at_once):  # all hands of a long video need gigabytes
+            model = (torch.from_numpy(np.float32(each[start:start + at_once])).to(self.runtime.device)
+                     for each in (rotmats, betas))
+            vertices, joints = self.hand(*model)
+            vertices = vertices - joints[:, :1]
+            parts.append((vertices.cpu().numpy(), joints_from_vertices(vertices, self.arrays).cpu().numpy()))
+        is_left = (sides == "left")[:, None, None]
+        return {name: np.where(is_left, mirror(name, points), points) for name, points in
+                zip(("vertices", "joints"), map(np.concatenate, zip(*parts, strict=True)), strict=True)}
 
     @torch.inference_mode()
     def length(self, betas):
@@ -338,14 +334,14 @@ def box_of(look, estimate):
     return box_around(crop_to_picture(estimate["joints"], estimate["camera"], look.crop))
 
 
-def place_hand(look, estimate, K, source, factor=1.0):
+def place_hand(estimate, crop, side, K, source, factor=1.0):
     """The hand as NAME.npz holds it. K (3,3) of its picture and its source; factor: true by model's size."""
     vertices, joints = (estimate[name] * np.float32(factor) for name in ("vertices", "joints"))
     camera = estimate["camera"] * np.float32([1 / factor, factor, factor])
-    translation = place_points(joints, crop_to_picture(joints, camera, look.crop), K)
+    translation = place_points(joints, crop_to_picture(joints, camera, crop), K)
     return {"vertices": vertices, "joints": joints, "rotmats": estimate["rotmats"],
-            "betas": estimate["betas"], "camera": camera, "crop": np.float32(look.crop),
-            "side": np.array(look.side), "translation": np.float32(translation), "K": np.float32(K),
+            "betas": estimate["betas"], "camera": camera, "crop": np.float32(crop),
+            "side": np.array(side), "translation": np.float32(translation), "K": np.float32(K),
             "focal": np.float32(math.sqrt(K[0, 0] * K[1, 1])), "focal_source": np.array(source),
             "hand_scale": np.float32(factor)}
 
@@ -409,7 +405,7 @@ def predicted(hands, network, args, failures):
         seen = network.estimate(looks, args.refine) if looks else []
         for (path, name, camera), (look, estimate) in zip(owners, seen, strict=True):
             factor = network.true_size(estimate["betas"], args.hand_length)
-            yield path, name, place_hand(look, estimate, *camera, factor)
+            yield path, name, place_hand(estimate, look.crop, look.side, *camera, factor)
         bar.update(len(some_hands))
     bar.close()
 
@@ -470,51 +466,111 @@ def look_at(network, frame, refine, tracks):
             for look, estimate in network.estimate(looks, rounds)]
 
 
+def follow_hands(path, network, find, rate, args):
+    """A row (dict) for each hand in each frame of a video: what the network sees of it, and where. Besides,
+    how many frames were read, and the names of those that could not be."""
+    tracks = Tracks(asks_often=bool(args.boxes or args.detector))
+    rows, unread = [], []
+    frames = read_frames(path, read_image=lambda file: read_image(file)[0])
+    for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc=path.name)):
+        if frame is None:
+            unread.append(name)
+            continue
+        seen = tracks.step(frame.size, partial(look_at, network, frame, args.refine),
+                           partial(find, name, frame))
+        for track, (look, estimate) in seen:
+            rows.append({"frame": number, "time": number / rate, "track": track.number, "part": track.part,
+                         "sure": track.doubted == 0, "size": frame.size, "side": look.side, "crop": look.crop,
+                         "rotmats": estimate["rotmats"], "betas": estimate["betas"],
+                         "camera": estimate["camera"]})
+    return rows, number + 1 - len(unread), unread
+
+
+def as_table(rows):
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def groups(*columns):
+    """The rows of each combination of values in columns (M,), as lists of their numbers."""
+    _, group = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
+    return [np.flatnonzero(group.ravel() == each) for each in range(group.max() + 1)]
+
+
+def hold_shape(seen, network):
+    """betas and camera of the rows of follow_hands: the shape of a hand is the mean of its estimates."""
+    betas, camera = seen["betas"].copy(), seen["camera"].copy()
+    for rows in groups(seen["track"], seen["side"] == "left"):
+        betas[rows] = seen["betas"][rows].mean(0)
+        # A hand that is held to be smaller stands nearer, so that it fills the same pixels.
+        before = np.array([network.length(each) for each in seen["betas"][rows]])
+        factor = network.length(betas[rows[0]]) / before
+        camera[rows] *= np.stack([1 / factor, factor, factor], 1)
+    return betas, camera
+
+
+def steady(seen, camera, seconds):
+    """rotmats and camera of the rows of follow_hands, smoothed in time and in the picture."""
+    rotmats, camera = seen["rotmats"].copy(), camera.copy()
+    half = (seen["crop"][:, 2:] - seen["crop"][:, :2]) / 2  # (M, 2) pixels
+    middle = seen["crop"][:, :2] + half
+    scale = half[:, :1] * camera[:, :1]  # (M, 1) pixels a metre
+    wrist = middle + scale * camera[:, 1:]  # (M, 2) pixels
+    for rows in groups(seen["track"], seen["part"]) if seconds else ():
+        times = seen["time"][rows]
+        rotmats[rows] = smooth_rotations(rotmats[rows], times, seconds)
+        wrist[rows] = smooth(wrist[rows], times, seconds)
+        scale[rows] = np.exp(smooth(np.log(scale[rows]), times, seconds))
+    camera = np.concatenate([scale / half[:, :1], (wrist - middle) / scale], axis=1)
+    return rotmats, camera
+
+
 def predict_video(path, name, network, find, args):
     """Writes NAME.npz and NAME/ of a video, which appear together. find: of finder_of."""
     rate = args.fps if path.is_dir() else frame_rate(path) or args.fps
-    tracks = Tracks(args.smooth, asks_often=bool(args.boxes or args.detector))
-    rows, rough, unread = [], [], []  # rough: before smoothing
-    seconds = 0.0
-    with staged_folder(args.out) as part, OverlayWriter(part / name, path, rate) as writer:
-        start = time.perf_counter()
-        frames = read_frames(path, read_image=lambda file: read_image(file)[0])
-        for number, (frame_name, frame) in enumerate(tqdm(frames, unit="frame", desc=path.name)):
-            if frame is None:
-                unread.append(frame_name)
-                continue
-            seen = tracks.step(frame.size, partial(look_at, network, frame, args.refine),
-                               partial(find, frame_name, frame))
-            camera = camera_of(None, frame.size, args.K, args.focal)
-            hands = []
-            for track, (look, estimate) in seen:
-                both = network.smoothed(track, look, estimate, number / rate)
-                factor = network.true_size(both[0]["betas"], args.hand_length)
-                hand, before = (place_hand(look, each, *camera, factor) for each in both)
-                hands.append(hand)
-                rough.append({key: before[key] for key in ("joints", "translation")})
-                rows.append(hand | {"frame": number, "time": number / rate, "track": track.number,
-                                    "sure": track.doubted == 0})
-            seconds += time.perf_counter() - start
-            if not args.no_overlays:
-                writer.add(frame_name, draw_hands(np.asarray(frame), 1, hands, network.faces))
-            start = time.perf_counter()  # drawing does not count
-        if not rows:
-            raise ValueError(f"{path}: no hand found in any frame")
-        rows, rough = ({key: np.array([row[key] for row in table]) for key in table[0]}
-                       for table in (rows, rough))
-        np.savez(part / f"{name}.npz", **rows)
+    start = time.perf_counter()
+    rows, count, unread = follow_hands(path, network, find, rate, args)
+    if not rows:
+        raise ValueError(f"{path}: no hand found in any frame")
+    seen = as_table(rows)
+    betas, camera = hold_shape(seen, network)
+    places = [camera_of(None, size, args.K, args.focal) for size in seen["size"]]
+    factors = [network.true_size(each, args.hand_length) for each in betas]
+
+    def placed(rotmats, camera):
+        hands = network.hands(rotmats, betas, seen["side"])
+        estimates = hands | {"rotmats": np.float32(rotmats), "betas": betas, "camera": np.float32(camera)}
+        return as_table([place_hand({key: value[i] for key, value in estimates.items()}, seen["crop"][i],
+                                    seen["side"][i], *places[i], factors[i]) for i in range(len(rows))])
+
+    rough = placed(seen["rotmats"], camera)
+    hands = placed(*steady(seen, camera, args.smooth))
+    hands |= {key: seen[key] for key in ("frame", "time", "track", "sure")}
+    seconds = time.perf_counter() - start
+    with staged_folder(args.out) as part:
+        np.savez(part / f"{name}.npz", **hands)
+        if not args.no_overlays:
+            draw_video(part / name, path, rate, hands, network.faces)
         shutil.rmtree(args.out / name, ignore_errors=True)  # of an earlier call, as is_result has said
     if unread:
         print(f"{path}: frames that could not be read: {len(unread)} (the first is {unread[0]})")
-    count = number + 1 - len(unread)
-    frames, hands = (len(np.unique(rows[key])) for key in ("frame", "track"))
-    print(f"{args.out / name}.npz: {hands} hands in {frames} of {count} frames, {count / seconds:.1f} frames "
-          f"a second without drawing; focal length by {rows['focal_source'][0]}")
+    frames, tracks = (len(np.unique(hands[key])) for key in ("frame", "track"))
+    print(f"{args.out / name}.npz: {tracks} hands in {frames} of {count} frames, {count / seconds:.1f} "
+          f"frames a second without drawing; focal length by {hands['focal_source'][0]}")
     for what, share in (("about the wrist", 0), ("in the room", 1)):
-        places = (1000 * (table["joints"] + share * table["translation"][:, None]) for table in (rows, rough))
-        smooth, before = (jitter(each, rows["track"], rows["frame"]) for each in places)
-        print(f"jitter of the joints {what}: {smooth:.2f} mm a frame squared, {before:.2f} before smoothing")
+        after, before = (jitter(1000 * (table["joints"] + share * table["translation"][:, None]),
+                                hands["track"], hands["frame"]) for table in (hands, rough))
+        print(f"jitter of the joints {what}: {after:.2f} mm a frame squared, {before:.2f} before smoothing")
+
+
+def draw_video(folder, path, rate, hands, faces):
+    """The overlays of a video, which is read once more. hands: of NAME.npz."""
+    rows = {frame: np.flatnonzero(hands["frame"] == frame) for frame in np.unique(hands["frame"])}
+    with OverlayWriter(folder, path, rate) as writer:
+        frames = read_frames(path, read_image=lambda file: read_image(file)[0])
+        for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc="drawing")):
+            if frame is not None:
+                shown = [{key: value[i] for key, value in hands.items()} for i in rows.get(number, ())]
+                writer.add(name, draw_hands(np.asarray(frame), 1, shown, faces))
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -550,8 +606,9 @@ def flags():
     clip.add_argument("--no-overlays", action="store_true", help="NAME.npz alone, drawn nothing")
     clip.add_argument("--fps", type=float, default=30.0,
                       help="frames a second of folders of frames (default 30)")
-    clip.add_argument("--smooth", type=float, default=1.0,
-                      help="how much a hand at rest is smoothed; 0: not at all (default 1)")
+    clip.add_argument("--smooth", type=float, default=0.07, metavar="SECONDS",
+                      help="deviation of the window over which motion is smoothed; 0: not at all (default "
+                           ".07)")
     add_device_flags(cli, workers=False)
     return cli
 
@@ -563,7 +620,7 @@ def check(args):
     if args.boxes and args.detector:
         raise ValueError("--boxes and --detector both say where the hands are: leave one out")
     check_ranges(args, {"batch_size": (1, 10**6), "focal": (1, 1e6), "hand_length": (1, 1e4),
-                        "fps": (0.01, 1e4), "smooth": (0, 100), "refine": (0, 100)})
+                        "fps": (0.01, 1e4), "smooth": (0, 10), "refine": (0, 100)})
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
     for path in args.images:

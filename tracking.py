@@ -1,19 +1,18 @@
-"""A hand through a video: where it is looked for next, when it is lost, its side, its shape, its smoothing.
+"""A hand through a video: where it is looked for next, when it is lost, its side, its smoothing.
 
-Boxes (4,) are x0, y0, x1, y1 in pixel-EDGE coordinates. Times are seconds. Nothing looks ahead: what is said
-of a frame depends on the frames up to it, so that a camera can be followed as it films.
+Boxes (4,) are x0, y0, x1, y1 in pixel-EDGE coordinates. Times are seconds. Tracks do not look ahead: what
+they say of a frame depends on the frames up to it. The smoothing does, so that it does not lag.
 
 Example::
 
     import numpy as np
-    from tracking import OneEuro, jitter
+    from tracking import jitter, smooth
 
-    times = np.arange(90) / 30
-    noise = 0.01 * np.random.default_rng(0).standard_normal((90, 1))
-    smooth = OneEuro(cutoff=1.0, gain=1.0)
-    values = np.array([smooth(value, time) for value, time in zip(noise, times)])
-    track, frames = np.zeros(90), np.arange(90)
-    assert jitter(values[:, None], track, frames) < 0.5 * jitter(noise[:, None], track, frames)
+    frames = np.arange(90)
+    noise = 0.01 * np.random.default_rng(0).standard_normal((90, 1, 2))
+    smoothed = smooth(noise, times=frames / 30, seconds=0.05)
+    track = np.zeros(90)
+    assert jitter(smoothed, track, frames) < 0.2 * jitter(noise, track, frames)
 
 MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 """
@@ -30,7 +29,6 @@ PATIENCE = 10  # frames in a row that a hand is followed in doubt,
 MISSES = 30  # and while a detector sees none: it may be worse than the network
 LEAD = 3  # votes
 DRIFT = 1.7  # times the size at which a hand was last found, from which it is looked at again
-ROTATION_GAIN, PLACE_GAIN, SIZE_GAIN = 0.3, 3.0, 3.0  # hertz for a radian, a hand, a factor e a second
 SAME = 0.3  # share of two boxes (intersection over union) from which they are of one hand
 TWICE = 0.7  # ... from which two tracks follow one hand
 
@@ -79,54 +77,32 @@ def is_gone(box, before, crop, size) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------- smoothing
-class OneEuro:
-    """The 1-Euro filter (Casiez, Roussel, Vogel 2012, algorithm 1) of vectors (..., D) at any times.
+def smooth(values: np.ndarray, times: np.ndarray, seconds: float) -> np.ndarray:
+    """Values (N,...) at rising times (N,) -> means of those around each, with the weights of a Gaussian whose
+    deviation is `seconds`.
 
-    A low-pass filter of the first order. Its cutoff is cutoff + gain |speed|, in hertz: slow motion is
-    smoothed, fast motion is followed. The speed itself is smoothed at `speed_cutoff`. Ours: one speed for a
-    vector, its length, so that nothing depends on the axes."""
-
-    def __init__(self, cutoff: float, gain: float, speed_cutoff: float = 1.0):
-        self.cutoff = cutoff
-        self.gain = gain
-        self.speed_cutoff = speed_cutoff
-        self.time = None
-
-    def __call__(self, value: np.ndarray, time: float, unit: float = 1.0) -> np.ndarray:
-        """The smoothed value at a time later than all before. unit: of the values, in which speeds count."""
-        if self.time is None:
-            self.time, self.value, self.speed = time, value, 0.0
-            return value
-        step = time - self.time
-        self.time = time
-        way = self.way(self.value, value)
-        speed = way / (step * unit)
-        self.speed = self.speed + _alpha(self.speed_cutoff, step) * (speed - self.speed)
-        length = np.linalg.norm(self.speed, axis=-1, keepdims=True)
-        self.value = self.moved(self.value, _alpha(self.cutoff + self.gain * length, step) * way)
-        return self.value
-
-    def way(self, start, end):
-        return end - start
-
-    def moved(self, start, way):
-        return start + way
+    Ours: a value before counts only together with the one that lies as many frames behind. So steady motion
+    stays what it is, and nothing lags; the first and the last value stay."""
+    flat = values.reshape(len(values), -1).astype(float)
+    total = flat.copy()
+    weights = np.ones((len(values), 1))
+    for reach in range(1, (len(values) + 1) // 2):
+        apart = (times[2 * reach:] - times[:-2 * reach]) / 2
+        weight = np.exp(-0.5 * (apart / seconds) ** 2)[:, None]
+        if weight.max() < 1e-3:
+            break
+        total[reach:-reach] += weight * (flat[2 * reach:] + flat[:-2 * reach])
+        weights[reach:-reach] += 2 * weight
+    return (total / weights).reshape(values.shape)
 
 
-class OneEuroRotations(OneEuro):
-    """The same of rotations (J,3,3): the way from one to another is an axis times an angle (J,3), speeds are
-    radians a second. Ours."""
-
-    def way(self, start, end):
-        return Rotation.from_matrix(end @ start.transpose(0, 2, 1)).as_rotvec()
-
-    def moved(self, start, way):
-        return Rotation.from_rotvec(way).as_matrix() @ start
-
-
-def _alpha(cutoff, step):
-    """The share of the new value."""
-    return 1 / (1 + 1 / (2 * np.pi * cutoff * step))
+def smooth_rotations(rotmats: np.ndarray, times: np.ndarray, seconds: float) -> np.ndarray:
+    """The same of rotations (N,J,3,3), by the means of their quaternions."""
+    quats = Rotation.from_matrix(rotmats.reshape(-1, 3, 3)).as_quat().reshape(*rotmats.shape[:2], 4)
+    turned_over = (quats[1:] * quats[:-1]).sum(2) < 0  # q and -q are one rotation
+    quats[1:] *= np.cumprod(np.where(turned_over, -1, 1), axis=0)[..., None]
+    quats = smooth(quats, times, seconds)
+    return Rotation.from_quat(quats.reshape(-1, 4)).as_matrix().reshape(rotmats.shape)
 
 
 def jitter(points: np.ndarray, tracks: np.ndarray, frames: np.ndarray) -> float:
@@ -142,14 +118,14 @@ def jitter(points: np.ndarray, tracks: np.ndarray, frames: np.ndarray) -> float:
 # ----------------------------------------------------------------------------------------------------- tracks
 class Track:
     """One hand. box: where it is; None while it is lost. points: what a detector said beside a box in this
-    frame, or None. smooth: see Tracks.
+    frame, or None. part: a number that changes where the hand was lost, or found elsewhere.
 
     Ours: the side is that of most votes; it changes where the other side leads by LEAD, because detectors
-    take one for the other for frames on end. The shape is the mean of all estimates."""
+    take one for the other for frames on end."""
 
-    def __init__(self, number: int, smooth: float):
+    def __init__(self, number: int):
         self.number = number
-        self.smooth = smooth
+        self.part = 0
         self.votes = Counter()
         self.side = None
         self.box = None
@@ -163,7 +139,7 @@ class Track:
     def find(self, box, side, points=None):
         """Takes what a detector sees: where the hand is, and a vote for its side."""
         if self.box is None or overlap(self.box, box) <= SAME:
-            self._restart()
+            self.part += 1
         self._look_at(np.asarray(box, float))
         self.longest = None  # that of the mesh that will be seen
         self.points = points
@@ -171,20 +147,12 @@ class Track:
         self.votes[side] += 1
         if self.side is None or self.votes[side] >= self.votes[self.side] + LEAD:
             self.side = side
-            self.shapes, self.shape = 0, np.zeros(10)  # that of its mirror image is another
-            self._restart()
+            self.part += 1
 
     def _look_at(self, box):
         self.box = box
         self.is_new = True  # the box is not that of a mesh
         self.doubted = 0
-
-    def _restart(self):
-        """Nothing is smoothed across a loss."""
-        cutoff = 1 / self.smooth if self.smooth else np.inf
-        self.rotations = OneEuroRotations(cutoff, ROTATION_GAIN)
-        self.place = OneEuro(cutoff, PLACE_GAIN)
-        self.size = OneEuro(cutoff, SIZE_GAIN)
 
     def miss(self):
         """A detector looked and saw no hand here."""
@@ -216,35 +184,14 @@ class Track:
             self.box = None
         return self.box is not None
 
-    def held_shape(self, betas):
-        """The mean of all betas (10,) so far."""
-        self.shapes += 1
-        self.shape = self.shape + (betas - self.shape) / self.shapes
-        return self.shape
-
-    def smoothed(self, rotmats, camera, crop, time):
-        """rotmats (16,3,3) and camera (3,) of a crop (4,), smoothed in the picture."""
-        if not self.smooth:
-            return rotmats, camera
-        x0, y0, x1, y1 = crop
-        half = (x1 - x0) / 2
-        middle = np.array([x0 + x1, y0 + y1]) / 2
-        wrist = middle + half * camera[0] * camera[1:]  # pixels
-        # Speeds count in hands, so that the same motion is as fast near the camera as far away.
-        wrist = self.place(wrist, time, longer_side(self.box))
-        scale = np.exp(self.size(np.log([half * camera[0]]), time))[0]  # pixels a metre
-        camera = np.array([scale / half, *((wrist - middle) / scale)])
-        return self.rotations(rotmats, time), camera
-
 
 class Tracks:
-    """All hands of a video. smooth: 1 / smooth hertz is the cutoff of the smoothing at rest; 0: none.
+    """All hands of a video.
 
     asks_often: `find` is asked in every frame, because boxes of detectors and people are better than those of
     the last mesh. False: it is asked while no hand is followed."""
 
-    def __init__(self, smooth: float, asks_often: bool):
-        self.smooth = smooth
+    def __init__(self, asks_often: bool):
         self.asks_often = asks_often
         self.all = []
 
@@ -307,7 +254,7 @@ class Tracks:
             if lost:
                 free.remove(lost[-1])
             else:
-                self.all.append(Track(len(self.all), self.smooth))
+                self.all.append(Track(len(self.all)))
             (lost or self.all)[-1].find(box, *said)
 
     def _drop_twins(self):
