@@ -779,7 +779,8 @@ class MeshHead(nn.Module):
         0 where it knows none. They count beside the peaks, or alone where the head has no joint maps.
 
         Ours. Maps find joints on photographs unlike those trained on, where the regressors follow them only
-        in part. Two rounds of Gauss and Newton find the most probable hand. The deviations of what is to be
+        in part. Rounds of Gauss and Newton find the most probable hand: two by the peaks, which lie near the
+        estimate, and eight by a detector's points, which may not. The deviations of what is to be
         found, about the estimate, are those of SETTLE; that of a peak is the larger, the less of the map's
         probability lies there. What is far away counts by its distance, not by the square."""
         measured = [read_peaks(estimate["joint_maps"])] if "joint_maps" in estimate else []
@@ -794,7 +795,7 @@ class MeshHead(nn.Module):
                                   SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
         to_shift = SETTLE["shift"] * torch.eye(2, device=device).expand(camera.shape[0], 21, 2, 2)
         found = torch.zeros(camera.shape[0], 51, device=device)  # in deviations: 48 turns, scale, shift
-        for _ in range(2):
+        for _ in range(2 if seen is None else 8):
             _, joints = self.hand(rotmats, betas)
             joints = joints - joints[:, :1]
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
