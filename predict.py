@@ -497,7 +497,7 @@ def groups(*columns):
 
 
 def hold_shape(seen, network):
-    """betas and camera of the rows of follow_hands: the shape of a hand is the mean of its estimates."""
+    """The rows of follow_hands with one shape for a hand, the mean of its estimates."""
     betas, camera = seen["betas"].copy(), seen["camera"].copy()
     for rows in groups(seen["track"], seen["side"] == "left"):
         betas[rows] = seen["betas"][rows].mean(0)
@@ -505,23 +505,36 @@ def hold_shape(seen, network):
         before = np.array([network.length(each) for each in seen["betas"][rows]])
         factor = network.length(betas[rows[0]]) / before
         camera[rows] *= np.stack([1 / factor, factor, factor], 1)
-    return betas, camera
+    return seen | {"betas": betas, "camera": camera}
 
 
-def steady(seen, camera, seconds):
-    """rotmats and camera of the rows of follow_hands, smoothed in time and in the picture."""
-    rotmats, camera = seen["rotmats"].copy(), camera.copy()
+def steady(seen, seconds):
+    """The rows of follow_hands with rotmats and camera smoothed in time, in the picture."""
+    rotmats = seen["rotmats"].copy()
     half = (seen["crop"][:, 2:] - seen["crop"][:, :2]) / 2  # (M, 2) pixels
     middle = seen["crop"][:, :2] + half
-    scale = half[:, :1] * camera[:, :1]  # (M, 1) pixels a metre
-    wrist = middle + scale * camera[:, 1:]  # (M, 2) pixels
+    scale = half[:, :1] * seen["camera"][:, :1]  # (M, 1) pixels a metre
+    wrist = middle + scale * seen["camera"][:, 1:]  # (M, 2) pixels
     for rows in groups(seen["track"], seen["part"]) if seconds else ():
         times = seen["time"][rows]
         rotmats[rows] = smooth_rotations(rotmats[rows], times, seconds)
         wrist[rows] = smooth(wrist[rows], times, seconds)
         scale[rows] = np.exp(smooth(np.log(scale[rows]), times, seconds))
     camera = np.concatenate([scale / half[:, :1], (wrist - middle) / scale], axis=1)
-    return rotmats, camera
+    return seen | {"rotmats": np.float32(rotmats), "camera": np.float32(camera)}
+
+
+def place_all(seen, network, args, keys=KEYS):
+    """The `keys` of NAME.npz of the rows of follow_hands."""
+    hands = seen | network.hands(seen["rotmats"], seen["betas"], seen["side"])
+    rows = []
+    for i, size in enumerate(seen["size"]):
+        estimate = {key: hands[key][i] for key in ("vertices", "joints", "rotmats", "betas", "camera")}
+        camera = camera_of(None, size, args.K, args.focal)
+        factor = network.true_size(estimate["betas"], args.hand_length)
+        hand = place_hand(estimate, seen["crop"][i], seen["side"][i], *camera, factor)
+        rows.append({key: hand[key] for key in keys})
+    return as_table(rows)
 
 
 def predict_video(path, name, network, find, args):
@@ -531,20 +544,10 @@ def predict_video(path, name, network, find, args):
     rows, count, unread = follow_hands(path, network, find, rate, args)
     if not rows:
         raise ValueError(f"{path}: no hand found in any frame")
-    seen = as_table(rows)
-    betas, camera = hold_shape(seen, network)
-    places = [camera_of(None, size, args.K, args.focal) for size in seen["size"]]
-    factors = [network.true_size(each, args.hand_length) for each in betas]
-
-    def placed(rotmats, camera):
-        hands = network.hands(rotmats, betas, seen["side"])
-        estimates = hands | {"rotmats": np.float32(rotmats), "betas": betas, "camera": np.float32(camera)}
-        return as_table([place_hand({key: value[i] for key, value in estimates.items()}, seen["crop"][i],
-                                    seen["side"][i], *places[i], factors[i]) for i in range(len(rows))])
-
-    rough = placed(seen["rotmats"], camera)
-    hands = placed(*steady(seen, camera, args.smooth))
-    hands |= {key: seen[key] for key in ("frame", "time", "track", "sure")}
+    seen = hold_shape(as_table(rows), network)
+    rough = place_all(seen, network, args, ("joints", "translation"))  # before smoothing
+    hands = place_all(steady(seen, args.smooth), network, args)
+    hands |= {key: seen[key] for key in ROW_KEYS - KEYS}
     seconds = time.perf_counter() - start
     with staged_folder(args.out) as part:
         np.savez(part / f"{name}.npz", **hands)

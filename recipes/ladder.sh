@@ -119,6 +119,7 @@ wait_until() {               # wait_until N: at most N runs go on. A run that fa
 refuse_other_length() {      # refuse_other_length RUN: one table holds runs of one length
     if [ -e "$1/config.json" ] && ! grep -q "\"steps\": $steps," "$1/config.json"; then
         echo "$1 has not $steps steps: ask for its STEPS, or choose other RUNS" >&2
+        refused=yes
         exit 2
     fi
 }
@@ -150,11 +151,12 @@ row() {                      # row NAME STAGE [SWITCH ...]: once a seed, where R
 
 finish() {
     local status=$? run
-    [ $status = 0 ] || echo "stopped: the ends of $runs/*.txt say why" >&2
+    [ $status = 0 ] || [ "$refused" ] || echo "stopped: the ends of $runs/*.txt say why" >&2
     for run in $(jobs -rp); do
         kill -- "-$run"      # it saves first
     done
 }
+refused=
 trap finish EXIT
 
 seeds="0 1 2"
@@ -178,8 +180,9 @@ row patches mim --pose-loss none --pixel-loss 0
 row keypoints mim --patch-loss 0 --pixel-loss 0
 row hog mim --hog 3 --align 0 --patch-loss 0 --pixel-loss 0
 row handmim_hog mim "${hog[@]}"
-row similar mim --pairs "$pairs"                                           # HandMIM, with similar hands
-row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1
+row contrast mim --contrast 1                                              # HandMIM with InfoNCE,
+row similar mim --pairs "$pairs"                                           # ... with similar hands,
+row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1      # ... with both
 row simclr contrastive --method simclr --temperature 0.05
 row peclr contrastive --method peclr --temperature 0.05
 row simhand contrastive "${simhand[@]}"
@@ -191,6 +194,7 @@ row anywhere_ibot mim --pose-loss class --pixel-loss 0
 row anywhere_handmim mim
 row anywhere_handmim_hog mim "${hog[@]}"
 row anywhere_similar mim --pairs "$pairs"
+row anywhere_similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1
 row anywhere_simhand contrastive "${simhand[@]}"
 row anywhere_resnet18 scratch --arch resnet18
 

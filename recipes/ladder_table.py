@@ -24,6 +24,7 @@ TITLES = {  # name of a row -> what it is; also the order of the tables
     "no_keypoints": "HandMIM without keypoints", "no_patches": "HandMIM without patches",
     "no_pixels": "HandMIM without pixels", "pixels": "pixels alone", "patches": "masked patches alone",
     "keypoints": "keypoints alone", "hog": "HOG alone", "handmim_hog": "HandMIM + HOG",
+    "contrast": "HandMIM, InfoNCE",
     "similar": "HandMIM, similar hands", "similar_contrast": "HandMIM, similar hands, InfoNCE",
     "simclr": "SimCLR", "peclr": "PeCLR", "simhand": "SiMHand",
     "simhand_handmim": "SiMHand, then HandMIM", "drawn_handmim": "HandMIM, half of the hands drawn",
