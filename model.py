@@ -779,8 +779,8 @@ class MeshHead(nn.Module):
         0 where it knows none. They count beside the peaks, or alone where the head has no joint maps.
 
         Ours. Maps find joints on photographs unlike those trained on, where the regressors follow them only
-        in part. Rounds of Gauss and Newton find the most probable hand: two by the peaks, which lie near the
-        estimate, and eight by a detector's points, which may not. The deviations of what is to be
+        in part. Rounds of Gauss and Newton find the most probable hand. Two are enough for peaks, which lie
+        near the estimate. A detector's points may lie far away: eight. The deviations of what is to be
         found, about the estimate, are those of SETTLE; that of a peak is the larger, the less of the map's
         probability lies there. What is far away counts by its distance, not by the square."""
         measured = [read_peaks(estimate["joint_maps"])] if "joint_maps" in estimate else []
@@ -790,12 +790,13 @@ class MeshHead(nn.Module):
         device = camera.device
         looser = torch.ones(camera.shape[0], 1, device=device)
         if seen is not None:
-            looser = torch.where(seen[..., 2:].amax(1) > 0, SETTLE["seen"], looser)
+            is_seen = seen[..., 2:].amax(1) > 0  # (B, 1)
+            looser = torch.where(is_seen, SETTLE["seen"], looser)
         spread = torch.block_diag(SETTLE["wrist"] * torch.eye(3, device=device),
                                   SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
         to_shift = SETTLE["shift"] * torch.eye(2, device=device).expand(camera.shape[0], 21, 2, 2)
         found = torch.zeros(camera.shape[0], 51, device=device)  # in deviations: 48 turns, scale, shift
-        for _ in range(2 if seen is None else 8):
+        for turn in range(2 if seen is None else 8):
             _, joints = self.hand(rotmats, betas)
             joints = joints - joints[:, :1]
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
@@ -815,6 +816,8 @@ class MeshHead(nn.Module):
                 slope = slope + (weighted @ away.flatten(1)[..., None])[..., 0]
             step = (conjugate_gradients(curvature, slope) if torch.compiler.is_compiling()
                     else torch.linalg.solve(curvature, slope))
+            if turn >= 2:
+                step = torch.where(is_seen, step, 0.0)
             found = found + step
             rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))
             scale = scale * (SETTLE["log_scale"] * step[:, 48:49]).exp()

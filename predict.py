@@ -296,19 +296,17 @@ class Network:
         return list(zip(looks, self._estimate(looks), strict=True))
 
     @torch.inference_mode()
-    def hands(self, rotmats, betas, sides, at_once=1000):
+    def hands(self, rotmats, betas, sides):
         """vertices (M,778,3) and joints (M,21,3) about the wrist, as the picture shows them, of right hands'
         rotmats (M,16,3,3) and betas (M,10). sides (M,): of the hands in the picture."""
-        parts = []
-        for start in range(0, len(betas), at_once):  # all hands of a long video need gigabytes
-            model = (torch.from_numpy(np.float32(each[start:start + at_once])).to(self.runtime.device)
-                     for each in (rotmats, betas))
-            vertices, joints = self.hand(*model)
-            vertices = vertices - joints[:, :1]
-            parts.append((vertices.cpu().numpy(), joints_from_vertices(vertices, self.arrays).cpu().numpy()))
+        rotmats, betas = (torch.from_numpy(np.float32(each)).to(self.runtime.device)
+                          for each in (rotmats, betas))
+        vertices, joints = self.hand(rotmats, betas)
+        vertices = vertices - joints[:, :1]
+        points = {"vertices": vertices, "joints": joints_from_vertices(vertices, self.arrays)}
+        points = {name: value.cpu().numpy() for name, value in points.items()}
         is_left = (sides == "left")[:, None, None]
-        return {name: np.where(is_left, mirror(name, points), points) for name, points in
-                zip(("vertices", "joints"), map(np.concatenate, zip(*parts, strict=True)), strict=True)}
+        return {name: np.where(is_left, mirror(name, value), value) for name, value in points.items()}
 
     @torch.inference_mode()
     def length(self, betas):
@@ -316,10 +314,6 @@ class Network:
         flat = torch.eye(3, device=self.runtime.device).expand(1, 16, 3, 3)
         _, joints = self.hand(flat, torch.from_numpy(np.float32([betas])).to(flat.device))
         return float((joints[0, 12] - joints[0, 0]).norm())
-
-    def true_size(self, betas, millimetres):
-        """By what the model's hand is too small; 1 where the true length is not given."""
-        return millimetres / 1000 / self.length(betas) if millimetres else 1.0
 
 
 def _as_seen(estimate, side):
@@ -332,6 +326,11 @@ def _as_seen(estimate, side):
 def box_of(look, estimate):
     """The box (4,) around the 21 joints in the picture."""
     return box_around(crop_to_picture(estimate["joints"], estimate["camera"], look.crop))
+
+
+def true_size(length, millimetres):
+    """By what a hand of this length, in metres, is too small; 1 where the true length is not given."""
+    return millimetres / 1000 / length if millimetres else 1.0
 
 
 def place_hand(estimate, crop, side, K, source, factor=1.0):
@@ -404,7 +403,7 @@ def predicted(hands, network, args, failures):
                 failures.append(_named(error, path))
         seen = network.estimate(looks, args.refine) if looks else []
         for (path, name, camera), (look, estimate) in zip(owners, seen, strict=True):
-            factor = network.true_size(estimate["betas"], args.hand_length)
+            factor = true_size(network.length(estimate["betas"]), args.hand_length)
             yield path, name, place_hand(estimate, look.crop, look.side, *camera, factor)
         bar.update(len(some_hands))
     bar.close()
@@ -471,19 +470,23 @@ def follow_hands(path, network, find, rate, args):
     how many frames were read, and the names of those that could not be."""
     tracks = Tracks(asks_often=bool(args.boxes or args.detector))
     rows, unread = [], []
+    count = 0
     frames = read_frames(path, read_image=lambda file: read_image(file)[0])
     for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc=path.name)):
         if frame is None:
             unread.append(name)
             continue
+        count += 1
+        K, source = camera_of(None, frame.size, args.K, args.focal)
         seen = tracks.step(frame.size, partial(look_at, network, frame, args.refine),
                            partial(find, name, frame))
         for track, (look, estimate) in seen:
-            rows.append({"frame": number, "time": number / rate, "track": track.number, "part": track.part,
-                         "sure": track.doubted == 0, "size": frame.size, "side": look.side, "crop": look.crop,
-                         "rotmats": estimate["rotmats"], "betas": estimate["betas"],
-                         "camera": estimate["camera"]})
-    return rows, number + 1 - len(unread), unread
+            estimate = {key: estimate[key] for key in ("rotmats", "betas", "camera")}
+            rows.append(estimate | {
+                "frame": number, "time": number / rate, "track": track.number, "part": track.part,
+                "sure": track.doubted == 0, "side": look.side, "crop": look.crop, "K": K, "source": source,
+                "length": network.length(estimate["betas"])})
+    return rows, count, unread
 
 
 def as_table(rows):
@@ -491,65 +494,69 @@ def as_table(rows):
 
 
 def groups(*columns):
-    """The rows of each combination of values in columns (M,), as lists of their numbers."""
+    """The rows of each combination of values in columns (M,), as arrays of their numbers."""
     _, group = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
     return [np.flatnonzero(group.ravel() == each) for each in range(group.max() + 1)]
 
 
 def hold_shape(seen, network):
-    """The rows of follow_hands with one shape for a hand, the mean of its estimates."""
-    betas, camera = seen["betas"].copy(), seen["camera"].copy()
+    """The table of follow_hands with one shape for each side of a hand, the mean of its estimates."""
+    betas, length, camera = (seen[key].copy() for key in ("betas", "length", "camera"))
     for rows in groups(seen["track"], seen["side"] == "left"):
         betas[rows] = seen["betas"][rows].mean(0)
+        length[rows] = network.length(betas[rows[0]])
         # A hand that is held to be smaller stands nearer, so that it fills the same pixels.
-        before = np.array([network.length(each) for each in seen["betas"][rows]])
-        factor = network.length(betas[rows[0]]) / before
+        factor = length[rows] / seen["length"][rows]
         camera[rows] *= np.stack([1 / factor, factor, factor], 1)
-    return seen | {"betas": betas, "camera": camera}
+    return seen | {"betas": betas, "length": length, "camera": camera}
 
 
 def steady(seen, seconds):
-    """The rows of follow_hands with rotmats and camera smoothed in time, in the picture."""
+    """The table of follow_hands, smoothed in time: rotmats, and camera as the wrist's pixels and those of a
+    metre."""
     rotmats = seen["rotmats"].copy()
-    half = (seen["crop"][:, 2:] - seen["crop"][:, :2]) / 2  # (M, 2) pixels
-    middle = seen["crop"][:, :2] + half
-    scale = half[:, :1] * seen["camera"][:, :1]  # (M, 1) pixels a metre
+    half = (seen["crop"][:, 2:3] - seen["crop"][:, :1]) / 2  # (M, 1) pixels
+    middle = seen["crop"][:, :2] + half  # (M, 2) pixels
+    scale = half * seen["camera"][:, :1]  # (M, 1) pixels a metre
     wrist = middle + scale * seen["camera"][:, 1:]  # (M, 2) pixels
-    for rows in groups(seen["track"], seen["part"]) if seconds else ():
+    for rows in groups(seen["track"], seen["part"]):
         times = seen["time"][rows]
         rotmats[rows] = smooth_rotations(rotmats[rows], times, seconds)
         wrist[rows] = smooth(wrist[rows], times, seconds)
         scale[rows] = np.exp(smooth(np.log(scale[rows]), times, seconds))
-    camera = np.concatenate([scale / half[:, :1], (wrist - middle) / scale], axis=1)
+    camera = np.concatenate([scale / half, (wrist - middle) / scale], axis=1)
     return seen | {"rotmats": np.float32(rotmats), "camera": np.float32(camera)}
 
 
-def place_all(seen, network, args, keys=KEYS):
-    """The `keys` of NAME.npz of the rows of follow_hands."""
-    hands = seen | network.hands(seen["rotmats"], seen["betas"], seen["side"])
-    rows = []
-    for i, size in enumerate(seen["size"]):
-        estimate = {key: hands[key][i] for key in ("vertices", "joints", "rotmats", "betas", "camera")}
-        camera = camera_of(None, size, args.K, args.focal)
-        factor = network.true_size(estimate["betas"], args.hand_length)
-        hand = place_hand(estimate, seen["crop"][i], seen["side"][i], *camera, factor)
-        rows.append({key: hand[key] for key in keys})
-    return as_table(rows)
+def place_all(seen, network, millimetres, keys=KEYS, at_once=1000):
+    """The `keys` of NAME.npz for the table of follow_hands. millimetres: --hand-length."""
+    parts = []
+    for start in range(0, len(seen["frame"]), at_once):  # meshes of a long video take gigabytes
+        some = {key: values[start:start + at_once] for key, values in seen.items()}
+        some |= network.hands(some["rotmats"], some["betas"], some["side"])
+        hands = []
+        for i, length in enumerate(some["length"]):
+            row = {key: values[i] for key, values in some.items()}
+            hand = place_hand(row, row["crop"], row["side"], row["K"], row["source"],
+                              true_size(length, millimetres))
+            hands.append({key: hand[key] for key in keys})
+        parts.append(as_table(hands))
+    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
 
 
 def predict_video(path, name, network, find, args):
     """Writes NAME.npz and NAME/ of a video, which appear together. find: of finder_of."""
     rate = args.fps if path.is_dir() else frame_rate(path) or args.fps
-    start = time.perf_counter()
-    rows, count, unread = follow_hands(path, network, find, rate, args)
-    if not rows:
-        raise ValueError(f"{path}: no hand found in any frame")
-    seen = hold_shape(as_table(rows), network)
-    rough = place_all(seen, network, args, ("joints", "translation"))  # before smoothing
-    hands = place_all(steady(seen, args.smooth), network, args)
-    hands |= {key: seen[key] for key in ROW_KEYS - KEYS}
-    seconds = time.perf_counter() - start
     with staged_folder(args.out) as part:
+        start = time.perf_counter()
+        rows, count, unread = follow_hands(path, network, find, rate, args)
+        if not rows:
+            raise ValueError(f"{path}: no hand found in any frame")
+        seen = hold_shape(as_table(rows), network)
+        rough = place_all(seen, network, args.hand_length, ("joints", "translation"))
+        smoothed = steady(seen, args.smooth) if args.smooth else seen
+        hands = place_all(smoothed, network, args.hand_length) | {key: seen[key] for key in ROW_KEYS - KEYS}
+        seconds = time.perf_counter() - start
         np.savez(part / f"{name}.npz", **hands)
         if not args.no_overlays:
             draw_video(part / name, path, rate, hands, network.faces)
@@ -566,13 +573,13 @@ def predict_video(path, name, network, find, args):
 
 
 def draw_video(folder, path, rate, hands, faces):
-    """The overlays of a video, which is read once more. hands: of NAME.npz."""
-    rows = {frame: np.flatnonzero(hands["frame"] == frame) for frame in np.unique(hands["frame"])}
+    """The overlays of a video, which is read once more. hands: of NAME.npz, in the order of the frames."""
+    frames = read_frames(path, read_image=lambda file: read_image(file)[0])
     with OverlayWriter(folder, path, rate) as writer:
-        frames = read_frames(path, read_image=lambda file: read_image(file)[0])
         for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc="drawing")):
             if frame is not None:
-                shown = [{key: value[i] for key, value in hands.items()} for i in rows.get(number, ())]
+                first, end = np.searchsorted(hands["frame"], [number, number + 1])
+                shown = [{key: values[i] for key, values in hands.items()} for i in range(first, end)]
                 writer.add(name, draw_hands(np.asarray(frame), 1, shown, faces))
 
 
@@ -610,8 +617,8 @@ def flags():
     clip.add_argument("--fps", type=float, default=30.0,
                       help="frames a second of folders of frames (default 30)")
     clip.add_argument("--smooth", type=float, default=0.07, metavar="SECONDS",
-                      help="deviation of the window over which motion is smoothed; 0: not at all (default "
-                           ".07)")
+                      help="deviation of the window in time over which motion is smoothed; 0: not at all "
+                           "(default .07)")
     add_device_flags(cli, workers=False)
     return cli
 
@@ -623,7 +630,7 @@ def check(args):
     if args.boxes and args.detector:
         raise ValueError("--boxes and --detector both say where the hands are: leave one out")
     check_ranges(args, {"batch_size": (1, 10**6), "focal": (1, 1e6), "hand_length": (1, 1e4),
-                        "fps": (0.01, 1e4), "smooth": (0, 10), "refine": (0, 100)})
+                        "fps": (0.01, 1e4), "smooth": (0, 0.5), "refine": (0, 100)})
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
     for path in args.images:

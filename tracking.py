@@ -81,17 +81,19 @@ def smooth(values: np.ndarray, times: np.ndarray, seconds: float) -> np.ndarray:
     """Values (N,...) at rising times (N,) -> means of those around each, with the weights of a Gaussian whose
     deviation is `seconds`.
 
-    Ours: a value before counts only together with the one that lies as many frames behind. So steady motion
-    stays what it is, and nothing lags; the first and the last value stay."""
+    Ours: values count in pairs, one before and one after, as they lie on the line between them. So steady
+    motion stays as it is. Near the ends the window is narrower; the first and the last value stay."""
     flat = values.reshape(len(values), -1).astype(float)
     total = flat.copy()
     weights = np.ones((len(values), 1))
     for reach in range(1, (len(values) + 1) // 2):
-        apart = (times[2 * reach:] - times[:-2 * reach]) / 2
-        weight = np.exp(-0.5 * (apart / seconds) ** 2)[:, None]
+        before, here, after = times[:-2 * reach], times[reach:-reach], times[2 * reach:]
+        weight = np.exp(-0.5 * ((after - before) / 2 / seconds) ** 2)[:, None]
         if weight.max() < 1e-3:
             break
-        total[reach:-reach] += weight * (flat[2 * reach:] + flat[:-2 * reach])
+        share = ((here - before) / (after - before))[:, None]
+        between = flat[:-2 * reach] + share * (flat[2 * reach:] - flat[:-2 * reach])
+        total[reach:-reach] += 2 * weight * between
         weights[reach:-reach] += 2 * weight
     return (total / weights).reshape(values.shape)
 

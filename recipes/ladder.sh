@@ -180,9 +180,9 @@ row patches mim --pose-loss none --pixel-loss 0
 row keypoints mim --patch-loss 0 --pixel-loss 0
 row hog mim --hog 3 --align 0 --patch-loss 0 --pixel-loss 0
 row handmim_hog mim "${hog[@]}"
-row contrast mim --contrast 1                                              # HandMIM with InfoNCE,
-row similar mim --pairs "$pairs"                                           # ... with similar hands,
-row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1      # ... with both
+row contrast mim --contrast 1                                              # HandMIM + InfoNCE
+row similar mim --pairs "$pairs"                                           # ... + similar hands, for half
+row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1      # ... + both, for all
 row simclr contrastive --method simclr --temperature 0.05
 row peclr contrastive --method peclr --temperature 0.05
 row simhand contrastive "${simhand[@]}"

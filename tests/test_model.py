@@ -693,6 +693,15 @@ def test_a_hand_settles_where_its_joint_maps_have_their_peaks():
     missed = (seen(told) - seen(truth)).norm(dim=2).mean(1) / (seen(bent) - seen(truth)).norm(dim=2).mean(1)
     assert (missed[:8] < 0.3).all()
     torch.testing.assert_close(missed[8:], torch.ones(8))
+    # Also where it is far from the estimate. A hand without points is as if it were alone.
+    far = posed(hand.turn(rotmats, 0.6 * torch.randn(16, 16, 3, generator=generator)))
+    maps = {"joint_maps": maps_of(seen(far) + 0.1)}
+    maps["joint_maps"][:8] = 0  # these know nothing
+    told = head.settle(far | maps, torch.cat([places, certainty], dim=2))
+    missed = (seen(told) - seen(truth)).norm(dim=2).mean(1) / (seen(far) - seen(truth)).norm(dim=2).mean(1)
+    assert missed[:8].median() < 0.17
+    alone = head.settle({name: value[8:] for name, value in (far | maps).items()})
+    torch.testing.assert_close(seen(told)[8:], seen(alone))
 
 
 def test_a_head_with_joint_maps_reads_a_resnets_finer_maps():

@@ -331,8 +331,9 @@ def test_smoothing_takes_the_mean_of_a_window_in_time():
         wanted = np.sqrt((weights ** 2).sum()) / weights.sum()
         noise = np.random.default_rng(0).standard_normal((400, 50, 2))
         assert tracking.smooth(noise, times, 0.07)[60:-60].std() == pytest.approx(wanted, rel=0.02)
-        line = np.stack([3 * times, 1 - times], 1)
-        np.testing.assert_allclose(tracking.smooth(line, times, 0.07), line, atol=1e-12)
+        kept = np.random.default_rng(1).random(400) < 0.8  # some frames could not be read
+        line = np.stack([3 * times, 1 - times], 1)[kept]
+        np.testing.assert_allclose(tracking.smooth(line, times[kept], 0.07), line, atol=1e-12)
     np.testing.assert_allclose(tracking.smooth(noise[:2], times[:2], 0.07), noise[:2])
 
 
@@ -348,17 +349,66 @@ def test_rotations_are_smoothed_as_their_angles():
     np.testing.assert_allclose(found, np.stack([wanted, wanted.transpose(0, 2, 1)], axis=1), atol=2e-3)
 
 
+def seen_rows(places, scales, rotmats):
+    """The table of follow_hands for hands whose wrists lie at places (M,2) in pixels, with scales (M,) in
+    pixels a metre, in crops that shake."""
+    rng = np.random.default_rng(0)
+    half = rng.uniform(60, 90, (len(places), 1))
+    middle = places + rng.uniform(-20, 20, (len(places), 2))
+    camera = np.concatenate([scales[:, None] / half, (places - middle) / scales[:, None]], axis=1)
+    return {"crop": np.concatenate([middle - half, middle + half], axis=1), "camera": camera,
+            "rotmats": rotmats, "time": np.arange(len(places)) / 30, "track": np.zeros(len(places), int),
+            "part": np.zeros(len(places), int), "side": np.full(len(places), "right")}
+
+
+def wrists(seen):
+    """Places (M,2) in pixels and scales (M,) in pixels a metre."""
+    half = (seen["crop"][:, 2] - seen["crop"][:, 0]) / 2
+    scale = half * seen["camera"][:, 0]
+    return seen["crop"][:, :2] + half[:, None] + scale[:, None] * seen["camera"][:, 1:], scale
+
+
 def test_nothing_is_smoothed_from_one_hand_or_part_to_another():
-    """Rows of two hands in turns; the second is lost and found in another place."""
-    tracks, parts = np.tile([0, 1], 20), np.repeat([0, 0, 0, 1], 10)
-    parts[::2] = 0
-    place = 10.0 * tracks + 100 * parts
-    seen = {"track": tracks, "part": parts, "time": np.repeat(np.arange(20) / 30, 2),
-            "crop": np.tile([0.0, 0, 200, 200], (40, 1)), "rotmats": np.tile(np.eye(3), (40, 16, 1, 1))}
-    seen["camera"] = np.stack([np.full(40, 2.0), place, place], axis=1)
-    smoothed = predict.steady(seen, 0.1)
-    np.testing.assert_allclose(smoothed["camera"], seen["camera"], rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(smoothed["rotmats"], seen["rotmats"], atol=1e-6)
+    """Rows of two hands in turns; the second is lost and found in another place. Each is at rest."""
+    which = np.tile([0, 1], 20) + np.repeat([0, 0, 0, 1], 10) * np.tile([0, 1], 20)  # (40,): 0, 1 or 2
+    turns = Rotation.from_rotvec([[0, 0, 0], [1, 0, 0], [0, 2, 0]]).as_matrix()[which][:, None]
+    places, scales = np.array([[50.0, 60], [200, 90], [90, 150]])[which], np.array([900.0, 700, 500])[which]
+    seen = seen_rows(places, scales, np.tile(turns, (1, 16, 1, 1)))
+    seen |= {"time": np.repeat(np.arange(20) / 30, 2), "track": which > 0, "part": which == 2}
+    found = predict.steady(seen, 0.1)
+    np.testing.assert_allclose(found["rotmats"], seen["rotmats"], atol=1e-6)
+    np.testing.assert_allclose(wrists(found)[0], places, rtol=1e-5)
+    np.testing.assert_allclose(wrists(found)[1], scales, rtol=1e-5)
+
+
+def test_place_size_and_turn_of_a_shaking_hand_are_smoothed_in_the_picture():
+    """Whatever the crops do."""
+    rng = np.random.default_rng(0)
+    turns = Rotation.from_rotvec(0.1 * rng.standard_normal((200, 3))).as_matrix()[:, None]
+    rough = seen_rows(200 + rng.standard_normal((200, 2)), 800 * np.exp(0.01 * rng.standard_normal(200)),
+                      np.tile(turns, (1, 16, 1, 1)))
+    still = predict.steady(rough, 0.07)
+    for before, after in zip((*wrists(rough), rough["rotmats"]), (*wrists(still), still["rotmats"]),
+                             strict=True):
+        assert after.std(0).max() < 0.5 * before.std(0).max()
+
+
+def test_a_hand_has_one_shape_for_each_of_its_sides(checkpoint):
+    """The mean of its estimates; it fills the same pixels at the same place."""
+    network = predict.Network(checkpoint, None, predict.setup(
+        predict.flags().parse_args(["photo.png", "--device", "cpu"]), alone=True))
+    rng = np.random.default_rng(0)
+    turns = np.tile(np.eye(3), (8, 16, 1, 1))
+    rough = seen_rows(rng.uniform(100, 200, (8, 2)), rng.uniform(500, 900, 8), turns)
+    betas = rng.standard_normal((8, 10))
+    rough |= {"betas": betas, "length": np.array([network.length(each) for each in betas]),
+              "track": np.array([0, 0, 1, 1, 1, 1, 1, 0]), "side": np.array(["left"] * 4 + ["right"] * 4)}
+    held = predict.hold_shape(rough, network)
+    for rows in ([0, 1], [7], [2, 3], [4, 5, 6]):
+        np.testing.assert_allclose(held["betas"][rows], betas[rows].mean(0)[None].repeat(len(rows), 0))
+    np.testing.assert_allclose(wrists(held)[0], wrists(rough)[0])
+    np.testing.assert_allclose(wrists(held)[1] * held["length"], wrists(rough)[1] * rough["length"])
+    assert held["length"][0] == network.length(betas[:2].mean(0))
 
 
 def test_jitter_is_the_second_difference_within_a_track():
@@ -382,9 +432,10 @@ def square_at(x, y, side=100):
 
 def follow(truth, asked=lambda frame, asks: None, frames=40, asks_often=True, doubt=lambda frame: 0.0):
     """Follows a hand whose box in a frame is truth(frame), by a network without error that sees what lies in
-    its crop of 1.4 times the box. Returns {frame: [(track, box)]} and the frames that were asked for."""
+    its crop of 1.4 times the box. Returns {frame: [(track, box)]}, the frames that were asked for, and the
+    parts of the tracks in each frame."""
     tracks = tracking.Tracks(asks_often)
-    found, asks = {}, []
+    found, asks, parts = {}, [], []
     for frame in range(frames):
         def see(some, frame=frame):
             said = []
@@ -402,7 +453,8 @@ def follow(truth, asked=lambda frame, asks: None, frames=40, asks_often=True, do
             return asked(frame, asks)
 
         found[frame] = tracks.step(SIZE, see, ask)
-    return found, asks
+        parts.append([track.part for track, _ in found[frame]])
+    return found, asks, parts
 
 
 def moving(frame):
@@ -412,12 +464,12 @@ def moving(frame):
 def test_a_hand_is_followed_by_its_last_mesh():
     """From one box; the boxes are the mesh's own where a detector sees none. Without a detector the first box
     is asked for once."""
-    found, asks = follow(moving, lambda frame, asks: [(moving(0), "right")] if frame == 0 else None)
+    found, asks, _ = follow(moving, lambda frame, asks: [(moving(0), "right")] if frame == 0 else None)
     assert all(len(seen) == 1 for seen in found.values())
     np.testing.assert_allclose([seen[0][1] for seen in found.values()], [moving(frame) for frame in found])
-    found, asks = follow(moving, lambda frame, asks: None if frame % 3 else [(moving(frame) + 1, "right")])
+    found, asks, _ = follow(moving, lambda frame, asks: None if frame % 3 else [(moving(frame) + 1, "right")])
     assert asks == [*range(40)] and {track.number for seen in found.values() for track, _ in seen} == {0}
-    _, asks = follow(moving, lambda frame, asks: [(moving(0), "right")], asks_often=False)
+    _, asks, _ = follow(moving, lambda frame, asks: [(moving(0), "right")], asks_often=False)
     assert asks == [0]
 
 
@@ -429,17 +481,19 @@ def test_a_hand_that_is_lost_is_found_again_as_the_same():
     def asked(frame, asks):
         return [] if truth(frame) is None else [(truth(frame), "left")]
 
-    found, asks = follow(truth, asked)
+    found, _, parts = follow(truth, asked)
     assert [frame for frame, seen in found.items() if not seen] == list(range(10, 20))
+    assert [part for [part] in parts[:10]] == 10 * parts[0]  # one stretch, ...
+    assert parts[9] < parts[20] == parts[29] < parts[30] == parts[39]  # ... another, and one after the jump
     assert {track.number for seen in found.values() for track, _ in seen} == {0}
     np.testing.assert_allclose(found[30][0][1], truth(30))  # in the same frame
 
     def detected(frame, asks):
         return [(moving(frame), "left")]
 
-    doubted, _ = follow(moving, detected, doubt=lambda frame: 0.5 if 15 <= frame else 0.0)
+    doubted, *_ = follow(moving, detected, doubt=lambda frame: 0.5 if 15 <= frame else 0.0)
     assert all(doubted.values())  # the detector sees it
-    alone, _ = follow(moving, lambda frame, asks: [(moving(0), "left")] if frame == 0 else None,
+    alone, *_ = follow(moving, lambda frame, asks: [(moving(0), "left")] if frame == 0 else None,
                       doubt=lambda frame: 0.5 if 15 <= frame else 0.0)
     assert [frame for frame, seen in alone.items() if not seen] == list(range(15 + tracking.PATIENCE, 40))
 
@@ -475,7 +529,7 @@ def test_a_crop_that_shrinks_by_itself_is_looked_at_again_at_its_old_size():
     def smaller(frame):
         return square_at(300, 200, 200 * 0.94**frame)
 
-    found, _ = follow(smaller, lambda *_: [(smaller(0), "left")], asks_often=False)
+    found, *_ = follow(smaller, lambda *_: [(smaller(0), "left")], asks_often=False)
     np.testing.assert_allclose([seen[0][1] for seen in found.values()], [smaller(frame) for frame in found])
 
 
@@ -549,6 +603,13 @@ def test_a_folder_of_frames_gives_one_file_of_rows(clip, checkpoint, shaky, tmp_
         return [((30, 40, 100, 110), "right"), *late]
 
     monkeypatch.setattr(predict, "mediapipe_detector", fake_detector(hands_of))
+    drawn = []
+
+    def draw_hands(image, factor, hands, faces):
+        drawn.append(np.array([hand["crop"] for hand in hands]))
+        return image
+
+    monkeypatch.setattr(predict, "draw_hands", draw_hands)
     command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--fps", 10,
                "--out", tmp_path / "out", "--detector", "mediapipe"]
     done = call(*command)
@@ -564,13 +625,19 @@ def test_a_folder_of_frames_gives_one_file_of_rows(clip, checkpoint, shaky, tmp_
     assert rows["sure"].all()
     assert not np.ptp(rows["betas"][first], axis=0).any()  # the shape is held, ...
     assert np.abs(rows["betas"][first][0] - rows["betas"][~first][0]).max() > 0.1  # ... each hand's its own
+    np.testing.assert_equal(np.concatenate(drawn), rows["crop"])  # each frame with its own hands
     frames = sorted(path.name for path in (tmp_path / "out/wave").iterdir())
     assert frames == [f"{frame:03d}.jpg" for frame in range(12)] + [video.OVERLAYS]
     assert list_images(tmp_path / "out") == [] and video.list_videos(tmp_path) == [clip]
 
     (clip / "005.png").write_bytes(b"no picture")
+    drawn.clear()
     assert "could not be read: 1 (the first is 005.png)" in call(*command).stdout
     assert len(list((tmp_path / "out/wave").iterdir())) == 12
+    rows = np.load(tmp_path / "out/wave.npz")
+    read = [frame for frame in range(12) if frame != 5]
+    assert [len(crops) for crops in drawn] == [np.sum(rows["frame"] == frame) for frame in read]
+    np.testing.assert_equal(np.concatenate(drawn), rows["crop"])
     (tmp_path / "out/wave" / video.OVERLAYS).unlink()  # now it may be anybody's folder
     refused("wave is there already", *command)
     assert len(list((tmp_path / "out/wave").iterdir())) == 11
