@@ -58,6 +58,7 @@ mesh=(
     --resume auto
 )
 hog=(--hog 3 --align 0.2 --patch-loss 0.1 --pixel-loss 0.3)   # HandMIM + HOG
+both=(--pair-share 1 --contrast 1)                            # similar hands for all, and InfoNCE
 simhand=(--method simhand --weights none --temperature 0.2 --lr 5e-5)
 
 use() {                      # use SET: the hands of the rows that follow
@@ -182,7 +183,8 @@ row hog mim --hog 3 --align 0 --patch-loss 0 --pixel-loss 0
 row handmim_hog mim "${hog[@]}"
 row contrast mim --contrast 1                                              # HandMIM + InfoNCE
 row similar mim --pairs "$pairs"                                           # ... + similar hands, for half
-row similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1      # ... + both, for all
+row similar_contrast mim --pairs "$pairs" "${both[@]}"                     # ... + both, for all
+row hog_similar_contrast mim "${hog[@]}" --pairs "$pairs" "${both[@]}"
 row simclr contrastive --method simclr --temperature 0.05
 row peclr contrastive --method peclr --temperature 0.05
 row simhand contrastive "${simhand[@]}"
@@ -194,7 +196,8 @@ row anywhere_ibot mim --pose-loss class --pixel-loss 0
 row anywhere_handmim mim
 row anywhere_handmim_hog mim "${hog[@]}"
 row anywhere_similar mim --pairs "$pairs"
-row anywhere_similar_contrast mim --pairs "$pairs" --pair-share 1 --contrast 1
+row anywhere_similar_contrast mim --pairs "$pairs" "${both[@]}"
+row anywhere_hog_similar_contrast mim "${hog[@]}" --pairs "$pairs" "${both[@]}"
 row anywhere_simhand contrastive "${simhand[@]}"
 row anywhere_resnet18 scratch --arch resnet18
 
@@ -202,6 +205,7 @@ use easy
 seeds="0 1 2"                                                              # what the headline says
 row handmim_hog mim "${hog[@]}"
 row similar mim --pairs "$pairs"
+row hog_similar_contrast mim "${hog[@]}" --pairs "$pairs" "${both[@]}"
 row simclr contrastive --method simclr --temperature 0.05
 row peclr contrastive --method peclr --temperature 0.05
 row simhand contrastive "${simhand[@]}"
@@ -217,6 +221,8 @@ if [ -n "${POOL:-}" ]; then
     row pool_handmim mim
     row pool_handmim_hog mim "${hog[@]}"
     row pool_similar mim --pairs "$pairs"
+    row pool_similar_contrast mim --pairs "$pairs" "${both[@]}"
+    row pool_hog_similar_contrast mim "${hog[@]}" --pairs "$pairs" "${both[@]}"
     row pool_simclr contrastive --method simclr --temperature 0.05
     row pool_peclr contrastive --method peclr --temperature 0.05
     row pool_simhand contrastive "${simhand[@]}"

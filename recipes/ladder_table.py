@@ -26,12 +26,13 @@ TITLES = {  # name of a row -> what it is; also the order of the tables
     "keypoints": "keypoints alone", "hog": "HOG alone", "handmim_hog": "HandMIM + HOG",
     "contrast": "HandMIM, InfoNCE",
     "similar": "HandMIM, similar hands", "similar_contrast": "HandMIM, similar hands, InfoNCE",
+    "hog_similar_contrast": "HandMIM + HOG, similar hands, InfoNCE",
     "simclr": "SimCLR", "peclr": "PeCLR", "simhand": "SiMHand",
     "simhand_handmim": "SiMHand, then HandMIM", "drawn_handmim": "HandMIM, half of the hands drawn",
     "resnet18": "ResNet-18 from scratch"}
 SETS = {"": "Upright hands", "anywhere_": "Hands seen from anywhere", "pool_": "Real photographs"}
-HEADLINE = ("untrained", "ibot", "handmim", "handmim_hog", "similar", "similar_contrast", "simclr", "peclr",
-            "simhand")
+HEADLINE = ("untrained", "ibot", "handmim", "handmim_hog", "similar", "contrast", "similar_contrast",
+            "hog_similar_contrast", "simclr", "peclr", "simhand")
 COLUMNS = {  # heading -> (number of a kept file, its form)
     "ridge, mm": ("probe.ridge_pa_mpjpe_mm", ".2f"), "neighbour, mm": ("probe.nearest_pa_mpjpe_mm", ".1f"),
     "ridge, %": ("probe.ridge_pa_2d_percent", ".2f"), "neighbour, %": ("probe.nearest_pa_2d_percent", ".2f"),
