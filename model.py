@@ -796,7 +796,7 @@ class MeshHead(nn.Module):
                                   SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
         to_shift = SETTLE["shift"] * torch.eye(2, device=device).expand(camera.shape[0], 21, 2, 2)
         found = torch.zeros(camera.shape[0], 51, device=device)  # in deviations: 48 turns, scale, shift
-        for turn in range(2 if seen is None else 8):
+        for done in range(2 if seen is None else 8):
             _, joints = self.hand(rotmats, betas)
             joints = joints - joints[:, :1]
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
@@ -816,7 +816,7 @@ class MeshHead(nn.Module):
                 slope = slope + (weighted @ away.flatten(1)[..., None])[..., 0]
             step = (conjugate_gradients(curvature, slope) if torch.compiler.is_compiling()
                     else torch.linalg.solve(curvature, slope))
-            if turn >= 2:
+            if done >= 2:  # a hand without points settles as if it were alone
                 step = torch.where(is_seen, step, 0.0)
             found = found + step
             rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))

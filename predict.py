@@ -465,14 +465,17 @@ def look_at(network, frame, refine, tracks):
             for look, estimate in network.estimate(looks, rounds)]
 
 
+def frames_of(path):
+    return read_frames(path, read_image=lambda file: read_image(file)[0])
+
+
 def follow_hands(path, network, find, rate, args):
     """A row (dict) for each hand in each frame of a video: what the network sees of it, and where. Besides,
     how many frames were read, and the names of those that could not be."""
     tracks = Tracks(asks_often=bool(args.boxes or args.detector))
     rows, unread = [], []
     count = 0
-    frames = read_frames(path, read_image=lambda file: read_image(file)[0])
-    for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc=path.name)):
+    for number, (name, frame) in enumerate(tqdm(frames_of(path), unit="frame", desc=path.name)):
         if frame is None:
             unread.append(name)
             continue
@@ -574,9 +577,8 @@ def predict_video(path, name, network, find, args):
 
 def draw_video(folder, path, rate, hands, faces):
     """The overlays of a video, which is read once more. hands: of NAME.npz, in the order of the frames."""
-    frames = read_frames(path, read_image=lambda file: read_image(file)[0])
     with OverlayWriter(folder, path, rate) as writer:
-        for number, (name, frame) in enumerate(tqdm(frames, unit="frame", desc="drawing")):
+        for number, (name, frame) in enumerate(tqdm(frames_of(path), unit="frame", desc="drawing")):
             if frame is not None:
                 first, end = np.searchsorted(hands["frame"], [number, number + 1])
                 shown = [{key: values[i] for key, values in hands.items()} for i in range(first, end)]
