@@ -8,6 +8,7 @@
 #                      seen equally often. Other ones need another DIR. Without them it trains on drawn hands
 #   POOL_VAL=INDEX     the same of other people, to score
 #   HANDS=48000   to draw: 2.5 minutes of a core for 10,000     STEPS=15000   of 32 hands
+#   TIMES=6       backgrounds that each photographed hand is pasted before
 #   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each
 #   CACHE=file    or device, on a GPU      PYTHON=              another interpreter
 #   PRECISION=bf16   on a CPU whose /proc/cpuinfo says avx512_bf16: 1.3 times as fast
@@ -38,7 +39,7 @@ for index in ${POOL:-}; do
     name=$((${#photographs[@]} + 1))
     fit "pool_$name" "$index"
     if [ ! -e "$out/pasted_$name/index.json" ]; then
-        "$python" paste_hands.py --data "$out/pool_$name" --out "$out/pasted_$name"
+        "$python" paste_hands.py --data "$out/pool_$name" --out "$out/pasted_$name" --times "${TIMES:-6}"
     fi
     photographs+=("$out/pool_$name")
     pasted+=("$out/pasted_$name")
