@@ -68,8 +68,9 @@ WEIGHTS = {
     "articulation": 500.0,
 }
 JOINT_MAPS = 10.0  # weight of the loss of --joint-maps (ours)
-LAYER_DECAY = 0.75  # rate of a block over that of the next one, with --init (ViTPose)
-RESNET_RATE = 0.1  # rate of a pre-trained ResNet over the head's (ours)
+# Of an encoder that --init brings without its head:
+LAYER_DECAY = 0.75  # rate of a block over that of the next one (ViTPose)
+RESNET_RATE = 0.1  # rate of a ResNet over the head's (ours)
 WEIGHT_DECAY = 0.05  # not on 1-D tensors (MAE)
 WARMUP = 0.05  # share of the steps in which the rate rises (MAE)
 CLIP = 1.0  # largest norm of the gradient (ViTPose)
@@ -412,7 +413,8 @@ def flags():
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
                        help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
-                            "With --init a block of the ViT has .75 of the next one's rate, a ResNet a tenth")
+                            "An encoder of --init, without its head, is slower: a block of the ViT has .75 of "
+                            "the next one's rate, a ResNet a tenth")
     group.add_argument("--image-weight", type=float, default=1.0,
                        help="factor on the two losses in the image, camera and joints2d; more makes overlays "
                             "fit better (default 1)")
@@ -514,12 +516,16 @@ def main(argv=None):
                     iterations=args.iterations, width=args.head_width, hidden=args.head_hidden,
                     dropout=args.dropout, joint_maps=args.joint_maps,
                     laterals=encoder.widths[2::-1] if args.joint_maps and is_resnet(encoder.arch) else ())
-    if state is None and not load_head(head, args.init, inputs["mano"], size, args.box_scale):
+    has_head = state is None and load_head(head, args.init, inputs["mano"], size, args.box_scale)
+    if state is None and not has_head:
         head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if args.init else 1.0)
+    # A pre-trained encoder before a fresh head learns more slowly than it. One that brings its head does not.
+    lower = (any(group["lr_scale"] < 1 for group in state["optimizer"]["param_groups"]) if state
+             else args.init and not has_head)
+    scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if lower else 1.0)
     optimizer = adamw(param_groups(model.named_parameters(), WEIGHT_DECAY, scale), device)
     scaler = runtime.scaler()
     start = restore(state, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
