@@ -12,7 +12,7 @@ last.pt, encoder.pt and samples/*.png. One step:
     joint_maps       maps of the joints                             the 2-D joints, with --joint-maps
     articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
     betas            10 shape numbers                                       the labels
-    camera           true joints through the estimated camera               the 2-D joints in the view
+    camera           true joints through the estimated scale, and shift     the 2-D joints in the view
     joints2d         estimated joints through that camera, held fixed       the 2-D joints in the view
     joints           joints, relative to the wrist                          the labels, turned like the view
     vertices         vertices, relative to the wrist                        the labels, turned like the view
@@ -117,8 +117,15 @@ def estimate_losses(estimate, joints, target):
     # The camera learns from the true joints. The joints then move under a fixed camera, which cannot shrink
     # them; only where no true joints are known, the camera learns from the estimated ones.
     fixed_camera = torch.where(has_joints[:, None] > 0, camera.detach(), camera)
-    true_points = weak_perspective(from_wrist, camera)  # (B, 21, 2)
     points = weak_perspective(joints, fixed_camera)  # (B, 21, 2)
+    # Its scale learns from the points about their middle, its shift under a fixed scale. From the same
+    # distances both would learn a scale that is too small: it makes up for a wrist at a wrong place.
+    shown = (known2d * known)[..., None] * visible  # (B, 21, 1)
+    flat, seen = from_wrist[..., :2], target["joints2d"]
+    middle, seen_middle = weighted_mean(flat, shown), weighted_mean(seen, shown)
+    sizes = camera[:, None, :1] * (flat - middle) - (seen - seen_middle)  # (B, 21, 2)
+    held_scale = torch.cat([camera[:, :1].detach(), camera[:, 1:]], dim=1)
+    places = weak_perspective(from_wrist, held_scale) - seen  # (B, 21, 2)
     inside = (target["joints2d"].abs() < 1).all(2) * known2d  # (B, 21)
     maps = {}
     if "joint_maps" in estimate:
@@ -131,11 +138,16 @@ def estimate_losses(estimate, joints, target):
         "rotations": masked_mean(rotation ** 2, target["has_pose"]),
         "articulation": masked_mean((upright - target["upright"]).abs(), target["has_pose"] * has_mesh),
         "betas": masked_mean((estimate["betas"] - target["betas"]) ** 2, target["has_betas"]),
-        "camera": masked_mean((true_points - target["joints2d"]).abs() * visible, known2d * known),
+        "camera": masked_mean((sizes.abs() + places.abs()) * visible, known2d * known),
         "joints2d": masked_mean((points - target["joints2d"]).abs() * visible, known2d),
         "joints": masked_mean((joints - joints[:, :1] - target["joints"] + true_wrist).abs(), known),
         "vertices": masked_mean((vertices - joints[:, :1] - target["vertices"] + true_wrist).abs(), has_mesh),
     }
+
+
+def weighted_mean(points, weights):
+    """Mean (B,1,C) of points (B,P,C) by weights (B,P,1); 0 without any."""
+    return (points * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1e-9)
 
 
 def masked_mean(values, has):
