@@ -425,8 +425,8 @@ def flags():
     group = cli.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, default=5e-4,
                        help="rate of AdamW at batch 256, linear in the batch; 2e-4 to 4e-3 (default 5e-4). "
-                            "An encoder of --init, without its head, is slower: a block of the ViT has .75 of "
-                            "the next one's rate, a ResNet a tenth")
+                            "An encoder of --init, without its head, is slower: a block of the ViT has .75 "
+                            "of the next one's rate, a ResNet a tenth")
     group.add_argument("--image-weight", type=float, default=1.0,
                        help="factor on the two losses in the image, camera and joints2d; more makes overlays "
                             "fit better (default 1)")
