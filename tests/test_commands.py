@@ -208,6 +208,22 @@ def test_joints_learn_under_a_fixed_camera():
     assert not gradient[0].any() and gradient[1:].any(1).all()
 
 
+def test_scale_and_shift_of_the_camera_learn_apart():
+    """A scale that is too large is told to shrink as much, wherever the hand is thought to be."""
+    hand, arrays, labels, theta = posed_hands()
+    target = finetune_mesh.make_target(labels, theta, hand.hands_mean)
+    right = perfect_estimate(hand, target)
+    gradients = []
+    for shift in (0, 0.03, -0.05):
+        camera = (torch.tensor([1.1, 1, 1]) * right["camera"] + torch.tensor([0, shift, 0])).requires_grad_()
+        loss = losses_of(hand, arrays, [right | {"camera": camera}], target)["camera"]
+        gradients.append(torch.autograd.grad(loss, camera)[0])
+    for gradient in gradients:
+        assert_near(gradient[:, 0], gradients[0][:, 0])
+        assert (gradient[:, 0] > 0).all()
+    assert (gradients[1][:, 1] > 0).all() and (gradients[2][:, 1] < 0).all()
+
+
 def test_views_and_colours_are_drawn_as_the_flags_say():
     g = torch.Generator().manual_seed(0)
     theta = finetune_mesh.draw_theta(4000, g, 1.3, 30, (0.8, 1.25), 0.1)
