@@ -728,14 +728,19 @@ def test_a_head_with_joint_maps_reads_a_resnets_finer_maps():
 
 
 def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
-    """At a rate of zero its weights stay what they were; from encoder.pt the head is drawn anew."""
+    """At a rate of zero its weights stay what they were; from encoder.pt the head is drawn anew, and only then
+    the encoder learns more slowly."""
     data = ["finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", *SHORT]
     call(*data, "--arch", "resnet18", "--iterations", 2, "--out", tmp_path / "first", "--ema", 0)
     run = tmp_path / "first/last.pt"
-    for name, init in (("next", run), ("fresh", tmp_path / "first/encoder.pt")):
-        done = call(*data, "--init", init, "--iterations", 2, "--out", tmp_path / name, "--lr", 0,
-                    "--seed", 1, "--box-scale", 1.5)
+    for name, init, rates in (("next", run, {1.0}), ("fresh", tmp_path / "first/encoder.pt", {0.1, 1.0})):
+        again = [*data, "--init", init, "--iterations", 2, "--out", tmp_path / name, "--lr", 0, "--seed", 1,
+                 "--box-scale", 1.5]
+        done = call(*again)
         assert ("trained with --image-size" in done.stderr) == (name == "next")
+        call(*again, "--steps", 4, "--resume")
+        groups = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert {group["lr_scale"] for group in groups} == rates
     first, after, fresh = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
                            for name in ("first", "next", "fresh"))
     for name in ("encoder.layer1.0.conv1.weight", "head.regress.1.fc1.weight", "head.mean_state"):
