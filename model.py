@@ -55,7 +55,7 @@ STD = (0.229, 0.224, 0.225)
 # hand model's natural poses have them times `fingers`, radians of the wrist, log of the camera's scale, its
 # shift in the view; and of a joint map's peak, as a share of the hand's size. Where a detector has seen the
 # joints, the estimate is believed less: fingers and wrist deviate `seen` times as much. Ours.
-SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.15, "shift": 0.3, "place": 0.03, "seen": 2.5}
+SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.03, "shift": 0.3, "place": 0.03, "seen": 2.5}
 FORMAT = 1  # of encoder.pt; a file without a number was written before there were any and counts as 1
 
 
