@@ -54,7 +54,7 @@ STD = (0.229, 0.224, 0.225)
 # Standard deviations of what MeshHead.settle finds, about the network's estimate: degrees of freedom as the
 # hand model's natural poses have them times `fingers`, radians of the wrist, log of the camera's scale, its
 # shift in the view; and of a joint map's peak, as a share of the hand's size. Where a detector has seen the
-# joints, the estimate is believed less: fingers and wrist deviate `seen` times as much. Ours.
+# joints, the estimate is believed less: fingers, wrist and scale deviate `seen` times as much. Ours.
 SETTLE = {"fingers": 0.4, "wrist": 0.2, "log_scale": 0.03, "shift": 0.3, "place": 0.03, "seen": 2.5}
 FORMAT = 1  # of encoder.pt; a file without a number was written before there were any and counts as 1
 
@@ -802,7 +802,7 @@ class MeshHead(nn.Module):
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
             turned = self.hand.joint_jacobian(rotmats, joints)[:, :, :2].flatten(3)  # (B, 21, 2, 48)
             ways = torch.cat([(looser * scale)[..., None, None] * turned @ spread,
-                              SETTLE["log_scale"] * flat[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
+                              SETTLE["log_scale"] * (looser[..., None] * flat)[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
             ways = ways.flatten(1, 2)  # (B, 42, 51), how the places move
             size = (flat.amax(1) - flat.amin(1)).amax(1)[:, None]  # (B, 1)
             curvature, slope = torch.eye(51, device=device), -found
@@ -820,7 +820,7 @@ class MeshHead(nn.Module):
                 step = torch.where(is_seen, step, 0.0)
             found = found + step
             rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))
-            scale = scale * (SETTLE["log_scale"] * step[:, 48:49]).exp()
+            scale = scale * (SETTLE["log_scale"] * looser * step[:, 48:49]).exp()
             shift = shift + SETTLE["shift"] * step[:, 49:]
         vertices, joints = self.hand(rotmats, betas)
         root = joints[:, :1]
