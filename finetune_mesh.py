@@ -12,7 +12,7 @@ last.pt, encoder.pt and samples/*.png. One step:
     joint_maps       maps of the joints                             the 2-D joints, with --joint-maps
     articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
     betas            10 shape numbers                                       the labels
-    camera           true joints through the estimated scale, and shift     the 2-D joints in the view
+    camera           the true joints' size by its scale, place by its shift the 2-D joints in the view
     joints2d         estimated joints through that camera, held fixed       the 2-D joints in the view
     joints           joints, relative to the wrist                          the labels, turned like the view
     vertices         vertices, relative to the wrist                        the labels, turned like the view
@@ -528,16 +528,18 @@ def main(argv=None):
                     iterations=args.iterations, width=args.head_width, hidden=args.head_hidden,
                     dropout=args.dropout, joint_maps=args.joint_maps,
                     laterals=encoder.widths[2::-1] if args.joint_maps and is_resnet(encoder.arch) else ())
-    has_head = state is None and load_head(head, args.init, inputs["mano"], size, args.box_scale)
-    if state is None and not has_head:
-        head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
+    # A pre-trained encoder before a fresh head learns more slowly than it. One that brings its head does not.
+    if state:
+        slower = any(group["lr_scale"] < 1 for group in state.get("optimizer", {}).get("param_groups", ()))
+    else:
+        has_head = load_head(head, args.init, inputs["mano"], size, args.box_scale)
+        if not has_head:
+            head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
+        slower = bool(args.init) and not has_head
     out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # A pre-trained encoder before a fresh head learns more slowly than it. One that brings its head does not.
-    lower = (any(group["lr_scale"] < 1 for group in state["optimizer"]["param_groups"]) if state
-             else args.init and not has_head)
-    scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if lower else 1.0)
+    scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if slower else 1.0)
     optimizer = adamw(param_groups(model.named_parameters(), WEIGHT_DECAY, scale), device)
     scaler = runtime.scaler()
     start = restore(state, model=model, ema=ema, optimizer=optimizer, scaler=scaler)

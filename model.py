@@ -792,6 +792,7 @@ class MeshHead(nn.Module):
         if seen is not None:
             is_seen = seen[..., 2:].amax(1) > 0  # (B, 1)
             looser = torch.where(is_seen, SETTLE["seen"], looser)
+        scale_spread = SETTLE["log_scale"] * looser  # (B, 1)
         spread = torch.block_diag(SETTLE["wrist"] * torch.eye(3, device=device),
                                   SETTLE["fingers"] * self.hand.pose_spread)  # (48, 48)
         to_shift = SETTLE["shift"] * torch.eye(2, device=device).expand(camera.shape[0], 21, 2, 2)
@@ -802,7 +803,7 @@ class MeshHead(nn.Module):
             flat = scale[..., None] * joints[..., :2]  # (B, 21, 2)
             turned = self.hand.joint_jacobian(rotmats, joints)[:, :, :2].flatten(3)  # (B, 21, 2, 48)
             ways = torch.cat([(looser * scale)[..., None, None] * turned @ spread,
-                              SETTLE["log_scale"] * (looser[..., None] * flat)[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
+                              (scale_spread[..., None] * flat)[..., None], to_shift], dim=3)  # (B, 21, 2, 51)
             ways = ways.flatten(1, 2)  # (B, 42, 51), how the places move
             size = (flat.amax(1) - flat.amin(1)).amax(1)[:, None]  # (B, 1)
             curvature, slope = torch.eye(51, device=device), -found
@@ -820,7 +821,7 @@ class MeshHead(nn.Module):
                 step = torch.where(is_seen, step, 0.0)
             found = found + step
             rotmats = self.hand.turn(rotmats, (looser * step[:, :48] @ spread.T).unflatten(1, (16, 3)))
-            scale = scale * (SETTLE["log_scale"] * looser * step[:, 48:49]).exp()
+            scale = scale * (scale_spread * step[:, 48:49]).exp()
             shift = shift + SETTLE["shift"] * step[:, 49:]
         vertices, joints = self.hand(rotmats, betas)
         root = joints[:, :1]

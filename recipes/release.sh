@@ -9,7 +9,8 @@
 #   POOL_VAL=INDEX     the same of other people, to score
 #   HANDS=48000   to draw: 2.5 minutes of a core for 10,000     STEPS=15000   of 32 hands
 #   TIMES=6       backgrounds that each photographed hand is pasted before
-#   INIT=weights/hand.pt   goes on from this network: its steps count as well
+#   INIT=weights/hand.pt   goes on from this network, with STEPS further ones
+#   Other HANDS, TIMES or INIT need another DIR.
 #   SEED=0        of the training          PROCESSES=2          of torchrun, a core or a GPU each
 #   CACHE=file    or device, on a GPU      PYTHON=              another interpreter
 #   PRECISION=bf16   on a CPU whose /proc/cpuinfo says avx512_bf16: 1.3 times as fast

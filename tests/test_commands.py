@@ -222,6 +222,13 @@ def test_scale_and_shift_of_the_camera_learn_apart():
         assert_near(gradient[:, 0], gradients[0][:, 0])
         assert (gradient[:, 0] > 0).all()
     assert (gradients[1][:, 1] > 0).all() and (gradients[2][:, 1] < 0).all()
+    target["joints2d"][:, 3:9] = 7  # unknown or hidden: they count neither for the middle nor by themselves
+    target["known_joints2d"][:, 3:6] = 0
+    target["visible"][:, 6:9] = 0
+    points = target["joints2d"].clone().requires_grad_()
+    loss = losses_of(hand, arrays, [right], target | {"joints2d": points})["camera"]
+    gradient, = torch.autograd.grad(loss, points)
+    assert loss < 1e-5 and not gradient[:, 3:9].any()
 
 
 def test_views_and_colours_are_drawn_as_the_flags_say():

@@ -728,8 +728,8 @@ def test_a_head_with_joint_maps_reads_a_resnets_finer_maps():
 
 
 def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
-    """At a rate of zero its weights stay what they were; from encoder.pt the head is drawn anew, and only then
-    the encoder learns more slowly."""
+    """At a rate of zero its weights stay what they were. From encoder.pt the head is drawn anew, and the
+    encoder learns more slowly than it."""
     data = ["finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", *SHORT]
     call(*data, "--arch", "resnet18", "--iterations", 2, "--out", tmp_path / "first", "--ema", 0)
     run = tmp_path / "first/last.pt"
