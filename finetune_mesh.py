@@ -12,7 +12,7 @@ last.pt, encoder.pt and samples/*.png. One step:
     joint_maps       maps of the joints                             the 2-D joints, with --joint-maps
     articulation     vertices in the hand's own frame, without orientation  the labels in their own frame
     betas            10 shape numbers                                       the labels
-    camera           the true joints' size by its scale, place by its shift the 2-D joints in the view
+    camera           size of the true joints by its scale, place by its shift  the 2-D joints in the view
     joints2d         estimated joints through that camera, held fixed       the 2-D joints in the view
     joints           joints, relative to the wrist                          the labels, turned like the view
     vertices         vertices, relative to the wrist                        the labels, turned like the view
@@ -118,8 +118,8 @@ def estimate_losses(estimate, joints, target):
     # them; only where no true joints are known, the camera learns from the estimated ones.
     fixed_camera = torch.where(has_joints[:, None] > 0, camera.detach(), camera)
     points = weak_perspective(joints, fixed_camera)  # (B, 21, 2)
-    # Its scale learns from the points about their middle, its shift under a fixed scale. From the same
-    # distances both would learn a scale that is too small: it makes up for a wrist at a wrong place.
+    # Its scale learns from the points about their middle, its shift under a fixed scale. If both learned from
+    # the same distances, the scale would get too small: it makes up for a wrist at a wrong place.
     shown = (known2d * known)[..., None] * visible  # (B, 21, 1)
     flat, seen = from_wrist[..., :2], target["joints2d"]
     middle, seen_middle = weighted_mean(flat, shown), weighted_mean(seen, shown)
