@@ -564,7 +564,9 @@ def image_size(path: Path | str | PackedFile) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            # Pillow has turned a TIFF's size already, or not, by its version: its tags are as it is stored.
+            stored = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+            return stored[::-1] if turned else stored
     except Exception as error:
         raise ValueError(f"{path}: not a readable image ({type(error).__name__}: {error})") from None
 

@@ -60,7 +60,7 @@ from synthetic_hand import synthetic_mano
 from tracking import Tracks, box_around, is_gone, jitter, smooth, smooth_rotations
 from video import (
     OVERLAYS, VIDEO_SUFFIXES, OverlayWriter, frame_rate, hand_box, list_videos, mediapipe_detector,
-    read_frames,
+    overlay_names, read_frames,
 )
 from views import upright_views
 
@@ -93,10 +93,8 @@ def find_images(paths, out):
 
 
 def clip_name(path):
-    """What the results of a video are called: as a file without its suffix, or as a folder, also where that
-    is written as . or .."""
-    whole = Path(os.path.abspath(path))
-    return (whole.name or "frames") if path.is_dir() else whole.stem
+    """What the results of a video are called: as a file without its suffix, or as a folder."""
+    return (path.name or "frames") if path.is_dir() else path.stem
 
 
 class Names:
@@ -175,13 +173,13 @@ def refuse_others_files(hands, videos, folder):
 
     hands: of find_hands; videos: [(path, name)]."""
     inputs = {os.path.realpath(path) for path, *_ in hands + videos}
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
     several = Counter(path for path, *_ in hands)
     results = {f"{name}{end}" for *_, name in hands for end in (".obj", ".npz", ".png")}
     results |= {f"{name}_all.png" for path, *_, name in hands if several[path] > 1}
     results |= {f"{name}{end}" for _, name in videos for end in ("", ".npz")}
-    for file in sorted(folder / name for name in results & there):
-        if os.path.realpath(file) in inputs or not is_result(file):
+    for file in sorted(folder / name for name in results):
+        # Some file systems take A.PNG for A.png: they say what is there, no list of names does.
+        if os.path.lexists(file) and (os.path.realpath(file) in inputs or not is_result(file)):
             raise ValueError(f"--out {folder}: {file.name} is there already and was not written by this "
                              "version of predict.py: choose another folder")
 
@@ -190,8 +188,7 @@ def is_result(path):
     """True for a file or a folder of overlays that this command wrote."""
     try:
         if path.is_dir():
-            names = os.listdir(path)
-            return OVERLAYS in names and all(name.endswith((OVERLAYS, ".jpg", ".mp4")) for name in names)
+            return set(os.listdir(path)) <= {OVERLAYS, *overlay_names(path)}
         if path.suffix == ".obj":
             with open(path, errors="replace") as file:
                 return file.read(len(OBJ_MARK)) == OBJ_MARK
@@ -247,9 +244,9 @@ class Network:
     def look(self, source, size, box, side, points=None):
         """Cuts the Look at a hand. box None: the picture is its crop. ValueError: the box lies beside it."""
         box = whole_box(size, self.box_scale) if box is None else box
-        x0, y0, x1, y1 = (float(place) for place in box)
-        if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
-            raise ValueError(f"the box {x0:g} {y0:g} {x1:g} {y1:g} lies outside of it")
+        if not is_in_picture(box, size):
+            raise ValueError(f"the box {' '.join(f'{place:g}' for place in box)} lies outside of it, or is "
+                             "far larger")
         if isinstance(source, Path):
             canvas, _ = cut_canvas(source, box, CONTEXT, canvas_size(self.size, self.box_scale))
         else:
@@ -314,6 +311,13 @@ class Network:
         flat = torch.eye(3, device=self.runtime.device).expand(1, 16, 3, 3)
         _, joints = self.hand(flat, torch.from_numpy(np.float32([betas])).to(flat.device))
         return float((joints[0, 12] - joints[0, 0]).norm())
+
+
+def is_in_picture(box, size):
+    """False for a box (4,) that does not touch a picture (width, height), or is more than twice as large."""
+    x0, y0, x1, y1 = box
+    touches = x0 < size[0] and y0 < size[1] and x1 > 0 and y1 > 0
+    return touches and max(x1 - x0, y1 - y0) <= 2 * max(size)
 
 
 def _as_seen(estimate, side):
@@ -438,19 +442,44 @@ def predict_photographs(hands, network, args):
 
 
 # ----------------------------------------------------------------------------------------------------- videos
-def finder_of(path, args, detect, box_scale):
+def find_clips(paths, out):
+    """[(video or folder of frames, folder it is named in)] of those on the command line and below, each once.
+
+    paths: video files and, with --video, folders. `out` is left out."""
+    clips = []
+    for path in paths:
+        path = path if path.name.strip(".") else Path(os.path.abspath(path))  # . and .. are no names
+        below = list_videos(path, out) if path.is_dir() else [path]
+        clips += [(clip, path.parent if clip == path else path) for clip in below]
+    return list({os.path.abspath(clip): (clip, folder) for clip, folder in clips}.values())
+
+
+def read_frame_boxes(path, clips):
+    """[{frame: [(box, side), ...]}] of the --boxes of each clip of find_clips.
+
+    A frame is called CLIP/FRAME, with the clip as on the command line or relative to the folder given there;
+    FRAME alone where there is one clip. ValueError names one that several clips have."""
+    of_clips = {}
+    for name, hands in read_boxes(path).items():
+        clip, _, frame = name_key(name).rpartition("/")
+        of_clips.setdefault(clip, []).append((frame, hands))
+    bare = of_clips.pop("", []) if len(clips) == 1 else []
+    found, _ = match_boxes(of_clips, clips, path)
+    return [dict(bare + frames) for frames in found]
+
+
+def finder_of(boxes, args, detect, box_scale):
     """A function (frame's name, frame) -> [(box, side)], as --detector or --boxes know it, of a detector
-    with points; None for frames that --boxes do not name. Without both a hand fills the frame."""
+    with points; None for frames that --boxes do not name. Without both a hand fills the frame.
+
+    boxes: of read_frame_boxes, or None; those that were asked for are taken out."""
     if detect:
         return lambda name, frame: detect_in(frame, detect)
-    if not args.boxes:
+    if boxes is None:
         return lambda name, frame: [(whole_box(frame.size, box_scale), args.side)]
-    boxes = {name_key(name): hands for name, hands in read_boxes(args.boxes).items()}
 
     def find(name, frame):
-        named = (path / name, f"{os.path.basename(os.path.abspath(path))}/{name}", name)
-        typed, relative, bare = (name_key(str(each)) for each in named)
-        hands = boxes.get(typed) or boxes.get(relative) or boxes.get(bare)
+        hands = boxes.pop(name_key(name), None)
         return hands and [(box, side or args.side) for box, side in hands]
 
     return find
@@ -471,10 +500,18 @@ def frames_of(path):
 
 def follow_hands(path, network, find, rate, args):
     """A row (dict) for each hand in each frame of a video: what the network sees of it, and where. Besides,
-    how many frames were read, and the names of those that could not be."""
+    how many frames were read, the names of those that could not be, and of those with a box beside them."""
     tracks = Tracks(asks_often=bool(args.boxes or args.detector))
-    rows, unread = [], []
+    rows, unread, beside = [], [], []
     count = 0
+
+    def find_inside(name, frame):
+        hands = find(name, frame)
+        inside = hands and [hand for hand in hands if is_in_picture(hand[0], frame.size)]
+        if inside != hands:
+            beside.append(name)
+        return inside
+
     for number, (name, frame) in enumerate(tqdm(frames_of(path), unit="frame", desc=path.name)):
         if frame is None:
             unread.append(name)
@@ -482,14 +519,14 @@ def follow_hands(path, network, find, rate, args):
         count += 1
         K, source = camera_of(None, frame.size, args.K, args.focal)
         seen = tracks.step(frame.size, partial(look_at, network, frame, args.refine),
-                           partial(find, name, frame))
+                           partial(find_inside, name, frame))
         for track, (look, estimate) in seen:
             estimate = {key: estimate[key] for key in ("rotmats", "betas", "camera")}
             rows.append(estimate | {
                 "frame": number, "time": number / rate, "track": track.number, "part": track.part,
                 "sure": track.doubted == 0, "side": look.side, "crop": look.crop, "K": K, "source": source,
                 "length": network.length(estimate["betas"])})
-    return rows, count, unread
+    return rows, count, unread, beside
 
 
 def as_table(rows):
@@ -533,8 +570,9 @@ def steady(seen, seconds):
 
 def place_all(seen, network, millimetres, keys=KEYS, at_once=1000):
     """The `keys` of NAME.npz for the table of follow_hands. millimetres: --hand-length."""
-    parts = []
-    for start in range(0, len(seen["frame"]), at_once):  # meshes of a long video take gigabytes
+    count = len(seen["frame"])
+    whole = {}
+    for start in range(0, count, at_once):  # meshes of a long video take gigabytes: each is held once
         some = {key: values[start:start + at_once] for key, values in seen.items()}
         some |= network.hands(some["rotmats"], some["betas"], some["side"])
         hands = []
@@ -543,29 +581,38 @@ def place_all(seen, network, millimetres, keys=KEYS, at_once=1000):
             hand = place_hand(row, row["crop"], row["side"], row["K"], row["source"],
                               true_size(length, millimetres))
             hands.append({key: hand[key] for key in keys})
-        parts.append(as_table(hands))
-    return {key: np.concatenate([part[key] for part in parts]) for key in keys}
+        for key, values in as_table(hands).items():
+            if start == 0:
+                whole[key] = np.empty((count, *values.shape[1:]), values.dtype)
+            whole[key][start:start + at_once] = values
+    return whole | {key: seen[name] for key, name in (("side", "side"), ("focal_source", "source"))
+                    if key in keys}  # texts of any length
 
 
-def predict_video(path, name, network, find, args):
-    """Writes NAME.npz and NAME/ of a video, which appear together. find: of finder_of."""
+def predict_video(path, name, network, boxes, detect, args):
+    """Writes NAME.npz of a video, then NAME/. boxes: of read_frame_boxes; detect: the detector; or None."""
+    if boxes == {}:
+        raise ValueError(f"--boxes {args.boxes}: no line for a frame of {path} (they are called "
+                         f"{path.name}/000000{'.png' if path.is_dir() else ''}, ...)")
     rate = args.fps if path.is_dir() else frame_rate(path) or args.fps
+    start = time.perf_counter()
+    find = finder_of(boxes, args, detect, network.box_scale)
+    rows, count, unread, beside = follow_hands(path, network, find, rate, args)
+    for what, names in (("frames that could not be read", unread),
+                        ("frames with a box beside the picture, or far larger", beside),
+                        (f"frames of --boxes {args.boxes} that it has not", list(boxes or ()))):
+        if names:
+            print(f"{path}: {what}: {len(names)} (the first is {names[0]})")
+    if not rows:
+        raise ValueError(f"{path}: no hand found in any frame")
+    seen = hold_shape(as_table(rows), network)
+    rough = place_all(seen, network, args.hand_length, ("joints", "translation"))
+    smoothed = steady(seen, args.smooth) if args.smooth else seen
+    hands = place_all(smoothed, network, args.hand_length) | {key: seen[key] for key in ROW_KEYS - KEYS}
+    seconds = time.perf_counter() - start
     with staged_folder(args.out) as part:
-        start = time.perf_counter()
-        rows, count, unread = follow_hands(path, network, find, rate, args)
-        if not rows:
-            raise ValueError(f"{path}: no hand found in any frame")
-        seen = hold_shape(as_table(rows), network)
-        rough = place_all(seen, network, args.hand_length, ("joints", "translation"))
-        smoothed = steady(seen, args.smooth) if args.smooth else seen
-        hands = place_all(smoothed, network, args.hand_length) | {key: seen[key] for key in ROW_KEYS - KEYS}
-        seconds = time.perf_counter() - start
         np.savez(part / f"{name}.npz", **hands)
-        if not args.no_overlays:
-            draw_video(part / name, path, rate, hands, network.faces)
         shutil.rmtree(args.out / name, ignore_errors=True)  # of an earlier call, as is_result has said
-    if unread:
-        print(f"{path}: frames that could not be read: {len(unread)} (the first is {unread[0]})")
     frames, tracks = (len(np.unique(hands[key])) for key in ("frame", "track"))
     print(f"{args.out / name}.npz: {tracks} hands in {frames} of {count} frames, {count / seconds:.1f} "
           f"frames a second without drawing; focal length by {hands['focal_source'][0]}")
@@ -573,6 +620,9 @@ def predict_video(path, name, network, find, args):
         after, before = (jitter(1000 * (table["joints"] + share * table["translation"][:, None]),
                                 hands["track"], hands["frame"]) for table in (hands, rough))
         print(f"jitter of the joints {what}: {after:.2f} mm a frame squared, {before:.2f} before smoothing")
+    if not args.no_overlays:  # where it fails, the hands are there
+        with staged_folder(args.out) as part:
+            draw_video(part / name, path, rate, hands, network.faces)
 
 
 def draw_video(folder, path, rate, hands, faces):
@@ -599,7 +649,8 @@ def flags():
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
     where = cli.add_argument_group("where the hands are")
     where.add_argument("--boxes", type=Path,
-                       help="CSV image,x0,y0,x1,y1[,side]; frames of a video are called clip.mp4/000000, ...")
+                       help="CSV image,x0,y0,x1,y1[,side]; frames of a video are called clip.mp4/000000, ..., "
+                            "with the clip's path as on the command line or below the folder given there")
     where.add_argument("--detector", choices=["mediapipe"],
                        help="finds hands and sides (requirements-video.txt)")
     where.add_argument("--side", default="right", choices=["right", "left"],
@@ -656,17 +707,21 @@ def main(argv=None):
     clips = [path for path in args.images
              if (args.video if path.is_dir() else path.suffix.lower() in VIDEO_SUFFIXES)]
     images = find_images([path for path in args.images if path not in clips], args.out)
+    clips = find_clips(clips, args.out)
+    boxes = read_frame_boxes(args.boxes, clips) if args.boxes and clips else [None] * len(clips)
+    # A detector takes long: what can be refused before it is.
+    refuse_others_files([(path, path.stem) for path, _ in images],
+                        [(path, clip_name(path)) for path, _ in clips], args.out)
     names = Names()
     hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
-    clips = [below for path in clips for below in (list_videos(path, args.out) if path.is_dir() else [path])]
-    videos = [(path, names.free(clip_name(path))) for path in dict.fromkeys(clips)]
+    videos = [(path, names.free(clip_name(path))) for path, _ in clips]
     refuse_others_files(hands, videos, args.out)
     is_new = not args.out.exists()
     args.out.mkdir(parents=True, exist_ok=True)
     failures = predict_photographs(hands, network, args) if hands else []
-    for path, name in videos:
+    for (path, name), frames in zip(videos, boxes, strict=True):
         try:
-            predict_video(path, name, network, finder_of(path, args, detect, network.box_scale), args)
+            predict_video(path, name, network, frames, detect, args)
         except ValueError as error:
             failures.append(_named(error, path))
     if is_new and not any(args.out.iterdir()):

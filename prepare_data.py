@@ -591,6 +591,8 @@ def check_flags(cli, args):
             raise ValueError(f"--{name.replace('_', '-')} does nothing for {args.kind}: leave it out")
     if args.every < 1:
         raise ValueError("--every must be at least 1")
+    if args.workers < 0:
+        raise ValueError("--workers must be at least 0 (0: one a core)")
     if args.definition != "freihand" and not args.joints:
         raise ValueError("--definition says how --joints are defined: give it, or leave --definition out")
     if args.world and not args.detections:

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import signal
 import subprocess
@@ -275,7 +276,8 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     is_new = not out.exists()
     parent, name = (out.parent, out.name) if is_new else (out, "results")
     _remove_stale(parent, name)
-    folder = parent / f".{name}.{platform.node()}.{os.getpid()}.part"
+    # In a container every process may be the first of a host of one name.
+    folder = parent / f".{name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}.part"
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -293,7 +295,7 @@ def _remove_stale(parent, name):
     """Removes the staged folders of commands that were killed: those whose process runs no more."""
     begin = f".{name}.{platform.node()}."
     for folder in parent.glob(f"{glob.escape(begin)}*.part") if os.name == "posix" else ():
-        number = folder.name.removeprefix(begin).removesuffix(".part")
+        number = folder.name.removeprefix(begin).partition(".")[0]
         try:
             os.kill(int(number), 0)  # asks only
         except ProcessLookupError:

@@ -27,6 +27,7 @@ MIT licence, hands: masked and contrastive pre-training (see LICENSE).
 
 import csv
 import os
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -126,6 +127,7 @@ def read_frames(path: Path | str, every: int = 1,
                 read_image: Callable[[Path], Image.Image] = read_rgb) -> Iterator[tuple]:
     """Yields (name, frame) for one frame in `every` of a video file or a folder of frames.
 
+    Files of a folder come in the order of their names, 9.png before 10.png.
     name: the file's name in a folder, else the frame's number with six digits. frame: an RGB image, or None
     for a frame that cannot be read. A video is read on to the end that it declares; where frames are missing,
     the last name says how many there were, as "only 7 of 20 frames", with None. read_image decodes the files
@@ -139,8 +141,9 @@ def read_frames(path: Path | str, every: int = 1,
 
 
 def _frames_of_folder(folder, every, read_image):
-    names = sorted(name for name in os.listdir(folder)
-                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith("."))
+    names = [name for name in sorted(os.listdir(folder))
+             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
     for name in names[::every]:
         try:
             frame = read_image(folder / name)
@@ -194,13 +197,14 @@ def frame_rate(path: Path | str) -> float | None:
 
 class OverlayWriter:
     """Writes drawn frames into a folder that it makes with the first: frames of a video file as overlay.mp4,
-    those of a folder each as a JPEG. A file OVERLAYS says what they are. It is a context."""
+    those of a folder each as a JPEG. A file OVERLAYS names them: see overlay_names. It is a context."""
 
     def __init__(self, folder: Path, source: Path, rate: float):
         self.folder = folder
         self.source = source
         self.rate = rate
         self.video = None
+        self.names = []  # of what it wrote
 
     def __enter__(self):
         return self
@@ -209,23 +213,32 @@ class OverlayWriter:
         """The next frame (H,W,3), RGB. name: as read_frames gives it."""
         self.folder.mkdir(exist_ok=True)
         if self.source.is_dir():
-            Image.fromarray(frame).save((self.folder / name).with_suffix(".jpg"), quality=90)
+            path = (self.folder / name).with_suffix(".jpg")
+            Image.fromarray(frame).save(path, quality=90)
+            self.names.append(path.name)
             return
         cv2 = _cv2(self.source)
         if self.video is None:
             height, width, _ = frame.shape
+            self.names = ["overlay.mp4"]
             path = str(self.folder / "overlay.mp4")
-            self.video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), self.rate, (width, height))
+            rate = round(self.rate, 2 if self.rate < 600 else 0)  # MPEG-4 counts in 1/65535 at the finest
+            self.video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
             if not self.video.isOpened():
-                raise ValueError(f"{path}: this OpenCV writes no MP4; --no-overlays leaves it out")
+                raise ValueError(f"{self.source}: this OpenCV writes no MP4 of it; --no-overlays leaves it out")
         self.video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, *_):
         if self.video:
             self.video.release()
         if self.folder.exists():
-            text = f"frames of {self.source}, drawn by predict.py\n"
-            (self.folder / OVERLAYS).write_text(text, encoding="utf-8", errors="backslashreplace")
+            lines = [f"frames of {self.source}, drawn by predict.py", *self.names, ""]
+            (self.folder / OVERLAYS).write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+
+
+def overlay_names(folder: Path) -> list[str]:
+    """What an OverlayWriter says that it wrote into a folder; FileNotFoundError where none did."""
+    return (folder / OVERLAYS).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[1:]
 
 
 # ----------------------------------------------------------------------------------------------------- hands
@@ -245,7 +258,7 @@ def cut_hand(frame: Image.Image, hand: dict, context: float, longest: int) -> tu
 
     The crop is a square of `context` times the hand's box, without what lies outside the frame. It is made
     smaller where its longer side has more than `longest` pixels, and never distorted. None where the hand or
-    the crop has fewer than SMALLEST pixels.
+    the crop has fewer than SMALLEST pixels, or the box would be thinner than one.
     """
     box = hand_box(hand)
     if box is None or (box[2:] - box[:2]).max() < SMALLEST:
@@ -259,6 +272,8 @@ def cut_hand(frame: Image.Image, hand: dict, context: float, longest: int) -> tu
         return None
     size = np.maximum((extent * min(1.0, longest / extent.max())).round(), 1).astype(int)
     scale = size / extent
+    if ((box[2:] - box[:2]) * scale < 1).any():  # few points, one above the other: an index takes no such box
+        return None
     crop = frame.resize(size.tolist(), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=2.0)
     return crop, {"box": (box - np.tile(low, 2)) * np.tile(scale, 2),
                   "keypoints": (hand["keypoints"] + 0.5 - low) * scale - 0.5, "score": hand["score"]}

@@ -52,8 +52,8 @@ sources=${#photographs[@]}
 if [ "$sources" -gt 0 ]; then
     # Drawn hands keep the mesh right, photographs teach what hands look like,
     # pasted ones that what lies behind them does not matter.
-    shares=(0.5)
-    for share in 0.2 0.3; do
+    shares=(0.6)
+    for share in 0.16 0.24; do
         for _ in "${photographs[@]}"; do
             shares+=("$(awk "BEGIN { print $share / $sources }")")
         done
@@ -75,8 +75,8 @@ training=(
     --joint-maps             # from scratch the orientation is learnt in half of the steps
     --rotation 60            # degrees either way
     --shift 0.15             # boxes of people and of detectors differ
-    --color 0.5              # with more, skins turn green, as no lamp makes them
-    --spoil 0.7              # tinted light, grey, blur, something before the hand
+    --color 0.3              # with more, skins turn green, as no lamp makes them
+    --spoil 0.3              # tinted light, grey, blur, something before the hand
     --image-weight 4         # for overlays that fit
     --batch-size 32          # many small batches
     --lr 6e-3                # at batch 256
@@ -87,7 +87,7 @@ training=(
     --cache "${CACHE:-file}"
     --precision "${PRECISION:-auto}"
     --workers 0
-    --eval-every 2000
+    --eval-every 4000
     --save-minutes 5
     --resume auto
     ${INIT:+--init "$INIT"}

@@ -315,7 +315,7 @@ def test_a_hand_beside_its_photograph_spoils_no_other(tmp_path, checkpoint):
     photo = picture(tmp_path / "photo.png")
     (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.png,400,400,500,500\n"
                                         "photo.png,20,40,120,160\nphoto.png,150,30,260,140\n")
-    refused("400 400 500 500 lies outside of it (1 of 3 not predicted)", "predict.py", photo, "--checkpoint",
+    refused("400 400 500 500 lies outside of it, or is far larger (1 of 3 not predicted)", "predict.py", photo, "--checkpoint",
             checkpoint, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {f"photo_{k}.{end}" for k in (2, 3) for end in ("obj", "npz", "png")} | {"photo_all.png"}
@@ -675,13 +675,54 @@ def test_a_folder_of_frames_may_be_called_dot_dot(clip, checkpoint, shaky, monke
 def test_a_folder_of_overlays_that_holds_more_is_not_replaced(clip, checkpoint, shaky, tmp_path):
     command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
     call(*command)
-    (tmp_path / "out/wave/notes.txt").write_text("mine")
-    refused("wave is there already", *command)
-    assert (tmp_path / "out/wave/notes.txt").exists()
+    for name in ("notes.txt", "still.jpg", "shorter.mp4"):
+        (tmp_path / "out/wave" / name).write_text("mine")
+        refused("wave is there already", *command)
+        (tmp_path / "out/wave" / name).unlink()  # it is still there
+    call(*command)
+
+
+def test_what_lies_in_the_way_is_said_before_the_detector_runs(clip, checkpoint, tmp_path, monkeypatch):
+    def refuse_to_run(image):
+        raise AssertionError("the detector ran")
+
+    monkeypatch.setattr(predict, "mediapipe_detector", lambda: refuse_to_run)
+    photo = picture(tmp_path / "photo.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/photo.obj").write_text("mine")
+    refused("photo.obj is there already", "predict.py", photo, clip, "--video", "--checkpoint", checkpoint,
+            "--detector", "mediapipe", "--out", tmp_path / "out")
+
+
+def test_boxes_name_the_frames_of_several_clips(clip, checkpoint, shaky, tmp_path, capsys):
+    """By the path as typed or below the folder given; a box beside its frame spoils no other."""
+    for name in ("a", "b"):
+        (tmp_path / "clips" / name).mkdir()
+        clip.rename(tmp_path / "clips" / name / "wave") if name == "a" else picture(
+            tmp_path / "clips/b/wave/000.png", size=(240, 160))
+    boxes = ["image,x0,y0,x1,y1,side", "a/wave/000.png,30,40,100,110,left",
+             f"{tmp_path}/clips/a/wave/003.png,700,10,800,90,right", "a/wave/777.png,30,40,100,110,left",
+             "b/wave/000.png,50,60,90,110,right"]
+    (tmp_path / "boxes.csv").write_text("\n".join(boxes))
+    command = ["predict.py", tmp_path / "clips", "--video", "--checkpoint", checkpoint, "--no-overlays",
+               "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out"]
+    done = call(*command).stdout
+    assert "beside the picture, or far larger: 1 (the first is 003.png)" in done
+    assert "that it has not: 1 (the first is 777.png)" in done
+    first, second = (np.load(tmp_path / "out" / name) for name in ("wave.npz", "wave_2.npz"))
+    assert first["frame"].tolist() == list(range(12)) and set(first["side"]) == {"left"}
+    assert second["frame"].tolist() == [0] and set(second["side"]) == {"right"}
+
+    (tmp_path / "boxes.csv").write_text("\n".join(boxes[:-1]))
+    refused("no line for a frame of", *command)
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nwave/000.png,30,40,100,110\n")
+    refused("wave may be", "predict.py", tmp_path / "clips/a/wave", tmp_path / "clips/b/wave", *command[2:])
 
 
 def test_a_video_without_a_hand_is_named(clip, checkpoint, tmp_path):
     (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nother/000.png,1,1,50,50\n")
     command = ["predict.py", clip, "--video", "--checkpoint", checkpoint, "--out", tmp_path / "out"]
+    refused("no line for a frame of", *command, "--boxes", tmp_path / "boxes.csv")
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nwave/777.png,1,1,50,50\n")
     refused("wave: no hand found in any frame", *command, "--boxes", tmp_path / "boxes.csv")
     assert not (tmp_path / "out").exists()

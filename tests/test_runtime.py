@@ -283,8 +283,8 @@ def test_a_folder_of_results_appears_at_once_and_what_a_kill_left_goes(tmp_path,
     out = tmp_path / "results"
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    of_killed = f".results.{platform.node()}.{killed.pid}.part"
-    of_running = f".results.{platform.node()}.{os.getppid()}.part"
+    of_killed = f".results.{platform.node()}.{killed.pid}.0123abcd.part"
+    of_running = f".results.{platform.node()}.{os.getpid()}.0123abcd.part"  # as in containers of one name
     for name in (of_killed, of_running, ".results.part"):  # the last is the user's
         (tmp_path / name / "deep").mkdir(parents=True)
     with pytest.raises(KeyError), staged_folder(out) as folder:

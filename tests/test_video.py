@@ -82,6 +82,9 @@ def test_frames_come_by_name_and_a_broken_one_is_none(tmp_path):
     found = list(video.read_frames(tmp_path, every=2))
     assert [name for name, _ in found] == ["00.png", "02.png", "04.png"]
     assert found[1][1] is None and found[2][1].getpixel((0, 0)) == (200, 0, 0)
+    for name in ("10.png", "9.png"):
+        Image.new("RGB", (8, 6)).save(tmp_path / name)
+    assert [name for name, _ in video.read_frames(tmp_path)][-3:] == ["04.png", "9.png", "10.png"]
 
 
 def test_a_video_file_gives_its_frames_by_number(tmp_path, monkeypatch):
@@ -196,6 +199,8 @@ def test_a_large_hand_is_cut_smaller_and_its_points_stay_on_it():
     assert extent.max() == pytest.approx(128, abs=1)  # half of the crop
     assert video.cut_hand(Image.fromarray(pixels), hand | {"keypoints": points / 100}, 2.0, 256) is None
     assert video.cut_hand(Image.fromarray(pixels), hand | {"score": np.zeros(21)}, 2.0, 256) is None
+    upright = points * [0, 1] + [500, 0]  # no box of an index
+    assert video.cut_hand(Image.fromarray(pixels), hand | {"keypoints": upright}, 2.0, 256) is None
 
 
 # ----------------------------------------------------------------------------------------------- the commands
