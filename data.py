@@ -67,6 +67,7 @@ import math
 import os
 import posixpath
 import shutil
+import signal
 import sys
 import unicodedata
 import weakref
@@ -697,7 +698,10 @@ def cut_canvas(image: Path | str | PackedFile, box, context: float, size: int):
     shrink = size / side  # a JPEG may be decoded smaller, down to this scale
     smallest = int(shrink * image_size(image)[0]) if shrink < 0.5 else None
     photograph, scale = read_image(image, smallest)
-    return crop_canvas(photograph, centre_x * scale, centre_y * scale, side * scale, size)
+    try:
+        return crop_canvas(photograph, centre_x * scale, centre_y * scale, side * scale, size)
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from None
 
 
 def crop_mask(path: Path | PackedFile, width, centre_x, centre_y, side, size: int):
@@ -1133,7 +1137,15 @@ def make_loader(dataset, sampler=None, batch_size=None, workers=0, pin=False):
         hands = batch_size or len(next(iter(sampler), ()))
         workers, ahead = _fit_shared_memory(workers, hands * dataset.item_bytes())
     return torch.utils.data.DataLoader(_Batches(dataset), batch_size=None, sampler=sampler,
-                                       num_workers=workers, prefetch_factor=ahead, pin_memory=pin)
+                                       num_workers=workers, prefetch_factor=ahead, pin_memory=pin,
+                                       worker_init_fn=_ignore_signals)
+
+
+def _ignore_signals(_):
+    """A signal to all processes of a run, as of timeout or torchrun, is for the main process, which saves."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Batches(torch.utils.data.Dataset):

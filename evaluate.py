@@ -37,7 +37,7 @@ from mano import (JOINT_NAMES, TIPS, Mano, hand_fingerprint, labelled_joints, me
 from model import load_mesh
 from results import is_own_zip, read_predictions, warn_of_order, warn_of_units, write_predictions
 from runtime import add_device_flags, parser, run, setup
-from saving import load_checkpoint, read_json, staged_folder, text_table
+from saving import check_writable, load_checkpoint, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import normalise, theta_rotation, warp
 
@@ -462,21 +462,22 @@ def flags():
     return cli
 
 
-def check_flags(args):
+def check_flags(cli, args):
     """ValueError where a flag is out of its range, does nothing, or would overwrite what it reads."""
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
     if args.tta < 1 or args.tta % 2 == 0:
         raise ValueError(f"--tta {args.tta}: must be odd, so that the upright view is among them")
-    if args.tta > 1 and not args.checkpoint:
-        raise ValueError("--tta does nothing here: it needs --checkpoint")
-    for name in ("data", "mano", "definitions"):
-        if args.compare and getattr(args, name):
-            raise ValueError(f"--{name} does nothing here: leave it out")
+    idle = () if args.checkpoint else ("tta",)
+    idle += ("data", "mano", "definitions", "protocol") if args.compare else ()
+    for name in idle:
+        if getattr(args, name) != cli.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} does nothing here: leave it out")
     if args.predictions and args.out.resolve() in Path(args.predictions).resolve().parents:
         raise ValueError(f"--out {args.out} holds --predictions {args.predictions}, which would be "
                          "overwritten: choose another folder")
     _refuse_others_files(args)
+    check_writable(args.out)
     if not args.data and not args.compare:
         raise ValueError("--data is missing: name the index to score")
 
@@ -568,8 +569,9 @@ def score_mean_hand(index, arrays, definition, labels, protocol):
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
-    check_flags(args)
+    cli = flags()
+    args = cli.parse_args(argv)
+    check_flags(cli, args)
     if args.compare:
         return compare(args.compare, args.out)
     index = HandIndex(args.data)

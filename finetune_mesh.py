@@ -46,7 +46,9 @@ from runtime import (
     adamw, add_init_flags, add_training_flags, batch_parts, check_ranges, cores, cosine, ema_update, feed,
     finish, generator, param_groups, parser, run, set_lr, setup, total_steps, update,
 )
-from saving import FORMATS, Log, Saves, announce, check_run, is_due, restore, save_checkpoint, start_run
+from saving import (
+    FORMATS, Log, Saves, announce, check_run, is_due, read_json, restore, save_checkpoint, start_run,
+)
 from synthetic_hand import synthetic_mano
 from views import (
     apply_color, apply_cover, apply_strong_color, apply_theta, choose_finer, invert_theta, normalise,
@@ -240,6 +242,15 @@ def joint_definition(index):
     return index.meta.get("joints", "freihand")
 
 
+def check_definition(index):
+    """ValueError where the joints of an index are defined as no data set's are."""
+    one_hand = torch.zeros(1, 778, 3), torch.zeros(1, 21, 3)
+    try:
+        labelled_joints(*one_hand, synthetic_mano(), joint_definition(index))
+    except ValueError as error:
+        raise ValueError(f"{index.path / 'index.json'}: {error}") from None
+
+
 def label_rows(indices, fraction, seed):
     """Rows of a seeded share of the poses: all images of a pose or none.
 
@@ -334,7 +345,7 @@ def validate(net, loader, runtime, box_scale, size, arrays, definition):
     for name in ("joints", "vertices"):
         total, hands = runtime.mean(sums[name])
         scores.append(float(1000 * total / hands) if hands else None)
-    return *scores, int(runtime.mean(unread) * runtime.world)
+    return *scores, round(float(runtime.mean(unread)) * runtime.world)
 
 
 def label_picture(views, joints2d):
@@ -457,20 +468,31 @@ def flags():
 
 
 def fill_in(args):
-    """Flags that were not given become what they were in the mesh run that --init names, else FRESH."""
-    before = read_weights(args.init) if args.init and Path(args.init).is_file() else None
-    known = {}
-    try:
-        if isinstance(before, dict) and before.get("kind") == "mesh":
-            head = OLD_HEAD | before["head"]
-            known = {flag: head[name] for flag, name in HEAD_FLAGS.items()}
-            known |= {"image_size": before["encoder"]["config"]["image_size"],
-                      "box_scale": before["box_scale"]}
-    except (KeyError, TypeError):
-        pass  # load_head says that the file is damaged
+    """Flags that were not given become what they were in the run that goes on, or else in the mesh run that
+    --init names, else FRESH."""
+    config = Path(args.out) / "config.json"
+    if args.resume and config.is_file():
+        before = read_json(config)  # --init may be gone
+        known = {name: before[name] for name in FRESH if name in before} if isinstance(before, dict) else {}
+    else:
+        known = flags_of_mesh(args.init) if args.init and Path(args.init).is_file() else {}
     for name, value in (FRESH | known).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def flags_of_mesh(path):
+    """What FRESH names, in the mesh run whose last.pt `path` is; {} for other files."""
+    before = read_weights(path)
+    if not isinstance(before, dict) or before.get("kind") != "mesh":
+        return {}
+    try:
+        head = OLD_HEAD | before["head"]
+        known = {flag: head[name] for flag, name in HEAD_FLAGS.items()}
+        return known | {"image_size": before["encoder"]["config"]["image_size"],
+                        "box_scale": before["box_scale"]}
+    except (KeyError, TypeError):
+        return {}  # load_head says that the file is damaged
 
 
 def check_flags(args):
@@ -509,6 +531,8 @@ def main(argv=None):
     hand = Mano(hand_arrays)
     indices = open_labelled(args.data, "--data")
     val_index, = open_labelled([args.val], "--val")
+    for index in [*indices, val_index]:
+        check_definition(index)
     rows = label_rows(indices, args.label_fraction, args.seed)
     canvas = canvas_size(size, args.box_scale)
     dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)
@@ -536,13 +560,13 @@ def main(argv=None):
         if not has_head:
             head.set_mean(*training_mean(dataset, hand.hands_mean, args.box_scale))
         slower = bool(args.init) and not has_head
-    out = start_run(args, runtime, state, inputs)
     model = HandMesh(encoder, head).to(device).train()
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     scale = partial(lr_scale, encoder=encoder, decay=LAYER_DECAY if slower else 1.0)
     optimizer = adamw(param_groups(model.named_parameters(), WEIGHT_DECAY, scale), device)
     scaler = runtime.scaler()
     start = restore(state, model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    state = state and {"step": start}  # the rest would stay in memory
     net = runtime.wrap(model)
     parameters = list(model.parameters())
 
@@ -579,6 +603,7 @@ def main(argv=None):
         drawn = {"theta": rows(THETA, theta_of), "color": rows(COLOR, color_of)}
         return drawn | ({"spoiled": draw_spoiled(rows, args.spoil, size)} if args.spoil else {})
 
+    out = start_run(args, runtime, state, inputs)
     announce(runtime, out, model, len(rows), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every)
 

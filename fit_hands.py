@@ -20,6 +20,7 @@ fitted as the right hands that a mirror shows. A hand is left out where its medi
 Writes --out, an index with the labels pose, betas, vertices, joints and joints2d, and samples.png in it.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from mano import (
     Mano, axis_angle_from_rotmat, joints_from_vertices, nearest_rotation, read_mano, rotmat_from_6d,
     rotmat_from_axis_angle, weak_perspective,
 )
-from runtime import add_device_flags, check_ranges, parser, run, setup
-from saving import staged_folder
+from runtime import check_ranges, parser, run, setup
+from saving import check_writable, staged_folder
 from synthetic_hand import synthetic_mano
 
 POINT = 0.02  # deviation of a detector's point, as a share of the box's longer side
@@ -206,7 +207,7 @@ def labels_of(found, index, rows, hands_mean):
 
 def save_samples(path, index, found, rows, faces, count=40):
     """`count` hands from all over: the detector's points, and the fitted mesh, right hands."""
-    dataset = HandDataset([index], canvas_size(224), CONTEXT, ("keypoints",), rows)
+    dataset = HandDataset([index], canvas_size(224), CONTEXT, ("keypoints",), rows, substitute=False)
     tiles = []
     for place in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)):
         hand = dataset[place]
@@ -229,19 +230,21 @@ def flags():
     cli.add_argument("--most-error", type=float, default=0.05,
                      help="share of the box's side by which the median point may miss (default .05)")
     cli.add_argument("--steps", type=int, default=250, help="steps of Adam (default 250)")
-    add_device_flags(cli, workers=False)
+    cli.add_argument("--device", default="auto", choices=["auto", "cuda", "cpu"],
+                     help="device of the fits. auto: cuda where there is one")
     return cli
 
 
 def main(argv=None):
     args = flags().parse_args(argv)
     check_ranges(args, {"most_error": (0, 1), "steps": (1, 10**5)})
-    runtime = setup(args, alone=True)
+    runtime = setup(argparse.Namespace(device=args.device, precision="fp32"), alone=True)
     index = HandIndex(args.data)
     if "keypoints" not in index.columns:
         raise ValueError(f"--data {args.data}: no keypoints in this index; prepare_data.py video finds them")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
+    check_writable(args.out)
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     hand = Mano(arrays).to(runtime.device)
     points, score, points3d = (None if value is None else torch.from_numpy(value).to(runtime.device)

@@ -26,7 +26,7 @@ from data import PAIRS_FORMAT, HandDataset, HandIndex, index_fingerprint, mirror
 from draw import curve, draw_joints, grid, histogram, save_image
 from metrics import procrustes
 from runtime import check_ranges, cores, finish, parser, run, setup
-from saving import save_arrays, staged_folder
+from saving import check_writable, save_arrays, staged_folder
 
 LEAF = 32  # points of a leaf
 CELL = 16  # leaves of a cell
@@ -494,6 +494,7 @@ def main(argv=None):
     for path in map(args.out.with_name, names):
         if path.exists():
             raise ValueError(f"--out: {path} exists: choose another name or folder, or delete it first")
+    check_writable(args.out.parent)
     runtime = setup(argparse.Namespace(device=args.device, precision="fp32"))
     column = "joints2d" if args.labelled else "keypoints"
     indices = [HandIndex(path) for path in args.data]

@@ -933,7 +933,8 @@ def _expected_places(chance):
     height, width = chance.shape[2:]
     x = (torch.arange(width, device=chance.device) + 0.5) * 2 / width - 1
     y = (torch.arange(height, device=chance.device) + 0.5) * 2 / height - 1
-    return torch.stack([chance.sum(2) @ x, chance.sum(3) @ y], dim=2)
+    # No matrix product: autocast would round the places.
+    return torch.stack([(chance.sum(2) * x).sum(2), (chance.sum(3) * y).sum(2)], dim=2)
 
 
 def joint_map_loss(logits, places):
@@ -942,20 +943,21 @@ def joint_map_loss(logits, places):
     The four cells around a place share its weight bilinearly, so that the expected place can be exact. Places
     outside are moved in."""
     height, width = logits.shape[2:]
-    size = torch.tensor([width, height], device=logits.device)
-    cells = ((places + 1) * size / 2 - 0.5).clamp(min=0)
-    cells = torch.minimum(cells, size - 1.0)  # (B, J, 2)
-    low = cells.floor()
-    high = torch.minimum(low + 1, size - 1.0)
-    share = cells - low
     log_chance = logits.flatten(2).log_softmax(2)  # (B, J, h w)
     loss = 0
-    for x, share_x in ((low, 1 - share), (high, share)):
-        for y, share_y in ((low, 1 - share), (high, share)):
-            cell = (y[..., 1] * width + x[..., 0]).long()  # (B, J)
-            weight = share_x[..., 0] * share_y[..., 1]
-            loss = loss - weight * log_chance.gather(2, cell[..., None])[..., 0]
+    for column, share_x in _two_cells(places[..., 0], width):
+        for row, share_y in _two_cells(places[..., 1], height):
+            cell = (row * width + column).long()  # (B, J)
+            loss = loss - share_x * share_y * log_chance.gather(2, cell[..., None])[..., 0]
     return loss
+
+
+def _two_cells(places, count):
+    """Places (B,J) in [-1,1] -> the two of `count` cells that each lies between: (cell, share) of (B,J)."""
+    cells = ((places + 1) * count / 2 - 0.5).clamp(0, count - 1)
+    low = cells.floor()
+    share = cells - low
+    return (low, 1 - share), ((low + 1).clamp(max=count - 1), share)
 
 
 def conjugate_gradients(matrix, wanted, steps=20):

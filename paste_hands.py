@@ -179,13 +179,19 @@ def main(argv=None):
     photographs = find_backgrounds(args.backgrounds) if args.backgrounds else []
     faces = synthetic_mano()["f"]  # MANO's are the same
     names, tiles = [], []
+    kept, unread = [], []
     rows = rows_with_a_mesh(index)
     if not len(rows):
         raise ValueError(f"--data {args.data}: no hand of this index has a whole mesh")
     shown = set(rows[np.linspace(0, len(rows) - 1, 24).astype(int)].tolist())
     with staged_folder(args.out) as folder:
         for row in tqdm(rows.tolist(), unit="hand"):
-            canvas, _ = cut_canvas(index.open_image(row), index.columns["box"][row], CONTEXT, args.size)
+            try:
+                canvas, _ = cut_canvas(index.open_image(row), index.columns["box"][row], CONTEXT, args.size)
+            except (ValueError, OSError) as error:
+                unread.append(error)
+                continue
+            kept.append(row)
             alpha = cut_out(canvas, *mesh_in_canvas(index, row, args.size), faces)
             below = Path("images") / f"{row // 1000:04d}"
             (folder / below).mkdir(parents=True, exist_ok=True)
@@ -197,13 +203,20 @@ def main(argv=None):
                 Image.fromarray(picture).save(folder / names[-1], quality=92)
             if row in shown:
                 tiles += [canvas, picture]
-        columns = canvas_labels(index, rows, args.times, args.size) | {"image": np.array(names)}
+        if not kept:
+            raise ValueError(f"--data {args.data}: no image can be read ({unread[0]})")
+        columns = canvas_labels(index, np.array(kept), args.times, args.size) | {"image": np.array(names)}
         meta = {name: value for name, value in index.meta.items()
                 if name in ("name", "joints", "pose_mean", "fitted", "partial", "video_names")}
         write_index(folder, columns, meta, ".")
-        save_image(folder / "samples.png", grid(tiles, 12, ["before", "after"] * (len(tiles) // 2), cell=128))
-    print(f"{args.out}: {len(names)} pictures of {len(rows)} of {len(index)} hands; look at "
+        if tiles:
+            marks = ["before", "after"] * (len(tiles) // 2)
+            save_image(folder / "samples.png", grid(tiles, 12, marks, cell=128))
+    print(f"{args.out}: {len(names)} pictures of {len(kept)} of {len(index)} hands; look at "
           f"{args.out / 'samples.png'}")
+    if unread:
+        print(f"{args.data}: hands left out, whose image cannot be cut: {len(unread)}; the first: "
+              f"{unread[0]}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from draw import overlay
 from mano import Mano, hand_fingerprint, joints_from_vertices, read_mano, weak_perspective
 from model import load_mesh
 from runtime import add_device_flags, check_ranges, parser, run, setup
-from saving import load_checkpoint, staged_folder
+from saving import check_writable, load_checkpoint, staged_folder
 from synthetic_hand import synthetic_mano
 from tracking import Tracks, box_around, is_gone, jitter, smooth, smooth_rotations
 from video import (
@@ -649,8 +649,8 @@ def flags():
     cli.add_argument("--batch-size", type=int, default=32, help="hands at a time (default 32)")
     where = cli.add_argument_group("where the hands are")
     where.add_argument("--boxes", type=Path,
-                       help="CSV image,x0,y0,x1,y1[,side]; frames of a video are called clip.mp4/000000, ..., "
-                            "with the clip's path as on the command line or below the folder given there")
+                       help="CSV image,x0,y0,x1,y1[,side]; frames of a video are called clip.mp4/000000, "
+                            "..., the clip as on the command line or relative to the folder given there")
     where.add_argument("--detector", choices=["mediapipe"],
                        help="finds hands and sides (requirements-video.txt)")
     where.add_argument("--side", default="right", choices=["right", "left"],
@@ -712,6 +712,7 @@ def main(argv=None):
     # A detector takes long: what can be refused before it is.
     refuse_others_files([(path, path.stem) for path, _ in images],
                         [(path, clip_name(path)) for path, _ in clips], args.out)
+    check_writable(args.out)
     names = Names()
     hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
     videos = [(path, names.free(clip_name(path))) for path, _ in clips]

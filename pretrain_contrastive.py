@@ -468,7 +468,6 @@ def main(argv=None):
     encoder = choose_encoder(args.arch, args.init, args.image_size, "resnet50",
                              saved=state["encoder"] if state else None, heads=args.heads,
                              pixels=args.pixels)
-    out = start_run(args, runtime, state, inputs)
 
     gather = runtime.gather if args.gather else nn.Identity()  # (2,B,...) of one process or of all
     model = Contrastive(encoder, runtime.gather if args.gather else None).to(runtime.device).train()
@@ -476,6 +475,7 @@ def main(argv=None):
     optimizer = adamw(param_groups(model.named_parameters(), decay), runtime.device)
     scaler = runtime.scaler()
     start = restore(state, model=model, optimizer=optimizer, scaler=scaler)
+    state = state and {"step": start}  # the rest would stay in memory
     if args.compile:
         model.encoder.compile()
     net = runtime.wrap(model)
@@ -493,6 +493,7 @@ def main(argv=None):
         print(f"{len(anchors)} of {len(is_known)} hands {what}")
         if args.batch_size > len(anchors):
             print(f"warning: --batch-size {args.batch_size} draws hands twice, each a negative of itself")
+    out = start_run(args, runtime, state, inputs)
     announce(runtime, out, model, len(anchors), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("positive_similarity", "probe_ridge_mm", "probe_ridge_percent"))
@@ -528,12 +529,13 @@ def main(argv=None):
                             config=encoder.config, state_dict=encoder.state_dict())
 
     def save(step, h):
-        """The probe, last.pt, encoder.pt and charts of the log after `step` updates."""
-        if probe:
-            log.write({"step": step} | probe(encoder))
+        """last.pt, the probe, encoder.pt and charts of the log after `step` updates."""
+        # last.pt first of all: where a machine is taken back, seconds are left.
         save_checkpoint(out / "last.pt", kind="contrastive", step=step, model=model.state_dict(),
                         encoder={"arch": encoder.arch, "config": encoder.config},
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        if probe:
+            log.write({"step": step} | probe(encoder))
         export(step)
         save_curves(out / "samples", log.curves, CHARTS)
         save_image(out / "samples" / "similarity.png", draw_similarity(h))

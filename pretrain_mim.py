@@ -570,7 +570,6 @@ def main(argv=None):
     side = size // patch
     check_masks(args, side)
     check_mix(dataset.rows, dataset.starts, args.mix)
-    out = start_run(args, runtime, state, inputs)
 
     weights = loss_weights(args)
     distil = tuple(name for name in ("class", "patch") if name in weights)
@@ -584,6 +583,7 @@ def main(argv=None):
     alarm = CollapseAlarm(args.prototypes, start=0.1 * steps)
     start = restore(state, student=student, teacher=teacher, centers=centers, optimizer=optimizer,
                     scaler=scaler, alarm=alarm)
+    state = state and {"step": start}  # the rest would stay in memory
     if args.compile:
         student.encoder.compile()
         teacher.encoder.compile()
@@ -620,6 +620,7 @@ def main(argv=None):
 
     if runtime.is_main and args.pairs:
         print(f"{(neighbours[:, 0] >= 0).sum()} of {len(dataset)} hands have a neighbour")
+    out = start_run(args, runtime, state, inputs)
     announce(runtime, out, student, len(dataset), start, steps, args.batch_size, cache)
     log = Log(out / "log.jsonl", start, steps, args.batch_size, runtime, args.log_every,
               show=("keypoint_spread", "patch_teacher_entropy", "probe_ridge_mm", "probe_ridge_percent"))
@@ -703,19 +704,19 @@ def main(argv=None):
         for text in alarm.check(step, values) if logged else ():
             log.warn(step + 1, text)
         is_saved = saves.due(step)
-        if is_saved or (runtime.is_main and step == 0):
-            tiles = draw_step(learned, taught, some_views, some_theta, some_mask, masked, patch)
-            save_image(out / "samples" / f"step_{step + 1:07d}.png", tiles)
-        if is_saved:
-            if probe:
-                log.write({"step": step + 1} | probe(teacher.encoder))
+        if is_saved:  # first of all: where a machine is taken back, seconds are left
             save_checkpoint(out / "last.pt", "mim", step=step + 1, student=student.state_dict(),
                             encoder={"arch": encoder.arch, "config": encoder.config},
                             teacher=teacher.state_dict(), centers=centers.state_dict(),
                             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                             alarm=alarm.state_dict())
+            if probe:
+                log.write({"step": step + 1} | probe(teacher.encoder))
             export(step + 1)
             save_curves(out / "samples", log.curves, CHARTS)
+        if is_saved or (runtime.is_main and step == 0):
+            tiles = draw_step(learned, taught, some_views, some_theta, some_mask, masked, patch)
+            save_image(out / "samples" / f"step_{step + 1:07d}.png", tiles)
     log.close()
     unread.rows = runtime.union(unread.rows)
     if runtime.is_main and start < steps:

@@ -36,7 +36,7 @@ from model import build_encoder, load_encoder
 from probing import (LEAST_HANDS, PROBE_HANDS, PROBE_WINDOW, align_2d, encode, hand_groups, leave_one_out,
                      mean_distance_mm, mean_shape, probe_points, probe_pose, split_groups, spread_rows)
 from runtime import add_device_flags, add_weights_flags, check_ranges, parser, run, setup
-from saving import read_json, staged_folder, text_table
+from saving import check_writable, read_json, staged_folder, text_table
 from synthetic_hand import synthetic_mano
 from views import centre_theta, normalise, warp
 
@@ -240,6 +240,7 @@ def main(argv=None):
         raise ValueError(f"--out {args.out}: metrics.json is there already and was not written by probe.py: "
                          "choose another folder")
     check_ranges(args, {"image_size": (16, 4096), "batch_size": (1, 65536)})
+    check_writable(args.out)
     runtime = setup(args, alone=True)
     networks = make_networks(args.encoder, args.image_size)
     with tempfile.TemporaryDirectory() as folder:

@@ -62,12 +62,19 @@ def _status(main):
     try:
         main()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        is_alone = isinstance(error, RuntimeError)
-        if os.environ.get("DEBUG") or (is_alone and not _is_of_processes(error)):
+        if os.environ.get("DEBUG"):
             raise
         text = str(error).strip()
+        is_alone = isinstance(error, RuntimeError) and _is_of_processes(error)
         if is_alone:
             text = "another process of this run has ended; --resume goes on from the last save"
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = ("the GPU's memory is full: give a smaller --batch-size, or in a training --accumulate 2 "
+                    "or --cache file")
+        elif isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+            text = "a process that decodes images was killed: is the memory full? Give fewer --workers"
+        elif isinstance(error, RuntimeError):  # a mistake of ours
+            raise
         if isinstance(error, OSError) and error.strerror and not error.filename:
             text = f"a file could not be written or read: {error.strerror}"
             if "temporary directory" in error.strerror:
@@ -324,7 +331,7 @@ def setup(args, alone: bool = False) -> Runtime:
         # Convolutions of a fp32 encoder stay exact too; torch's matrix products are by default.
         torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
         torch.backends.cudnn.benchmark = True  # the shapes of a run stay the same
-    bf16 = name == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = args.precision if args.precision != "auto" else "bf16" if bf16 else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if world > 1 and not dist.is_initialized():

@@ -27,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -266,6 +267,18 @@ def _to_disk(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(out: Path | str):
+    """OSError where nothing can be written into the folder `out`, which may be new. To ask before hours of
+    work; it leaves nothing there."""
+    folder = Path(out)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager

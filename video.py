@@ -143,7 +143,8 @@ def read_frames(path: Path | str, every: int = 1,
 def _frames_of_folder(folder, every, read_image):
     names = [name for name in sorted(os.listdir(folder))
              if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
-    names.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    names.sort(key=lambda name: [int(part) if part.isdecimal() else part
+                                 for part in re.split(r"(\d+)", name)])
     for name in names[::every]:
         try:
             frame = read_image(folder / name)
@@ -225,7 +226,8 @@ class OverlayWriter:
             rate = round(self.rate, 2 if self.rate < 600 else 0)  # MPEG-4 counts in 1/65535 at the finest
             self.video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
             if not self.video.isOpened():
-                raise ValueError(f"{self.source}: this OpenCV writes no MP4 of it; --no-overlays leaves it out")
+                raise ValueError(f"{self.source}: this OpenCV writes no MP4 of it; --no-overlays leaves it "
+                                 "out")
         self.video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def __exit__(self, *_):

@@ -505,6 +505,22 @@ def test_a_stopped_run_resumes_to_the_same_bits(hands, mesh, tmp_path, number, s
     assert "is finished: step 16 of 16" in done.stdout
 
 
+def test_a_signal_to_all_processes_of_a_run_is_answered_by_its_main_one(hands, tmp_path):
+    """As timeout, torchrun and clusters send it: the processes that decode images let it save."""
+    out = tmp_path / "run"
+    command = ["finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--out", out, *TINY,
+               "--workers", 2, "--steps", 10_000]
+    run = subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=ENV,
+                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                           start_new_session=True)
+    while run.poll() is None and not ((out / "log.jsonl").exists() and log(out)):
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, said = run.communicate()
+    assert run.returncode == 143 and "stopped by a signal after a save" in said and "Traceback" not in said
+    assert load(out)["step"] == log(out)[-1]["step"]
+
+
 def test_a_continued_run_may_have_another_rate_and_length_and_data_elsewhere(hands, tmp_path):
     """The log says so. Other hands under the same name are refused."""
     shutil.copytree(hands / "train", tmp_path / "a")

@@ -432,6 +432,7 @@ def test_other_mistakes(index, tmp_path, monkeypatch):
                            ("NAME=", ["--compare", "a", *out]),
                            ("must be odd", ["--checkpoint", "last.pt", "--tta", "2", *data]),
                            ("--tta does nothing here", ["--predictions", "p.json", "--tta", "3", *data]),
+                           ("--protocol does nothing here", ["--compare", "a=b", "--protocol", "ho3d", *out]),
                            ("--mano does nothing here", ["--compare", "a=b", "--mano", "m.pkl", *out]),
                            ("--definitions does nothing", ["--compare", "a=b", "--definitions", *out])):
         with pytest.raises(ValueError, match=message):

@@ -136,6 +136,16 @@ def test_a_packed_index_stays_readable(detected, tmp_path):
     assert (hands["failed"] < 0).all() and hands["canvas"].float().std() > 0
 
 
+def test_fits_need_no_pictures(detected, tmp_path):
+    """They are there for the samples alone."""
+    shutil.copytree(detected, tmp_path / "moved")
+    header = json.loads((tmp_path / "moved/index.json").read_text())
+    (tmp_path / "moved/index.json").write_text(json.dumps(header | {"root": str(tmp_path / "elsewhere")}))
+    done = call("fit_hands.py", "--data", tmp_path / "moved", "--out", tmp_path / "fit", "--most-error", 1,
+                "--steps", 1)
+    assert "hands fitted" in done.stdout and (tmp_path / "fit/samples.png").exists()
+
+
 def test_refusals(drawn, detected, tmp_path):
     done = call("fit_hands.py", "--data", detected, "--out", drawn, check=False)
     assert done.returncode == 2 and "there are files already" in done.stderr

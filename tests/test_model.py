@@ -750,6 +750,10 @@ def test_a_whole_mesh_run_is_tuned_with_its_head(hands, tmp_path):
     assert refused.returncode == 2 and "iterations 2" in refused.stderr and not (tmp_path / "other").exists()
     call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--init", run, "--steps", 1,
          "--batch-size", 8, "--workers", 0, "--out", tmp_path / "as_it_was")
+    run.rename(tmp_path / "elsewhere.pt")  # to go on, it is not needed any more
+    call("finetune_mesh.py", "--data", hands / "train", "--val", hands / "val", "--init", run, "--steps", 2,
+         "--batch-size", 8, "--workers", 0, "--out", tmp_path / "as_it_was", "--resume")
+    (tmp_path / "elsewhere.pt").rename(run)
     config = json.loads((tmp_path / "as_it_was/config.json").read_text())
     assert (config["image_size"], config["head_width"], config["iterations"]) == (32, 32, 2)
     np.savez(tmp_path / "hand.npz", **random_mano())

@@ -71,6 +71,19 @@ def test_labels_and_hands_stay_together(hands, tmp_path):
         assert new.image_path(row).read_bytes() == again.image_path(row).read_bytes()
 
 
+def test_a_hand_without_its_image_is_left_out(hands, tmp_path):
+    index = HandIndex(hands / "train")
+    columns = {name: np.array(value)[:4] for name, value in index.columns.items() if name != "mask"}
+    columns["box"][1] += 10_000
+    meta = {name: value for name, value in index.meta.items() if name in ("name", "joints", "pose_mean")}
+    write_index(tmp_path / "old", columns, meta, index.root.resolve())
+    done = call("paste_hands.py", "--data", tmp_path / "old", "--out", tmp_path / "new", "--times", 1)
+    assert "left out, whose image cannot be cut: 1" in done.stdout
+    assert str(index.image_path(1).name) in done.stdout and "3 pictures of 3 of 4 hands" in done.stdout
+    new = HandIndex(tmp_path / "new")
+    np.testing.assert_array_equal(new.columns["pose"], columns["pose"][[0, 2, 3]])
+
+
 def test_refusals(hands, tmp_path):
     index = HandIndex(hands / "train")
     columns = {name: np.asarray(value) for name, value in index.columns.items() if name != "vertices"}

@@ -315,8 +315,8 @@ def test_a_hand_beside_its_photograph_spoils_no_other(tmp_path, checkpoint):
     photo = picture(tmp_path / "photo.png")
     (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.png,400,400,500,500\n"
                                         "photo.png,20,40,120,160\nphoto.png,150,30,260,140\n")
-    refused("400 400 500 500 lies outside of it, or is far larger (1 of 3 not predicted)", "predict.py", photo, "--checkpoint",
-            checkpoint, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out")
+    refused("400 400 500 500 lies outside of it, or is far larger (1 of 3 not predicted)", "predict.py",
+            photo, "--checkpoint", checkpoint, "--boxes", tmp_path / "boxes.csv", "--out", tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {f"photo_{k}.{end}" for k in (2, 3) for end in ("obj", "npz", "png")} | {"photo_all.png"}
 

@@ -19,8 +19,8 @@ from runtime import (
     Runtime, adamw, batch_parts, cosine, ema_update, feed, generator, param_groups, run, set_lr, update,
 )
 from saving import (
-    FORMATS, Log, Saves, check_run, is_due, load_checkpoint, read_log, restore, save_checkpoint,
-    staged_folder, start_run,
+    FORMATS, Log, Saves, check_run, check_writable, is_due, load_checkpoint, read_log, restore,
+    save_checkpoint, staged_folder, start_run,
 )
 
 CPU = torch.device("cpu")
@@ -47,6 +47,8 @@ def test_a_process_of_torchrun_ends_with_the_status_of_its_command_whatever_its_
 
 
 @pytest.mark.parametrize("error, status, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "smaller --batch-size"),
+    (RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"), 2, "fewer --workers"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:5]\nConnection closed by peer"), 1, "another process"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2, "TMPDIR=FOLDER")])
 def test_what_is_no_ones_mistake_is_one_line_too(capsys, error, status, words):
@@ -346,6 +348,14 @@ def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch, numbe
             done.append((step, saves.due(step)))
     assert stop.value.code == 143 and done[-1] == (4, True) and not any(due for _, due in done[:-1])
     assert signal.getsignal(number) is before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/results: cannot be written"):
+        check_writable(tmp_path / "file/results")
+    check_writable(tmp_path / "new/results")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_checkpoint_restores_its_parts(tmp_path):

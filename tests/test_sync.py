@@ -26,7 +26,7 @@ STAGES = {
     "resnet": (pretrain_contrastive, [*TINY, *WEIGHTED, "--arch", "resnet50", "--undo", "official"]),
     "mesh": (finetune_mesh, [*TINY, "--head-width", 32, "--eval-every", 1000]),
     "mesh of a resnet": (finetune_mesh, [*TINY, "--head-width", 32, "--eval-every", 1000,
-                                         "--arch", "resnet50"]),
+                                         "--arch", "resnet50", "--joint-maps"]),
 }
 
 
