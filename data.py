@@ -69,6 +69,7 @@ import posixpath
 import shutil
 import signal
 import sys
+import threading
 import unicodedata
 import weakref
 from collections import Counter
@@ -565,7 +566,7 @@ def image_size(path: Path | str | PackedFile) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            # Pillow has turned a TIFF's size already, or not, by its version: its tags are as it is stored.
+            # Newer versions of Pillow have turned a TIFF's size already. Its tags are as it is stored.
             stored = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
             return stored[::-1] if turned else stored
     except Exception as error:
@@ -1138,14 +1139,25 @@ def make_loader(dataset, sampler=None, batch_size=None, workers=0, pin=False):
         workers, ahead = _fit_shared_memory(workers, hands * dataset.item_bytes())
     return torch.utils.data.DataLoader(_Batches(dataset), batch_size=None, sampler=sampler,
                                        num_workers=workers, prefetch_factor=ahead, pin_memory=pin,
-                                       worker_init_fn=_ignore_signals)
+                                       worker_init_fn=_heed_main_process)
 
 
-def _ignore_signals(_):
-    """A signal to all processes of a run, as of timeout or torchrun, is for the main process, which saves."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _heed_main_process(_):
+    """A process of a loader ends by SIGTERM only where its main process sends it.
+
+    timeout, torchrun and clusters send signals to all processes of a run. The main one answers: it saves. A
+    loader that dies before would end it at once. Only Linux tells who sends."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    numbers = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait():
+        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Batches(torch.utils.data.Dataset):

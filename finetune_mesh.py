@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from cache import cache_canvases
 from data import (
@@ -47,7 +48,8 @@ from runtime import (
     finish, generator, param_groups, parser, run, set_lr, setup, total_steps, update,
 )
 from saving import (
-    FORMATS, Log, Saves, announce, check_run, is_due, read_json, restore, save_checkpoint, start_run,
+    FORMATS, Log, Saves, announce, check_run, is_due, is_restart, read_json, restore, save_checkpoint,
+    start_run,
 )
 from synthetic_hand import synthetic_mano
 from views import (
@@ -84,7 +86,7 @@ FRESH = {"image_size": 224, "head_width": 256, "head_hidden": 1024, "iterations"
 HEAD_FLAGS = {"head_width": "width", "head_hidden": "hidden", "iterations": "iterations",
               "joint_maps": "joint_maps"}  # and what MeshHead calls them
 OLD_HEAD = {"scale_bound": 0, "hidden": 1024, "joint_maps": False, "laterals": []}  # older networks say none
-LIKE = "default: that of a mesh run in --init, else"
+LIKE = "default: that of --resume, or of a mesh run in --init, else"
 CHARTS = {"loss": ("loss",), "val_pa_mpvpe_mm": ("val_pa_mpvpe_mm", "val_pa_mpjpe_mm")}
 
 
@@ -242,12 +244,11 @@ def joint_definition(index):
     return index.meta.get("joints", "freihand")
 
 
-def check_definition(index):
-    """ValueError where the joints of an index are defined as no data set's are."""
-    one_hand = torch.zeros(1, 778, 3), torch.zeros(1, 21, 3)
+def check_definition(index, arrays):
+    """ValueError where an index says of its joints what labelled_joints does not know."""
     try:
-        labelled_joints(*one_hand, synthetic_mano(), joint_definition(index))
-    except ValueError as error:
+        labelled_joints(torch.zeros(1, 778, 3), torch.zeros(1, 21, 3), arrays, joint_definition(index))
+    except (ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{index.path / 'index.json'}: {error}") from None
 
 
@@ -467,18 +468,23 @@ def flags():
     return cli
 
 
-def fill_in(args):
+def fill_in(args, runtime):
     """Flags that were not given become what they were in the run that goes on, or else in the mesh run that
-    --init names, else FRESH."""
-    config = Path(args.out) / "config.json"
-    if args.resume and config.is_file():
-        before = read_json(config)  # --init may be gone
-        known = {name: before[name] for name in FRESH if name in before} if isinstance(before, dict) else {}
-    else:
-        known = flags_of_mesh(args.init) if args.init and Path(args.init).is_file() else {}
-    for name, value in (FRESH | known).items():
+    --init names, else FRESH. Process 0 reads, because other machines may not have the files."""
+    known = [FRESH | known_flags(args) if runtime.is_main else None]
+    if runtime.world > 1:
+        dist.broadcast_object_list(known)
+    for name, value in known[0].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def known_flags(args):
+    config = Path(args.out) / "config.json"
+    if (args.resume or is_restart()) and config.is_file():
+        before = read_json(config)  # --init may be gone
+        return {name: before[name] for name in FRESH if name in before} if isinstance(before, dict) else {}
+    return flags_of_mesh(args.init) if args.init and Path(args.init).is_file() else {}
 
 
 def flags_of_mesh(path):
@@ -522,9 +528,9 @@ def lr_scale(name, encoder, decay):
 # ------------------------------------------------------------------------------------------------------- main
 def main(argv=None):
     args = flags().parse_args(argv)
-    fill_in(args)
-    check_flags(args)
     runtime = setup(args)
+    fill_in(args, runtime)
+    check_flags(args)
     device = runtime.device
     size = args.image_size
     hand_arrays = read_mano(args.mano) if args.mano else synthetic_mano()
@@ -532,7 +538,7 @@ def main(argv=None):
     indices = open_labelled(args.data, "--data")
     val_index, = open_labelled([args.val], "--val")
     for index in [*indices, val_index]:
-        check_definition(index)
+        check_definition(index, hand_arrays)
     rows = label_rows(indices, args.label_fraction, args.seed)
     canvas = canvas_size(size, args.box_scale)
     dataset = HandDataset(indices, canvas, CONTEXT, LABELS, rows)

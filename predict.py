@@ -93,8 +93,10 @@ def find_images(paths, out):
 
 
 def clip_name(path):
-    """What the results of a video are called: as a file without its suffix, or as a folder."""
-    return (path.name or "frames") if path.is_dir() else path.stem
+    """What the results of a video are called: as a file without its suffix, or as a folder, also where that
+    is written as . or .."""
+    whole = Path(os.path.abspath(path))
+    return (whole.name or "frames") if path.is_dir() else whole.stem
 
 
 class Names:
@@ -448,24 +450,30 @@ def find_clips(paths, out):
     paths: video files and, with --video, folders. `out` is left out."""
     clips = []
     for path in paths:
-        path = path if path.name.strip(".") else Path(os.path.abspath(path))  # . and .. are no names
         below = list_videos(path, out) if path.is_dir() else [path]
         clips += [(clip, path.parent if clip == path else path) for clip in below]
     return list({os.path.abspath(clip): (clip, folder) for clip, folder in clips}.values())
 
 
-def read_frame_boxes(path, clips):
+def read_frame_boxes(path, clips, is_all):
     """[{frame: [(box, side), ...]}] of the --boxes of each clip of find_clips.
 
     A frame is called CLIP/FRAME, with the clip as on the command line or relative to the folder given there;
-    FRAME alone where there is one clip. ValueError names one that several clips have."""
+    FRAME alone where one clip is all that there is. is_all: there is no photograph. Names that no clip has are
+    printed then. ValueError names one that several clips have."""
     of_clips = {}
     for name, hands in read_boxes(path).items():
         clip, _, frame = name_key(name).rpartition("/")
         of_clips.setdefault(clip, []).append((frame, hands))
-    bare = of_clips.pop("", []) if len(clips) == 1 else []
-    found, _ = match_boxes(of_clips, clips, path)
-    return [dict(bare + frames) for frames in found]
+    bare = of_clips.pop("", []) if is_all and len(clips) == 1 else []
+    found, without_clip = match_boxes(of_clips, clips, path)
+    if is_all and without_clip:
+        print(f"--boxes {path}: names without a video: {len(without_clip)} (the first is {without_clip[0]})")
+    boxes = [{} for _ in clips]
+    for of_frames, frames in zip(boxes, found, strict=True):
+        for frame, hands in bare + frames:
+            of_frames.setdefault(frame, []).extend(hands)
+    return boxes
 
 
 def finder_of(boxes, args, detect, box_scale):
@@ -593,14 +601,15 @@ def predict_video(path, name, network, boxes, detect, args):
     """Writes NAME.npz of a video, then NAME/. boxes: of read_frame_boxes; detect: the detector; or None."""
     if boxes == {}:
         raise ValueError(f"--boxes {args.boxes}: no line for a frame of {path} (they are called "
-                         f"{path.name}/000000{'.png' if path.is_dir() else ''}, ...)")
+                         f"{path}/000000{'.png' if path.is_dir() else ''}, ...)")
     rate = args.fps if path.is_dir() else frame_rate(path) or args.fps
     start = time.perf_counter()
     find = finder_of(boxes, args, detect, network.box_scale)
     rows, count, unread, beside = follow_hands(path, network, find, rate, args)
     for what, names in (("frames that could not be read", unread),
                         ("frames with a box beside the picture, or far larger", beside),
-                        (f"frames of --boxes {args.boxes} that it has not", list(boxes or ()))):
+                        (f"frames of --boxes {args.boxes} that it has not",
+                         [name for name in boxes or () if name not in unread])):
         if names:
             print(f"{path}: {what}: {len(names)} (the first is {names[0]})")
     if not rows:
@@ -708,11 +717,13 @@ def main(argv=None):
              if (args.video if path.is_dir() else path.suffix.lower() in VIDEO_SUFFIXES)]
     images = find_images([path for path in args.images if path not in clips], args.out)
     clips = find_clips(clips, args.out)
-    boxes = read_frame_boxes(args.boxes, clips) if args.boxes and clips else [None] * len(clips)
-    # A detector takes long: what can be refused before it is.
-    refuse_others_files([(path, path.stem) for path, _ in images],
-                        [(path, clip_name(path)) for path, _ in clips], args.out)
+    boxes = [None] * len(clips)
+    if args.boxes and clips:
+        boxes = read_frame_boxes(args.boxes, clips, is_all=not images)
     check_writable(args.out)
+    if detect:  # it takes long: what can be refused before, is
+        refuse_others_files([(path, path.stem) for path, _ in images],
+                            [(path, clip_name(path)) for path, _ in clips], args.out)
     names = Names()
     hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
     videos = [(path, names.free(clip_name(path))) for path, _ in clips]
@@ -730,7 +741,7 @@ def main(argv=None):
     for failure in failures[:-1]:
         print(f"error: {failure}", file=sys.stderr)
     if failures:
-        raise ValueError(f"{failures[-1]} ({len(failures)} of {len(hands) + len(videos)} not predicted)")
+        raise ValueError(f"{failures[-1]} ({len(failures)} of {len(hands) + len(videos)} failed)")
 
 
 if __name__ == "__main__":

@@ -540,8 +540,10 @@ def main(argv=None):
         save_curves(out / "samples", log.curves, CHARTS)
         save_image(out / "samples" / "similarity.png", draw_similarity(h))
 
-    if state and runtime.is_main:
-        export(start)  # a kill may have come between last.pt and it
+    if state and runtime.is_main:  # a kill may have come between last.pt and these
+        if probe and log.last.get(probe.score) != start:
+            log.write({"step": start} | probe(encoder))
+        export(start)
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, runtime.device, cache)):

@@ -632,8 +632,10 @@ def main(argv=None):
             save_checkpoint(out / name, "encoder", step=step, arch=encoder.arch, config=encoder.config,
                             state_dict=teacher.encoder.state_dict())
 
-    if state and runtime.is_main:
-        export(start)  # a kill may have come between last.pt and it
+    if state and runtime.is_main:  # a kill may have come between last.pt and these
+        if probe and log.last.get(probe.score) != start:
+            log.write({"step": start} | probe(teacher.encoder))
+        export(start)
     saves = Saves(runtime, args.save_every, args.save_minutes, steps)
 
     for step, batch, drawn in saves.watch(feed(unread.watch(loader), draw, start, device, cache)):

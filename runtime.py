@@ -40,8 +40,9 @@ BLOCK = 128  # rows of a batch that are drawn together, from one generator
 
 
 def run(main: Callable):
-    """Calls main(); a mistake of the user (ValueError, OSError) or a diverged run becomes one line and exit
-    status 2; the loss of another process one line and status 1.
+    """Calls main(); a mistake of the user (ValueError, OSError), a diverged run, full memory of a GPU or the
+    loss of a process that decodes becomes one line and exit status 2; the loss of another process of the run
+    one line and status 1.
 
     With DEBUG=1 in the environment the traceback is shown instead. Processes of torchrun leave at once: a
     thread of gloo that still frees tensors would abort them while Python takes itself down.
@@ -69,10 +70,10 @@ def _status(main):
         if is_alone:
             text = "another process of this run has ended; --resume goes on from the last save"
         elif isinstance(error, torch.OutOfMemoryError):
-            text = ("the GPU's memory is full: give a smaller --batch-size, or in a training --accumulate 2 "
-                    "or --cache file")
+            text = ("the GPU's memory is full: a smaller --batch-size needs less, and in a training "
+                    "--accumulate 2 and --cache file")
         elif isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-            text = "a process that decodes images was killed: is the memory full? Give fewer --workers"
+            text = f"--workers: a process that decodes images has died ({text.splitlines()[0]})"
         elif isinstance(error, RuntimeError):  # a mistake of ours
             raise
         if isinstance(error, OSError) and error.strerror and not error.filename:

@@ -60,8 +60,7 @@ def check_run(args, runtime, kind: str, inputs: dict) -> dict | None:
     inputs: {name of a flag: fingerprint of what is read}; the path does not matter. A new run refuses a
     folder that is not empty. A continued one refuses other inputs, and flags that would make it another run.
     Process 0 reads, because other machines may not have the folder. Writes nothing."""
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    resume = args.resume or ("auto" if is_restart else None)
+    resume = args.resume or ("auto" if is_restart() else None)
     answer = [None, None]  # checkpoint, problem
     if runtime.is_main:
         try:
@@ -73,6 +72,11 @@ def check_run(args, runtime, kind: str, inputs: dict) -> dict | None:
     if answer[1]:
         raise ValueError(answer[1])
     return answer[0]
+
+
+def is_restart():
+    """True in a process that torchrun --max-restarts started again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _flags(args):
@@ -89,6 +93,7 @@ def _checkpoint_to_continue(out, kind, flags, inputs, resume):
         if is_taken:
             raise ValueError(f"--out {out} is not empty: choose another folder, or continue that run with "
                              "--resume")
+        check_writable(out)
         return None
     if not config.is_file():
         raise ValueError(f"--resume: there is no run in {out} (no config.json); check --out, or leave "
@@ -289,7 +294,7 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     is_new = not out.exists()
     parent, name = (out.parent, out.name) if is_new else (out, "results")
     _remove_stale(parent, name)
-    # In a container every process may be the first of a host of one name.
+    # Containers may share a host's name, and a command may be process 1 in each.
     folder = parent / f".{name}.{platform.node()}.{os.getpid()}.{secrets.token_hex(4)}.part"
     folder.mkdir(parents=True)
     try:
@@ -426,6 +431,7 @@ class Log:
         self.curves = {}  # name -> [(step, value)], for charts
         self.least = {}  # name -> its lowest value
         self.lowest = {}  # name -> the first step with it
+        self.last = {}  # name -> the last step with any
         self.shown = {}  # what the bar shows of `show`, as last written
         if runtime.is_main:
             rows = [row for row in read_log(self.path) if row["step"] <= step] if self.path.exists() else []
@@ -486,6 +492,7 @@ class Log:
             if isinstance(value, (int, float)):
                 points = self.curves.setdefault(name, [])
                 points.append((row["step"], value))
+                self.last[name] = row["step"]
                 if value < self.least.get(name, math.inf):
                     self.least[name] = value
                     self.lowest[name] = row["step"]

@@ -516,9 +516,28 @@ def test_a_signal_to_all_processes_of_a_run_is_answered_by_its_main_one(hands, t
     while run.poll() is None and not ((out / "log.jsonl").exists() and log(out)):
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGTERM)
-    _, said = run.communicate()
+    _, said = run.communicate(timeout=120)
     assert run.returncode == 143 and "stopped by a signal after a save" in said and "Traceback" not in said
     assert load(out)["step"] == log(out)[-1]["step"]
+
+
+def test_an_error_in_a_process_that_decodes_ends_the_run(hands, tmp_path):
+    shutil.copytree(hands / "train", tmp_path / "moved")
+    header = json.loads((tmp_path / "moved/index.json").read_text())
+    (tmp_path / "moved/index.json").write_text(json.dumps(header | {"root": str(tmp_path / "elsewhere")}))
+    done = call("finetune_mesh.py", "--data", tmp_path / "moved", "--val", hands / "val", "--out",
+                tmp_path / "run", *TINY, "--workers", 2, "--steps", 2, check=False, timeout=120)
+    assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_joints_that_nobody_has_defined_are_refused_before_the_run(hands, tmp_path):
+    shutil.copytree(hands / "val", tmp_path / "val")
+    header = json.loads((tmp_path / "val/index.json").read_text())
+    for definition in ("openpose", "regressed 1 2 3 4 9999", ["freihand"]):
+        (tmp_path / "val/index.json").write_text(json.dumps(header | {"joints": definition}))
+        done = call("finetune_mesh.py", "--data", hands / "train", "--val", tmp_path / "val", "--out",
+                    tmp_path / "run", *TINY, check=False)
+        assert done.returncode == 2 and "val/index.json" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_a_continued_run_may_have_another_rate_and_length_and_data_elsewhere(hands, tmp_path):

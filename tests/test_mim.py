@@ -4,6 +4,7 @@ one process against two, killed against uninterrupted, every switch, collapse se
 import copy
 import itertools
 import math
+import json
 import os
 import random
 import shutil
@@ -547,6 +548,13 @@ def test_a_live_probe_keeps_the_best_encoder_and_changes_nothing(hands, tmp_path
     seen.pop()
     mim(hands, run, *flags, "--resume")
     assert_best_is_second()
+    lines = [line for line in (run / "log.jsonl").read_text().splitlines(keepends=True)
+             if json.loads(line).get("probe_ridge_mm") != scores[9]]
+    (run / "log.jsonl").write_text("".join(lines))  # as a kill left it before the last probe
+    seen.pop()
+    mim(hands, run, *flags, "--resume")
+    rows = [row for row in log(run) if "loss" not in row]
+    assert {row["step"]: row["probe_ridge_mm"] for row in rows} == scores
 
 
 @pytest.mark.parametrize("switches", [

@@ -48,7 +48,7 @@ def test_a_process_of_torchrun_ends_with_the_status_of_its_command_whatever_its_
 
 @pytest.mark.parametrize("error, status, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "smaller --batch-size"),
-    (RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"), 2, "fewer --workers"),
+    (RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"), 2, "--workers: a process"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:5]\nConnection closed by peer"), 1, "another process"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2, "TMPDIR=FOLDER")])
 def test_what_is_no_ones_mistake_is_one_line_too(capsys, error, status, words):
