@@ -37,7 +37,7 @@ from mano import (
     rotmat_from_axis_angle, weak_perspective,
 )
 from runtime import check_ranges, parser, run, setup
-from saving import check_writable, staged_folder
+from saving import check_writable, refuse_files, staged_folder
 from synthetic_hand import synthetic_mano
 
 POINT = 0.02  # deviation of a detector's point, as a share of the box's longer side
@@ -242,8 +242,7 @@ def main(argv=None):
     index = HandIndex(args.data)
     if "keypoints" not in index.columns:
         raise ValueError(f"--data {args.data}: no keypoints in this index; prepare_data.py video finds them")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
+    refuse_files(args.out)
     check_writable(args.out)
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     hand = Mano(arrays).to(runtime.device)

@@ -556,7 +556,10 @@ def interhand(root: Path | str, split: str, mano=None):
     images, annotations = _read_annotations(data_path)
     cameras = _read_json(camera_path)
     poses = _read_json(pose_path)
-    fits = _read_json(fit_path) if mano is not None and fit_path.exists() else {}
+    if mano is not None and not fit_path.exists():
+        raise FileNotFoundError(f"{fit_path}: no such file. It is a download of its own; without --mano the "
+                                "index has joints alone")
+    fits = _read_json(fit_path) if mano is not None else {}
     rows = []
     without_wrist = []
     for number, annotation in enumerate(tqdm(annotations, desc="hands", leave=False)):

@@ -13,8 +13,10 @@ drawn: `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo
 
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from data import find_backgrounds, mirror, read_image, write_index
 from draw import draw_joints, grid, rasterise, save_image, vertex_normals
 from mano import TIPS, Mano, joints_from_vertices, read_mano, rotmat_from_axis_angle
 from runtime import check_ranges, cores, parser, run
-from saving import staged_folder
+from saving import refuse_files, staged_folder
 from synthetic_hand import gestures, synthetic_mano
 
 MIDDLE = 9  # joint whose place FreiHAND's labels hold
@@ -298,6 +300,11 @@ def start_worker(arrays, look="plain", photographs=(), ours=True):
                  photographs=photographs, signs=signs)
 
 
+def start_process(*tools):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one answers
+    start_worker(*tools)
+
+
 @dataclass
 class Video:
     """One video to draw."""
@@ -392,20 +399,20 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
     tools = (arrays, args.look, args.photographs, not args.mano)
     pool = None
     if workers > 1:  # spawned: forking a process that holds torch's threads can hang
-        pool = multiprocessing.get_context("spawn").Pool(workers, start_worker, tools)
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, spawn, start_process, tools)
     else:
         start_worker(*tools)
     drawn = []
     try:
         with tqdm(total=hands * versions, unit="image", desc="drawing", smoothing=0.05) as bar:
-            for labels in (pool.imap if pool else map)(draw_video, tasks):
+            for labels in (pool.map if pool else map)(draw_video, tasks):
                 drawn.append(labels)
                 bar.update(len(labels["side"]) * versions)
     finally:
         torch.set_num_threads(threads)
         if pool:
-            pool.terminate()
-            pool.join()
+            pool.shutdown(cancel_futures=True)
     return {name: np.concatenate([labels[name] for labels in drawn]) for name in drawn[0]}
 
 
@@ -520,8 +527,7 @@ def main(argv=None):
     check_ranges(args, {"hands": (2 if freihand else 1, 10**8), "videos": (1, max(args.hands, 1)),
                         "size": (32, 1024), "tilt": (0, 180), "anywhere": (0, 1), "seed": (0, 2**63),
                         "workers": (1, 512)})
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
+    refuse_files(args.out)
     args.photographs = find_backgrounds(args.backgrounds) if args.backgrounds else []
     arrays = read_mano(args.mano) if args.mano else synthetic_mano()
     if np.diff(arrays["J"][[0, 4], 0]) > 0:  # MANO's right hand points to -x

@@ -283,7 +283,7 @@ def mirror_arrays(arrays: Arrays) -> Arrays:
     }
 
 
-def _side_of(arrays):
+def side_of(arrays: Arrays) -> str | None:
     """MANO's right hand has its fingers towards -x, the left one towards +x. None: neither is clear."""
     x = (arrays["J_regressor"] @ arrays["v_template"])[:13, 0]  # wrist and four fingers, without the thumb
     steps = x[1:] - x[list(PARENTS[1:13])]
@@ -449,7 +449,7 @@ class Mano(nn.Module):
         super().__init__()
         if side not in ("right", "left"):
             raise ValueError(f"side={side!r}: use 'right' or 'left'")
-        arrays_side = _side_of(arrays)
+        arrays_side = side_of(arrays)
         if side == "right" and arrays_side == "left":
             raise ValueError("these arrays are a left hand's: pass side='left', or read MANO_RIGHT.pkl")
         if side == "left":

@@ -422,7 +422,8 @@ def summarise(errors: dict[str, np.ndarray], protocol: str) -> dict[str, float]:
             table[distance_key.format(short)] = 1000 * _mean_over_points(_as_points(values), side)
             # The guard in `_size` leaves 4e-9 m of a perfect prediction. It would miss the threshold 0, and
             # the area would be 0.995.
-            perfect = np.all(values[~np.isnan(values)] < ZERO)
+            known = values[~np.isnan(values)]
+            perfect = known.size and np.all(known < ZERO)
             area = 1.0 if perfect else _mean_over_points(_as_points(areas), side)
             table[area_key.format(name)] = area
         table[f"reflected_{name}"] = int(errors[f"reflected_{name}"].sum())
@@ -446,7 +447,7 @@ def official_scores(table: dict[str, float], protocol: str) -> dict[str, float]:
     Centimetres for FreiHAND and HO-3D (scores.txt), millimetres for DexYCB's three rows, AssemblyHands and
     InterHand2.6M. Without meshes only the joints' keys."""
     if protocol in WITH_GAPS:
-        return {"mpjpe_mm": table["mpjpe_mm"]}
+        return {key: table[key] for key in ("mpjpe_mm",) if key in table}  # none where no wrist is labelled
     scores = {}
     if protocol == "dexycb":
         for row, distance, area in (("absolute", "abs_mpjpe_mm", "auc_joints_abs"),

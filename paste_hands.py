@@ -24,7 +24,7 @@ from data import CONTEXT, HandIndex, cut_canvas, find_backgrounds, read_image, s
 from draw import grid, rasterise, save_image
 from rooms import cut_of, random_room
 from runtime import check_ranges, parser, run
-from saving import staged_folder
+from saving import refuse_files, staged_folder
 from surfaces import SKIN_TONES
 from synthetic_hand import synthetic_mano
 
@@ -174,8 +174,7 @@ def main(argv=None):
     missing = [name for name in MESH if name not in index.columns]
     if missing:
         raise ValueError(f"--data {args.data}: no {missing[0]} in this index; fit_hands.py makes them")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out}: there are files already; choose another folder or delete it")
+    refuse_files(args.out)
     photographs = find_backgrounds(args.backgrounds) if args.backgrounds else []
     faces = synthetic_mano()["f"]  # MANO's are the same
     names, tiles = [], []

@@ -459,8 +459,8 @@ def read_frame_boxes(path, clips, is_all):
     """[{frame: [(box, side), ...]}] of the --boxes of each clip of find_clips.
 
     A frame is called CLIP/FRAME, with the clip as on the command line or relative to the folder given there;
-    FRAME alone where one clip is all that there is. is_all: there is no photograph. Names that no clip has are
-    printed then. ValueError names one that several clips have."""
+    FRAME alone where one clip is all that there is. is_all: there is no photograph; names that no clip has
+    are printed then. ValueError names one that several clips have."""
     of_clips = {}
     for name, hands in read_boxes(path).items():
         clip, _, frame = name_key(name).rpartition("/")

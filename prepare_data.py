@@ -62,9 +62,9 @@ from data import (
     write_index,
 )
 from draw import draw_joints, grid, save_image
-from mano import TIPS, Mano, mirror_arrays, read_mano, rotmat_from_axis_angle
+from mano import TIPS, Mano, mirror_arrays, read_mano, rotmat_from_axis_angle, side_of
 from runtime import barrier, finish, parser, run, setup
-from saving import read_json, save_arrays, staged_folder, write_atomically
+from saving import read_json, refuse_files, save_arrays, staged_folder, write_atomically
 from video import (
     SMALLEST, cut_hand, frame_key, list_videos, mediapipe_detector, read_detections, read_frames,
 )
@@ -163,6 +163,10 @@ class ManoModels:
             raise ValueError("--mano: one file, MANO_RIGHT.pkl, or two, MANO_RIGHT.pkl MANO_LEFT.pkl")
         right = read_mano(paths[0])
         self.arrays = right, read_mano(paths[1]) if len(paths) > 1 else mirror_arrays(right)
+        for path, arrays, side in zip(paths, self.arrays, ("right", "left"), strict=False):
+            if side_of(arrays) not in (side, None):
+                raise ValueError(f"--mano {path}: a {side_of(arrays)} hand's, where the {side} one's is "
+                                 "needed: give MANO_RIGHT.pkl, then MANO_LEFT.pkl")
 
     def mean_fingers(self, left):
         """The 45 axis-angle numbers of each row's mean pose (N,45)."""
@@ -507,7 +511,7 @@ def report(index, columns, dropped):
     """Prints what was kept, and what was left out and why."""
     left = int(np.sum(index.columns["side"])) if "side" in index.columns else 0
     videos = len(set(np.unique(index.columns["video"])) - {-1}) if "video" in index.columns else 0
-    labelled = (set(LABEL_COLUMNS) - {"keypoints", "keypoints3d", "keypoints_score"}) & set(columns)
+    labelled = {"joints2d", "joints", "vertices", "pose", "betas"} & set(columns)
     labels = f"{index.meta['labels']} labels" if labelled else "no labels"
     of_videos = f" of {videos} videos" if videos else ""
     print(f"{index.path}: {len(index)} hands ({left} left){of_videos}, {labels}; look at "
@@ -599,11 +603,11 @@ def check_flags(cli, args):
         raise ValueError("--world needs --detections, whose rows it goes with")
     if (args.out / "index.json").exists():
         raise ValueError(f"--out {args.out} already holds an index: choose another folder or delete it first")
-    content = {path.name for path in args.out.iterdir()} if args.out.is_dir() else {"a file"}
+    content = {path.name for path in args.out.iterdir()} if args.out.is_dir() else set()
     begun = args.kind in ("video", "hand100m") and (
         content == {"parts"} or (args.out / "parts" / "job.json").is_file())
-    if args.out.exists() and content and not begun:
-        raise ValueError(f"--out {args.out}: there are files already; choose another folder")
+    if not begun:
+        refuse_files(args.out)
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -74,6 +74,8 @@ def _status(main):
                     "--accumulate 2 and --cache file")
         elif isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
             text = f"--workers: a process that decodes images has died ({text.splitlines()[0]})"
+        elif isinstance(error, BrokenExecutor):
+            text = "a process of --workers has died: is the memory full? Fewer need less"
         elif isinstance(error, RuntimeError):  # a mistake of ours
             raise
         if isinstance(error, OSError) and error.strerror and not error.filename:

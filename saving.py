@@ -286,6 +286,16 @@ def check_writable(out: Path | str):
         raise OSError(f"{out}: cannot be written ({error.strerror})") from None
 
 
+def refuse_files(out: Path | str):
+    """ValueError where `out`, of --out, is a file or a folder with anything in it. What a killed command
+    began there goes."""
+    out = Path(out)
+    if out.is_dir():
+        _remove_stale(out, "results")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: there are files already; choose another folder or delete it")
+
+
 @contextlib.contextmanager
 def staged_folder(out: Path | str) -> Iterator[Path]:
     """A temporary folder in `out`, or beside it where `out` is new. Its files move into `out` where the block

@@ -12,16 +12,21 @@
 #   JOBS=1                 runs side by side (default: cores)  STEPS=3000       of 32 hands
 #   LABELS="0.1 1"         shares of the labels to fine-tune with (default: a tenth)
 #   CACHE=device           on a GPU                             PYTHON=          another interpreter
-#   RUNS=runs/ladder       folder of the runs: another one for another length; tables go to docs/, same name
+#   RUNS=runs/ladder       folder of the runs: another one for another length
+#   OUT=RUNS/table         where the table goes. docs/ladder adds to the runs that are kept there
 #   PRECISION=bf16         on a CPU whose /proc/cpuinfo says avx512_bf16: 1.5 times as fast
 #   POOL=INDEX POOL_VAL=INDEX    photographs with keypoints, of other scenes in either (prepare_data.py video)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-python}
-together=${JOBS:-$(getconf _NPROCESSORS_ONLN)}
+together=${JOBS:-$("$python" -c 'from runtime import cores; print(cores())')}
 steps=${STEPS:-3000}
 runs=${RUNS:-runs/ladder}
+if [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -lt 403 ]; then
+    echo "error: bash $BASH_VERSION is too old: 4.3 or newer is needed" >&2
+    exit 2
+fi
 
 machine=(--cache "${CACHE:-file}" --workers 0 --precision "${PRECISION:-auto}")
 pretraining=(
@@ -71,11 +76,15 @@ use() {                      # use SET: the hands of the rows that follow
     esac
 }
 
-draw_hands() {               # once
-    if [ "$set_" != pool ] && [ ! -e "$val/index.json" ]; then
-        "$python" make_synthetic.py --out "$train" --hands 24000 --videos 8000 "${drawing[@]}"
-        "$python" make_synthetic.py --out "$val" --hands 3000 --videos 1500 --seed 1 "${drawing[@]}"
+draw() {                     # draw INDEX FLAG ...: once
+    if [ "$set_" != pool ] && [ ! -e "$1/index.json" ]; then
+        "$python" make_synthetic.py --out "$@" "${drawing[@]}"
     fi
+}
+
+draw_hands() {
+    draw "$train" --hands 24000 --videos 8000
+    draw "$val" --hands 3000 --videos 1500 --seed 1
     if [ ! -e "$pairs" ]; then
         "$python" mine_pairs.py --data "$train" --out "$pairs"
     fi
@@ -229,4 +238,10 @@ if [ -n "${POOL:-}" ]; then
     row pool_drawn_handmim mim --data "$POOL" hands/anywhere --mix 0.5 0.5
 fi
 wait_until 0
-"$python" recipes/ladder_table.py --runs "$runs" --out "docs/$(basename "$runs")"
+for name in ${ROWS:-}; do
+    case $started in
+        *" $name."*) ;;
+        *) echo "error: ROWS: there is no row $name, or it needs POOL" >&2; refused=yes; exit 2 ;;
+    esac
+done
+"$python" recipes/ladder_table.py --runs "$runs" --out "${OUT:-$runs/table}"

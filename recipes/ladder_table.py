@@ -165,8 +165,9 @@ def probe_curve(kept):
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--runs", type=Path, default=Path("runs/ladder"), help="folder of the runs")
-    cli.add_argument("--out", type=Path, default=Path("docs/ladder"), help="folder of what is kept of them")
+    cli.add_argument("--out", type=Path, help="folder of what is kept of them (default: RUNS/table)")
     args = cli.parse_args(argv)
+    args.out = args.out or args.runs / "table"
     for folder in sorted(args.runs.glob("*.[0-9]*/")):
         keep(folder, args.out)
     rows = read_kept(args.out)

@@ -53,7 +53,8 @@ mesh=(
 )
 mkdir -p "$out"
 # Side by side, each on half of the cores: small steps gain little from more cores.
-export OMP_NUM_THREADS=$((($(getconf _NPROCESSORS_ONLN) + 1) / 2))
+cores=$("$python" -c 'from runtime import cores; print(cores())')
+export OMP_NUM_THREADS=$(((cores + 1) / 2))
 "$python" finetune_mesh.py --out "$out/scratch" --arch vit_micro "${mesh[@]}" >"$out/scratch.log" 2>&1 &
 scratch=$!
 trap 'kill $scratch 2>/dev/null || true' EXIT

@@ -613,6 +613,21 @@ def test_each_set_has_the_left_model_that_made_its_labels(roots, tmp_path):
     assert np.abs(found - corrected).max() > 1e-3
 
 
+def test_hand_models_of_the_wrong_side_and_missing_fits_are_refused(roots, tmp_path):
+    right, left = roots[0] / "hand.npz", tmp_path / "left.npz"
+    np.savez(left, **mirror_arrays(ARRAYS))
+    for paths, name in (([right, right], "hand.npz: a right"), ([left, right], "left.npz: a left"),
+                        ([left], "left.npz: a left")):
+        with pytest.raises(ValueError, match=f"--mano .*{name} hand's"):
+            ManoModels(paths)
+    shutil.copytree(roots[0] / "interhand/annotations", tmp_path / "interhand/annotations")
+    (tmp_path / "interhand/images").symlink_to(roots[0] / "interhand/images")
+    for file in (tmp_path / "interhand/annotations/val").glob("*NeuralAnnot*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="NeuralAnnot.json: no such file"):
+        layouts.interhand(tmp_path / "interhand", "val", ManoModels([right]))
+
+
 @pytest.mark.parametrize("definition", ["kinematic 744 320 443 554 671", "regressed 744 320 443 554 671",
                                         "ho3d", "freihand"])
 def test_definition_of_joints_is_found(definition):
@@ -862,6 +877,17 @@ def test_own_joints_train_and_are_scored(photographs, tmp_path):
     done = call("evaluate.py", "--data", index, "--checkpoint", tmp_path / "run_both/last.pt", "--out",
                 tmp_path / "score")
     assert "joints mm" in done.stdout
+
+    header, *lines = [line.split(",") for line in path.read_text().splitlines()]
+    for line in lines:  # no wrist in space: nothing can be placed by it
+        for name in ("X0", "Y0", "Z0"):
+            line[header.index(name)] = ""
+    path.write_text("\n".join(",".join(line) for line in (header, *lines)))
+    call("prepare_data.py", "folder", root, "--joints", path, "--out", tmp_path / "wristless")
+    call("evaluate.py", "--data", tmp_path / "wristless", "--checkpoint", tmp_path / "run_both/last.pt",
+         "--out", tmp_path / "unplaced")
+    scores = json.loads((tmp_path / "unplaced/metrics.json").read_text())
+    assert scores["pa_mpjpe_mm"] > 0 and "mpjpe_mm" not in scores and "auc_joints_unaligned" not in scores
 
 
 @pytest.mark.parametrize("change, message", [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from runtime import (
     Runtime, adamw, batch_parts, cosine, ema_update, feed, generator, param_groups, run, set_lr, update,
 )
 from saving import (
-    FORMATS, Log, Saves, check_run, check_writable, is_due, load_checkpoint, read_log, restore,
-    save_checkpoint, staged_folder, start_run,
+    FORMATS, Log, Saves, check_run, check_writable, is_due, load_checkpoint, read_log, refuse_files,
+    restore, save_checkpoint, staged_folder, start_run,
 )
 
 CPU = torch.device("cpu")
@@ -48,6 +49,7 @@ def test_a_process_of_torchrun_ends_with_the_status_of_its_command_whatever_its_
 
 @pytest.mark.parametrize("error, status, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "smaller --batch-size"),
+    (BrokenProcessPool("A process in the process pool was terminated abruptly"), 2, "--workers has died"),
     (RuntimeError("DataLoader worker (pid(s) 5) exited unexpectedly"), 2, "--workers: a process"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:5]\nConnection closed by peer"), 1, "another process"),
     (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 2, "TMPDIR=FOLDER")])
@@ -348,6 +350,16 @@ def test_saves_are_due_by_steps_by_minutes_and_after_a_signal(monkeypatch, numbe
             done.append((step, saves.due(step)))
     assert stop.value.code == 143 and done[-1] == (4, True) and not any(due for _, due in done[:-1])
     assert signal.getsignal(number) is before
+
+
+def test_a_folder_in_which_a_killed_command_began_is_empty(tmp_path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (tmp_path / f".results.{platform.node()}.{killed.pid}.0123abcd.part/images").mkdir(parents=True)
+    refuse_files(tmp_path)
+    (tmp_path / ".results.part").touch()  # the user's
+    with pytest.raises(ValueError, match="files already"):
+        refuse_files(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
