@@ -64,6 +64,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import posixpath
 import shutil
@@ -1146,14 +1147,15 @@ def _heed_main_process(_):
     """A process of a loader ends by SIGTERM only where its main process sends it.
 
     timeout, torchrun and clusters send signals to all processes of a run. The main one answers: it saves. A
-    loader that dies before would end it at once. Only Linux tells who sends."""
+    loader that dies before would end it at once. macOS does not tell who sends."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return
-    numbers = {signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait():
-        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 

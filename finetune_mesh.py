@@ -249,7 +249,8 @@ def check_definition(index, arrays):
     try:
         labelled_joints(torch.zeros(1, 778, 3), torch.zeros(1, 21, 3), arrays, joint_definition(index))
     except (ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{index.path / 'index.json'}: {error}") from None
+        what = joint_definition(index)
+        raise ValueError(f"{index.path / 'index.json'}: joints {what!r} cannot be made: {error}") from None
 
 
 def label_rows(indices, fraction, seed):
@@ -471,10 +472,17 @@ def flags():
 def fill_in(args, runtime):
     """Flags that were not given become what they were in the run that goes on, or else in the mesh run that
     --init names, else FRESH. Process 0 reads, because other machines may not have the files."""
-    known = [FRESH | known_flags(args) if runtime.is_main else None]
+    answer = [None, None]  # flags, problem
+    if runtime.is_main:
+        try:
+            answer[0] = FRESH | known_flags(args)
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
     if runtime.world > 1:
-        dist.broadcast_object_list(known)
-    for name, value in known[0].items():
+        dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise ValueError(answer[1])
+    for name, value in answer[0].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

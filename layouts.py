@@ -546,8 +546,8 @@ def _assemblyhands_pose(pose, path):
 def interhand(root: Path | str, split: str, mano=None):
     """train, val or test, a row for each hand whose wrist is valid.
 
-    Joints are annotated, NaN where they are invalid. With `mano` there are the meshes of MANO_NeuralAnnot,
-    where its file exists. Its left hands were made with the corrected left model.
+    Joints are annotated, NaN where they are invalid. With `mano` there are the meshes of MANO_NeuralAnnot;
+    FileNotFoundError without its file. Its left hands were made with the corrected left model.
     """
     root = _check_root(root, "interhand", split)
     folder = root / "annotations" / split

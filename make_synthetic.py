@@ -13,7 +13,9 @@ drawn: `surfaces.py` (hand, arm, objects), `rooms.py` (what lies behind), `photo
 
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -302,7 +304,14 @@ def start_worker(arrays, look="plain", photographs=(), ours=True):
 
 def start_process(*tools):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one answers
+    threading.Thread(target=end_with_main_process, daemon=True).start()
     start_worker(*tools)
+
+
+def end_with_main_process():
+    """That may be killed, and would leave this process behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @dataclass
@@ -409,6 +418,10 @@ def draw_videos(args, arrays, part, hands, videos, folder, versions):
             for labels in (pool.map if pool else map)(draw_video, tasks):
                 drawn.append(labels)
                 bar.update(len(labels["side"]) * versions)
+    except BaseException:
+        for process in multiprocessing.active_children():  # else they would end their videos first
+            process.terminate()
+        raise
     finally:
         torch.set_num_threads(threads)
         if pool:

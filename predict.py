@@ -116,12 +116,13 @@ class Names:
         return name
 
 
-def find_hands(images, boxes_path, side, detect=None, names=None):
+def find_hands(images, boxes_path, side, detect=None, names=None, is_all=True):
     """[(path, box, side, points, name)] of every hand asked for, those of a photograph together; box None
     without a file of boxes and a detector, points as detect_in gives them, or None. Names are unique.
 
     images: of find_images. side: where nothing else says it. Photographs without a hand are left out, which
-    is printed, as are names in the file without a photograph. ValueError where none has a hand.
+    is printed, as are names in the file without a photograph where `is_all`, so that there is no video.
+    ValueError where none has a hand.
     """
     names = names or Names()
     asked = [[(None, side, None)]] * len(images)
@@ -143,7 +144,7 @@ def find_hands(images, boxes_path, side, detect=None, names=None):
         raise ValueError(f"{source}: no {what} for any of the {len(images)} photographs (the first is "
                          f"{images[0][0]}{first})")
     for kind, which in ((f"photographs without a {what}, left out", without_hand),
-                        ("names without a photograph", without_image)):
+                        ("names without a photograph", without_image if is_all else ())):
         if which:
             print(f"{source}: {kind}: {len(which)} (the first is {which[0]})")
     return hands
@@ -468,7 +469,8 @@ def read_frame_boxes(path, clips, is_all):
     bare = of_clips.pop("", []) if is_all and len(clips) == 1 else []
     found, without_clip = match_boxes(of_clips, clips, path)
     if is_all and without_clip:
-        print(f"--boxes {path}: names without a video: {len(without_clip)} (the first is {without_clip[0]})")
+        names = [f"{clip}/{frame}".lstrip("/") for clip in without_clip for frame, _ in of_clips[clip]]
+        print(f"--boxes {path}: names without a video: {len(names)} (the first is {names[0]})")
     boxes = [{} for _ in clips]
     for of_frames, frames in zip(boxes, found, strict=True):
         for frame, hands in bare + frames:
@@ -725,7 +727,7 @@ def main(argv=None):
         refuse_others_files([(path, path.stem) for path, _ in images],
                             [(path, clip_name(path)) for path, _ in clips], args.out)
     names = Names()
-    hands = find_hands(images, args.boxes, args.side, detect, names) if images else []
+    hands = find_hands(images, args.boxes, args.side, detect, names, not clips) if images else []
     videos = [(path, names.free(clip_name(path))) for path, _ in clips]
     refuse_others_files(hands, videos, args.out)
     is_new = not args.out.exists()

@@ -177,6 +177,16 @@ if [ $# -gt 0 ]; then
     exit
 fi
 
+for name in ${ROWS:-}; do
+    needs=POOL
+    [ "$name" = "${name#pool_}" ] || needs=${POOL:-}
+    if ! grep -q "row $name [a-z]" recipes/ladder.sh || [ -z "$needs" ]; then
+        echo "error: ROWS: there is no row $name, or it needs POOL" >&2
+        refused=yes
+        exit 2
+    fi
+done
+
 use easy
 row untrained untrained
 row ibot mim --pose-loss class --pixel-loss 0                              # iBOT's losses
@@ -238,10 +248,4 @@ if [ -n "${POOL:-}" ]; then
     row pool_drawn_handmim mim --data "$POOL" hands/anywhere --mix 0.5 0.5
 fi
 wait_until 0
-for name in ${ROWS:-}; do
-    case $started in
-        *" $name."*) ;;
-        *) echo "error: ROWS: there is no row $name, or it needs POOL" >&2; refused=yes; exit 2 ;;
-    esac
-done
 "$python" recipes/ladder_table.py --runs "$runs" --out "${OUT:-$runs/table}"

@@ -1,10 +1,12 @@
 """Tables and the headline picture of recipes/ladder.sh.
 
     python recipes/ladder_table.py
+    python recipes/ladder_table.py --out docs/ladder
 
 Keeps the small parts of the runs in runs/ladder (flags, some lines of the log, scores; no weights), one file
-a run, in docs/ladder (--out). From these files alone it writes table.md beside them, and docs/ladder.png, so
-that both can be made again without the runs.
+a run, in runs/ladder/table (--out). From these files alone it writes table.md beside them, and
+runs/ladder/table.png. So both can be made again without the runs: the second call does so for those that are
+kept there.
 """
 
 import argparse

@@ -717,6 +717,13 @@ def test_boxes_name_the_frames_of_several_clips(clip, checkpoint, shaky, tmp_pat
     (tmp_path / "boxes.csv").write_text("\n".join(boxes[:-1]))
     refused("no line for a frame of", *command)
     (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nwave/000.png,30,40,100,110\n")
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nphoto.png,30,40,100,110\n"
+                                        "a/wave/000.png,30,40,100,110\nc/wave/000.png,30,40,100,110\n")
+    done = call("predict.py", picture(tmp_path / "photo.png"), *command[1:], check=False)
+    assert "names without" not in done.stdout and "no line for a frame of" in done.stderr  # b has none
+    done = call(*command, check=False)
+    assert "names without a video: 2 (the first is photo.png)" in done.stdout
+    (tmp_path / "boxes.csv").write_text("image,x0,y0,x1,y1\nwave/000.png,30,40,100,110\n")
     refused("wave may be", "predict.py", tmp_path / "clips/a/wave", tmp_path / "clips/b/wave", *command[2:])
 
 
