@@ -97,7 +97,9 @@ def test_every_command_and_snippet_runs(tmp_path, monkeypatch):
     for name in ("python", "torchrun"):
         stand_in = tmp_path / "stand-ins" / name
         # Through a file of its own: recipes call two at once, and cat appends a whole line.
-        stand_in.write_text(f"""#!/bin/sh\n{{ printf '%s\\0' {name} "$@"; echo; }} > "$RECORD.$$"
+        # What a recipe asks with -c, such as the number of cores, is answered.
+        stand_in.write_text(f"""#!/bin/sh\n[ "$1" != -c ] || {{ echo 2; exit; }}
+{{ printf '%s\\0' {name} "$@"; echo; }} > "$RECORD.$$"
 cat "$RECORD.$$" >> "$RECORD"\nrm "$RECORD.$$"\n""")
         stand_in.chmod(0o755)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
@@ -109,7 +111,8 @@ cat "$RECORD.$$" >> "$RECORD"\nrm "$RECORD.$$"\n""")
     for recipe in RECIPES:
         calls += calls_of(f"bash recipes/{recipe}", tmp_path)
     calls = [smaller(words) for words in calls]
-    calls = [words for k, words in enumerate(calls) if words not in calls[:k]]
+    once = [[word for word in words if word not in ("--resume", "auto")] for words in calls]
+    calls = [words for k, words in enumerate(calls) if once[k] not in once[:k]]
     assert len(calls) >= 60
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "recipes")
