@@ -260,6 +260,9 @@ def test_every_process_has_a_dropout_of_its_own(hands, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_mesh, "generator", lambda *key: keys.append(key) or torch.Generator())
     second = Runtime(torch.device("cpu"), torch.float32, 1, 1, 0, 0)
     monkeypatch.setattr(finetune_mesh, "setup", lambda args: second)
+    fill_in = finetune_mesh.fill_in  # process 0 would have read the flags
+    monkeypatch.setattr(finetune_mesh, "fill_in", lambda args, runtime: fill_in(args, Runtime(
+        torch.device("cpu"), torch.float32, 0, 1, 0, 0)))
     monkeypatch.setattr(finetune_mesh, "make_sampler", lambda *_: EpochSampler(24, 8, 0, 0, 2))
     monkeypatch.setattr(Runtime, "local_rows", lambda self, rows, dim=0: rows)
     monkeypatch.setattr(Runtime, "draw", lambda self, draw, batch, *key, dim=0: draw(8, torch.Generator()))
