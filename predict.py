@@ -469,7 +469,7 @@ def read_frame_boxes(path, clips, is_all):
     bare = of_clips.pop("", []) if is_all and len(clips) == 1 else []
     found, without_clip = match_boxes(of_clips, clips, path)
     if is_all and without_clip:
-        names = [f"{clip}/{frame}".lstrip("/") for clip in without_clip for frame, _ in of_clips[clip]]
+        names = [f"{clip}/{frame}" if clip else frame for clip in without_clip for frame, _ in of_clips[clip]]
         print(f"--boxes {path}: names without a video: {len(names)} (the first is {names[0]})")
     boxes = [{} for _ in clips]
     for of_frames, frames in zip(boxes, found, strict=True):
