@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from cache import cache_canvases
 from data import (
@@ -471,18 +470,8 @@ def flags():
 
 def fill_in(args, runtime):
     """Flags that were not given become what they were in the run that goes on, or else in the mesh run that
-    --init names, else FRESH. Process 0 reads, because other machines may not have the files."""
-    answer = [None, None]  # flags, problem
-    if runtime.is_main:
-        try:
-            answer[0] = FRESH | known_flags(args)
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    if runtime.world > 1:
-        dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    for name, value in answer[0].items():
+    --init names, else FRESH."""
+    for name, value in runtime.from_main(lambda: FRESH | known_flags(args)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 

@@ -309,7 +309,7 @@ def start_process(*tools):
 
 
 def end_with_main_process():
-    """That may be killed, and would leave this process behind."""
+    """The main process may be killed. This one would be left behind."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -277,6 +277,21 @@ class Runtime:
             dist.all_gather_object(everywhere, values)
         return set().union(*everywhere)
 
+    def from_main(self, read: Callable):
+        """What read() returns in process 0, in all processes: other machines may not have its files. Its
+        ValueError or OSError is a ValueError in all of them."""
+        answer = [None, None]  # value, problem
+        if self.is_main:
+            try:
+                answer[0] = read()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(answer)
+        if answer[1]:
+            raise ValueError(answer[1])
+        return answer[0]
+
     def mean(self, value):
         """The mean of a tensor over the processes."""
         if self.world > 1:

@@ -35,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 # Flags that may differ when a run is continued. The first change where and how fast it runs. Of paths, what
@@ -61,17 +60,8 @@ def check_run(args, runtime, kind: str, inputs: dict) -> dict | None:
     folder that is not empty. A continued one refuses other inputs, and flags that would make it another run.
     Process 0 reads, because other machines may not have the folder. Writes nothing."""
     resume = args.resume or ("auto" if is_restart() else None)
-    answer = [None, None]  # checkpoint, problem
-    if runtime.is_main:
-        try:
-            answer[0] = _checkpoint_to_continue(Path(args.out), kind, _flags(args), inputs, resume)
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    if runtime.world > 1:
-        dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
+    out = Path(args.out)
+    return runtime.from_main(lambda: _checkpoint_to_continue(out, kind, _flags(args), inputs, resume))
 
 
 def is_restart():

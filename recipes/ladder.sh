@@ -178,10 +178,11 @@ if [ $# -gt 0 ]; then
 fi
 
 for name in ${ROWS:-}; do
-    needs=POOL
-    [ "$name" = "${name#pool_}" ] || needs=${POOL:-}
-    if ! grep -q "row $name [a-z]" recipes/ladder.sh || [ -z "$needs" ]; then
-        echo "error: ROWS: there is no row $name, or it needs POOL" >&2
+    problem=
+    [ "$name" = "${name#pool_}" ] || [ -n "${POOL:-}" ] || problem="$name needs POOL"
+    grep -q "row $name [a-z]" recipes/ladder.sh || problem="there is no row $name"
+    if [ "$problem" ]; then
+        echo "error: ROWS: $problem" >&2
         refused=yes
         exit 2
     fi
